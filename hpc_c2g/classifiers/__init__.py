@@ -1,0 +1,1 @@
+"""Classifiers: bundles, architectures, fitting to the margin, rates and certificates."""

@@ -1,0 +1,1 @@
+"""The launch environment and what is reduced over processes."""

@@ -1,0 +1,1 @@
+"""Judging samples against real data, after and apart from training."""

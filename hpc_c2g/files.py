@@ -1,0 +1,33 @@
+"""Files that are complete or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hpc_c2g.errors import C2GError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary neighbour, flush to the disk, rename; on failure the old file stays as it was.
+
+    Raises:
+        C2GError: the file system refused (full, read-only, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> C2GError:
+    """The message for a failed write."""
+    return C2GError(
+        f"cannot write {path}: {error.strerror}", "free disk space or choose another folder; earlier files are intact"
+    )

@@ -1,0 +1,1 @@
+"""Generators, multiplier networks and latents."""

@@ -1,0 +1,1 @@
+"""Watching runs: metrics.jsonl, TensorBoard, progress, image grids."""

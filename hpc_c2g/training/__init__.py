@@ -1,0 +1,1 @@
+"""Generator training: engine, step, loop, checkpoints."""
