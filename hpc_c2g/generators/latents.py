@@ -1,0 +1,94 @@
+"""Latents z, keyed by (seed, step, sample index): the same samples whatever the number of processes or micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from hpc_c2g.errors import C2GError
+
+SCHEMES = ("normal", "sobol")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a generator is asked for.
+
+    Attributes:
+        z: ``[B, d]``, standard normal marginals.
+        labels: ``[B]``.
+        index: global sample index ``[B]``.
+    """
+
+    z: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+def counted_uniforms(seed: int, step: int, start: int, stop: int, dimensions: int) -> np.ndarray:
+    """Uniforms in [0, 1), ``[stop - start, dimensions]``: row i is a function of (seed, step, i) alone (Philox counter)."""
+    blocks = -(-dimensions // 4)  # one Philox count yields four 64-bit numbers
+    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).advance(start * blocks)
+    return np.random.Generator(bits).random((stop - start, 4 * blocks))[:, :dimensions]
+
+
+def normal_quantiles(u: np.ndarray) -> Tensor:
+    """Standard normal numbers at the quantiles ``u``, float64, finite also at u = 0."""
+    return torch.special.ndtri(torch.from_numpy(u).clamp(2.0**-53, 1 - 2.0**-53))
+
+
+@dataclass
+class LatentConfig:
+    """How latents are drawn during training; evaluation always draws fresh normal ones.
+
+    Attributes:
+        dimensions: d.
+        scheme: ``sobol`` (one scrambled Sobol set per class, shifted mod 1 at random) or ``normal``.
+        bank_fraction: share of the steps during which the same bank of latents returns at every step.
+    """
+
+    dimensions: int = 4
+    scheme: str = "sobol"
+    bank_fraction: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 1:
+            raise C2GError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
+        if self.scheme not in SCHEMES:
+            raise C2GError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
+        if not 0 <= self.bank_fraction <= 1:
+            raise C2GError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
+
+
+class LatentSampler:
+    """Draws any slice of the global batch of any step. Labels cycle through the classes: y_i = i mod C."""
+
+    def __init__(self, config: LatentConfig, classes: int, global_batch: int, steps: int, seed: int) -> None:
+        self.config, self.classes, self.seed = config, classes, seed
+        self.bank_steps = round(config.bank_fraction * steps)
+        self.points = None
+        if config.scheme == "sobol":
+            engine = SobolEngine(config.dimensions, scramble=True, seed=seed)
+            self.points = engine.draw(-(-global_batch // classes), dtype=torch.float64).numpy()
+
+    def batch(self, step: int, start: int, stop: int) -> Latents:
+        """Samples ``start`` to ``stop`` of the global batch of ``step`` (counted from 1)."""
+        key = 0 if step <= self.bank_steps else step
+        index = torch.arange(start, stop)
+        if self.points is None:
+            u = counted_uniforms(self.seed, key, start, stop, self.config.dimensions)
+        else:
+            shifts = counted_uniforms(self.seed, key, 0, self.classes, self.config.dimensions)
+            u = (self.points[index.numpy() // self.classes] + shifts[index.numpy() % self.classes]) % 1.0
+        return Latents(normal_quantiles(u), index % self.classes, index)
+
+
+def fresh_latents(seed: int, count: int, dimensions: int, classes: int, start: int = 0) -> Latents:
+    """Independent N(0, I) latents with cycling labels, for sampling after training; stream apart from training's."""
+    u = counted_uniforms(seed, 2**64 - 1, start, start + count, dimensions)
+    index = torch.arange(start, start + count)
+    return Latents(normal_quantiles(u), index % classes, index)

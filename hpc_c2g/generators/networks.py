@@ -1,0 +1,227 @@
+"""Image generators (z, y) -> x and the multiplier network (z, y) -> h, in one trainable module.
+
+No network uses batch statistics: a sample must not depend on which others share its micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.latents import Latents
+from hpc_c2g.kkt.duality import neutral_logit
+
+
+@dataclass
+class GeneratorConfig:
+    """What all generators share."""
+
+    name: str = "mlp"
+    multiplier_widths: list[int] = field(default_factory=lambda: [128, 128])
+    embedding: int = 16
+    gain: float = 2.0
+    output_scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.embedding < 1:
+            raise C2GError(f"generator.embedding={self.embedding} is too small", "give at least 1")
+        if not self.multiplier_widths or min(self.multiplier_widths) < 1:
+            raise C2GError(f"generator.multiplier_widths={self.multiplier_widths}", "give widths >= 1")
+        if not (self.gain > 0 and self.output_scale > 0):
+            raise C2GError(
+                f"generator.gain={self.gain}, generator.output_scale={self.output_scale}", "both must be positive"
+            )
+
+
+@dataclass
+class MLPGeneratorConfig(GeneratorConfig):
+    """Fully connected generator."""
+
+    name: str = "mlp"
+    widths: list[int] = field(default_factory=lambda: [256, 256])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.widths or min(self.widths) < 1:
+            raise C2GError(f"generator.widths={self.widths}", "give one or more widths >= 1")
+
+
+@dataclass
+class ConvGeneratorConfig(GeneratorConfig):
+    """Upsampling convolutional generator with GroupNorm: ``channels`` at full resolution, doubled at each coarser one."""
+
+    name: str = "conv"
+    channels: int = 32
+    coarsest: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels < 8 or self.channels % 8:
+            raise C2GError(f"generator.channels={self.channels}", "give a multiple of 8")
+        if self.coarsest < 1:
+            raise C2GError(f"generator.coarsest={self.coarsest}", "give at least 1")
+
+
+@dataclass
+class FreeImagesConfig(GeneratorConfig):
+    """No generator: ``global_batch`` free images and multipliers, the method of the reconstruction peers."""
+
+    name: str = "free"
+    start: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.start > 0:
+            raise C2GError(f"generator.start={self.start}", "give a positive standard deviation")
+
+
+class Box(nn.Module):
+    """Maps an unbounded ``t`` into the box of the normalised input space: centre + half tanh(t), started at x near ``start``."""
+
+    centre: Tensor
+    half: Tensor
+    offset: Tensor
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        super().__init__()
+        centre, half = (lower + upper) / 2, (upper - lower) / 2
+        self.register_buffer("centre", centre)
+        self.register_buffer("half", half)
+        # t = 0 is x = 0, the mean of the normalised space, unless that lies at the edge, where tanh has no slope
+        self.register_buffer("offset", torch.atanh((-centre / half).clamp(-0.8, 0.8)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Normalised inputs of the shape of ``t``, ``[B, *S]``."""
+        return self.centre + self.half * torch.tanh(t + self.offset)
+
+
+def perceptron(widths: list[int], last_scale: float) -> nn.Sequential:
+    """ReLU net through ``widths``, its last weight matrix scaled by ``last_scale``."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    last = layers[-2]
+    with torch.no_grad():
+        last.weight.mul_(last_scale)  # type: ignore[operator,union-attr]
+    return nn.Sequential(*layers[:-1])
+
+
+class ConvImage(nn.Module):
+    """[z, embedding] ``[B, f]`` to an unbounded image ``[B, *S]`` by upsampling convolutions."""
+
+    def __init__(self, features: int, shape: tuple[int, ...], config: ConvGeneratorConfig) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise C2GError(
+                f"generator=conv makes images, the classifier takes inputs of shape {list(shape)}", "use generator=mlp"
+            )
+        self.shape = shape
+        side = max(shape[1:])
+        doublings = max(0, math.ceil(math.log2(side / config.coarsest)))
+        self.base = math.ceil(side / 2**doublings)
+        channels = [config.channels * 2 ** min(i, 3) for i in range(doublings, -1, -1)]
+        self.project = nn.Linear(features, channels[0] * self.base**2)
+        blocks: list[nn.Module] = []
+        for fan_in, fan_out in zip(channels, channels[1:], strict=False):
+            blocks += [
+                nn.GroupNorm(8, fan_in),
+                nn.ReLU(),
+                nn.Upsample(scale_factor=2, mode="nearest"),
+                nn.Conv2d(fan_in, fan_out, 3, padding=1),
+            ]
+        self.blocks = nn.Sequential(*blocks)
+        self.tail = nn.Sequential(
+            nn.GroupNorm(8, channels[-1]), nn.ReLU(), nn.Conv2d(channels[-1], shape[0], 3, padding=1)
+        )
+        with torch.no_grad():
+            self.tail[-1].weight.mul_(config.output_scale)  # type: ignore[operator,union-attr]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The image before the box."""
+        maps = self.project(features).unflatten(1, (-1, self.base, self.base))
+        image: Tensor = self.tail(self.blocks(maps))
+        return image[:, :, : self.shape[1], : self.shape[2]]
+
+
+class Generator(nn.Module):
+    """Conditional generator and multiplier network over a shared class embedding."""
+
+    def __init__(
+        self,
+        config: MLPGeneratorConfig | ConvGeneratorConfig,
+        dimensions: int,
+        classes: int,
+        lower: Tensor,
+        upper: Tensor,
+    ) -> None:
+        super().__init__()
+        self.gain, shape = config.gain, tuple(lower.shape)
+        self.embed = nn.Embedding(classes, config.embedding)
+        features = dimensions + config.embedding
+        if isinstance(config, ConvGeneratorConfig):
+            self.image: nn.Module = ConvImage(features, shape, config)
+        else:
+            self.image = nn.Sequential(
+                perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
+            )
+        self.box = Box(lower, upper)
+        self.multiplier = perceptron([features, *config.multiplier_widths, classes], 1.0)
+        self.neutral = neutral_logit(classes)
+
+    def _features(self, latents: Latents) -> Tensor:
+        z = latents.z.to(self.embed.weight)
+        return torch.cat([self.gain * z, self.embed(latents.labels)], 1)
+
+    def images(self, latents: Latents) -> Tensor:
+        """x ``[B, *S]`` in the classifier's normalised space."""
+        x: Tensor = self.box(self.image(self._features(latents)))
+        return x
+
+    def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
+        features = self._features(latents)
+        return self.box(self.image(features)), self.multiplier(features) + self.neutral
+
+
+class FreeImages(nn.Module):
+    """One free image and one row of multiplier logits per sample index."""
+
+    def __init__(self, config: FreeImagesConfig, count: int, classes: int, lower: Tensor, upper: Tensor) -> None:
+        super().__init__()
+        self.image = nn.Parameter(config.start * torch.randn(count, *lower.shape))
+        self.multiplier = nn.Parameter(torch.full((count, classes), neutral_logit(classes)))
+
+    def images(self, latents: Latents) -> Tensor:
+        """x ``[B, *S]``; indices beyond the count start again at 0."""
+        return self.image[latents.index % len(self.image)]
+
+    def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
+        return self.images(latents), self.multiplier[latents.index % len(self.image)]
+
+
+def build_generator(
+    config: GeneratorConfig, dimensions: int, classes: int, count: int, lower: Tensor, upper: Tensor, seed: int
+) -> Generator | FreeImages:
+    """The network that ``config`` names, initialised from ``seed`` without touching the global generator.
+
+    Args:
+        config: which and how large.
+        dimensions: of the latents.
+        classes: C.
+        count: number of free images.
+        lower: of the normalised box, ``[*S]``.
+        upper: of the normalised box, ``[*S]``.
+        seed: of the initial weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(config, FreeImagesConfig):
+            return FreeImages(config, count, classes, lower, upper)
+        if isinstance(config, (MLPGeneratorConfig, ConvGeneratorConfig)):
+            return Generator(config, dimensions, classes, lower, upper)
+    raise C2GError(f"generator.name={config.name!r} is unknown", "choose generator=mlp, conv or free")

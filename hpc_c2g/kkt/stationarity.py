@@ -1,0 +1,184 @@
+"""Stationarity of the maximum-margin problem: G, the residual and the cotangents (pure functions).
+
+At a KKT point c_k theta_k = sum_i sum_{j != y_i} mu_ij grad_k m_ij with mu_ij >= 0 (Lyu & Li 2020; Kunin et al. 2023). With
+theta(a) = {e^(a lambda_k) theta_k} scaled so that its margin is 1, and G_k = sum mu_ij grad_k m_ij(x; theta) at the given theta,
+
+    r_k = c_k e^(a lambda_k) theta_k - e^(a (1 - lambda_k)) G_k,        L_stat = sum_k w_k ||r_k||^2.
+
+L_stat depends on the samples through the *sum* G alone. With v_k = dL_stat/dG_k = -2 w_k e^(a (1 - lambda_k)) r_k from the global G,
+
+    dL/dx_i = <v, d/dx_i G>,    dL/dmu_ij = <v, grad m_ij>,
+
+so G is summed over micro-batches (and ranks) without a graph, and the cotangents are exact micro-batch by micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.kkt.margins import pairwise_margins
+
+LEFT_SIDES = ("identity", "rates", "top_rate")
+WEIGHTINGS = ("relative", "per_tensor")
+Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
+
+
+def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
+    """c_k of the stationarity condition.
+
+    Args:
+        rates: lambda_k per tensor.
+        form: ``identity`` c_k = 1 (homogeneous nets, Lyu & Li), ``rates`` c_k = lambda_k, ``top_rate`` c_k = lambda_max for the
+            tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias).
+
+    Raises:
+        C2GError: an unknown form.
+    """
+    top = max(rates.values())
+    if form == "identity":
+        return dict.fromkeys(rates, 1.0)
+    if form == "rates":
+        return dict(rates)
+    if form == "top_rate":
+        return {k: rate if math.isclose(rate, top, rel_tol=1e-9) else 0.0 for k, rate in rates.items()}
+    raise C2GError(f"stationarity.left_side={form!r} is unknown", f"choose one of {', '.join(LEFT_SIDES)}")
+
+
+def scaled(tensors: Mapping[str, Tensor], alpha: float, powers: Mapping[str, float]) -> dict[str, Tensor]:
+    """{e^(a power_k) tensor_k}."""
+    return {k: math.exp(alpha * powers[k]) * t for k, t in tensors.items()}
+
+
+def multiplier_scale(
+    theta: Mapping[str, Tensor], rates: Mapping[str, float], c: Mapping[str, float], alpha: float
+) -> float:
+    """S = <Lambda theta(a), c theta(a)>, by Euler the value of sum mu_ij e^a m_ij at a KKT point."""
+    return sum(rates[k] * c[k] * math.exp(2 * alpha * rates[k]) * float(t.square().sum()) for k, t in theta.items())
+
+
+def kkt_sum(
+    phi: Classifier,
+    theta: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    multipliers: Tensor,
+    keep_graph: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Margins and G_k = sum_ij mu_ij grad_k m_ij of one micro-batch.
+
+    Args:
+        phi: the classifier with smooth gates.
+        theta: parameters, any ``requires_grad``.
+        x: normalised inputs ``[B, *S]``.
+        labels: ``[B]``.
+        multipliers: mu ``[B, C]``, zero at j = y_i.
+        keep_graph: keep the graph of both results with respect to x and mu (one pass), else they are detached.
+
+    Returns:
+        margins ``[B, C]`` and G, one tensor per parameter.
+    """
+    leaves = {k: t.detach().requires_grad_() for k, t in theta.items()}
+    if not keep_graph:
+        x, multipliers = x.detach(), multipliers.detach()
+    with torch.enable_grad():
+        margins = pairwise_margins(phi(leaves, x), labels)
+        grads = torch.autograd.grad(
+            (multipliers * margins).sum(), list(leaves.values()), create_graph=keep_graph, materialize_grads=True
+        )
+    return margins if keep_graph else margins.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def residual(
+    theta: Mapping[str, Tensor],
+    G: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    c: Mapping[str, float],
+    alpha: float,
+) -> dict[str, Tensor]:
+    """r_k = c_k e^(a lambda_k) theta_k - e^(a (1 - lambda_k)) G_k."""
+    return {
+        k: c[k] * math.exp(alpha * rates[k]) * t - math.exp(alpha * (1 - rates[k])) * G[k] for k, t in theta.items()
+    }
+
+
+def residual_weights(
+    theta: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    c: Mapping[str, float],
+    alpha: float,
+    weighting: str = "relative",
+) -> dict[str, float]:
+    """w_k: ``relative`` 1 / sum_k ||c_k theta_k(a)||^2, or ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over the K tensors.
+
+    A tensor without a left side (c_k = 0) has no scale of its own and takes the relative weight.
+    """
+    norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * float(t.square().sum()) for k, t in theta.items()}
+    total = sum(norms.values())
+    if total <= 0:
+        raise C2GError("the left side of the stationarity condition is zero", "choose stationarity.left_side=identity")
+    if weighting == "relative":
+        return dict.fromkeys(norms, 1 / total)
+    if weighting == "per_tensor":
+        return {k: 1 / (len(norms) * norm) if norm > 0 else 1 / total for k, norm in norms.items()}
+    raise C2GError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
+
+
+def stationarity_terms(r: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """w_k ||r_k||^2 per tensor; L_stat is their sum (the relative residual)."""
+    return {k: weights[k] * t.square().sum() for k, t in r.items()}
+
+
+def direction(
+    r: Mapping[str, Tensor], weights: Mapping[str, float], rates: Mapping[str, float], alpha: float
+) -> dict[str, Tensor]:
+    """v_k = dL_stat/dG_k = -2 w_k e^(a (1 - lambda_k)) r_k."""
+    return {k: -2 * weights[k] * math.exp(alpha * (1 - rates[k])) * t for k, t in r.items()}
+
+
+def alpha_gradient(
+    theta: Mapping[str, Tensor],
+    G: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    c: Mapping[str, float],
+    alpha: float,
+    weights: Mapping[str, float],
+) -> Tensor:
+    """dL_stat/da at fixed G and weights: sum_k 2 w_k <r_k, lambda_k c_k theta_k(a) - (1 - lambda_k) e^(a (1 - lambda_k)) G_k>."""
+    r = residual(theta, G, rates, c, alpha)
+    terms = []
+    for k, t in theta.items():
+        slope = rates[k] * c[k] * math.exp(alpha * rates[k]) * t
+        slope = slope - (1 - rates[k]) * math.exp(alpha * (1 - rates[k])) * G[k]
+        terms.append(2 * weights[k] * (r[k] * slope).sum())
+    return torch.stack(terms).sum()
+
+
+def cotangents(
+    G: Mapping[str, Tensor],
+    v: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    sample_loss: Tensor | None = None,
+) -> list[Tensor]:
+    """d/d(inputs) of <v, G> + sample_loss, from the graph that ``kkt_sum(keep_graph=True)`` kept.
+
+    Args:
+        G: the micro-batch's own sum, with its graph.
+        v: the direction from the *global* residual, detached.
+        inputs: x ``[B, *S]`` and mu ``[B, C]`` (leaves or not).
+        sample_loss: any scalar that is a plain sum over samples (duality, prior).
+
+    Returns:
+        one gradient per input, zeros where an input is not reached.
+    """
+    outputs: list[Tensor] = [G[k] for k in v]
+    seeds: list[Tensor | None] = [v[k] for k in v]
+    if sample_loss is not None:
+        outputs.append(sample_loss)
+        seeds.append(None)
+    return list(torch.autograd.grad(outputs, list(inputs), seeds, allow_unused=True, materialize_grads=True))
