@@ -31,3 +31,12 @@ def cannot_write(path: Path, error: OSError) -> C2GError:
     return C2GError(
         f"cannot write {path}: {error.strerror}", "free disk space or choose another folder; earlier files are intact"
     )
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -8,7 +8,7 @@ alone keeps the net homogeneous, biases everywhere make it quasi-homogeneous.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_c2g.errors import C2GError
 
 BIASES = ("all", "first", "none")
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "gelu": nn.GELU,
@@ -120,6 +120,7 @@ class ResidualBlock(nn.Module):
         self.act2 = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, width, H / stride, W / stride]``."""
         branch = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
         out: Tensor = self.act2(branch + self.skip_norm(self.skip(x)))
         return out

@@ -38,7 +38,8 @@ def counted_uniforms(seed: int, step: int, start: int, stop: int, dimensions: in
 
 def normal_quantiles(u: np.ndarray) -> Tensor:
     """Standard normal numbers at the quantiles ``u``, float64, finite also at u = 0."""
-    return torch.special.ndtri(torch.from_numpy(u).clamp(2.0**-53, 1 - 2.0**-53))
+    quantiles: Tensor = torch.special.ndtri(torch.from_numpy(u).clamp(2.0**-53, 1 - 2.0**-53))
+    return quantiles
 
 
 @dataclass
@@ -72,7 +73,7 @@ class LatentSampler:
         self.bank_steps = round(config.bank_fraction * steps)
         self.points = None
         if config.scheme == "sobol":
-            engine = SobolEngine(config.dimensions, scramble=True, seed=seed)
+            engine = SobolEngine(config.dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
             self.points = engine.draw(-(-global_batch // classes), dtype=torch.float64).numpy()
 
     def batch(self, step: int, start: int, stop: int) -> Latents:

@@ -5,6 +5,7 @@ No network uses batch statistics: a sample must not depend on which others share
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -83,30 +84,30 @@ class Box(nn.Module):
     """Maps an unbounded ``t`` into the box of the normalised input space: centre + half tanh(t), started at x near ``start``."""
 
     centre: Tensor
-    half: Tensor
+    half_range: Tensor
     offset: Tensor
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         super().__init__()
         centre, half = (lower + upper) / 2, (upper - lower) / 2
         self.register_buffer("centre", centre)
-        self.register_buffer("half", half)
+        self.register_buffer("half_range", half)
         # t = 0 is x = 0, the mean of the normalised space, unless that lies at the edge, where tanh has no slope
         self.register_buffer("offset", torch.atanh((-centre / half).clamp(-0.8, 0.8)))
 
     def forward(self, t: Tensor) -> Tensor:
         """Normalised inputs of the shape of ``t``, ``[B, *S]``."""
-        return self.centre + self.half * torch.tanh(t + self.offset)
+        return self.centre + self.half_range * torch.tanh(t + self.offset)
 
 
 def perceptron(widths: list[int], last_scale: float) -> nn.Sequential:
     """ReLU net through ``widths``, its last weight matrix scaled by ``last_scale``."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     last = layers[-2]
     with torch.no_grad():
-        last.weight.mul_(last_scale)  # type: ignore[operator,union-attr]
+        last.weight.mul_(last_scale)  # type: ignore[operator]
     return nn.Sequential(*layers[:-1])
 
 
@@ -126,7 +127,7 @@ class ConvImage(nn.Module):
         channels = [config.channels * 2 ** min(i, 3) for i in range(doublings, -1, -1)]
         self.project = nn.Linear(features, channels[0] * self.base**2)
         blocks: list[nn.Module] = []
-        for fan_in, fan_out in zip(channels, channels[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(channels):
             blocks += [
                 nn.GroupNorm(8, fan_in),
                 nn.ReLU(),
@@ -138,7 +139,7 @@ class ConvImage(nn.Module):
             nn.GroupNorm(8, channels[-1]), nn.ReLU(), nn.Conv2d(channels[-1], shape[0], 3, padding=1)
         )
         with torch.no_grad():
-            self.tail[-1].weight.mul_(config.output_scale)  # type: ignore[operator,union-attr]
+            self.tail[-1].weight.mul_(config.output_scale)  # type: ignore[operator]
 
     def forward(self, features: Tensor) -> Tensor:
         """The image before the box."""

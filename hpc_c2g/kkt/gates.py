@@ -7,6 +7,7 @@ fits every layer and every net.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +69,7 @@ class GatedClassifier:
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            graph = fx.symbolic_trace(model)
+            graph = fx.symbolic_trace(copy.deepcopy(model))
         except Exception as error:
             raise C2GError(
                 f"the classifier cannot be traced by torch.fx: {str(error).splitlines()[0]}",

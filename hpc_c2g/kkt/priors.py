@@ -1,0 +1,47 @@
+"""What is known of any image before a classifier is asked: its box, its smoothness, that samples differ (sums over a micro-batch)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Tensor:
+    """1/B sum over samples and entries of (relu(x - upper)^2 + relu(lower - x)^2) / half_range^2; x ``[B, *S]``."""
+    half = (upper - lower) / 2
+    return (((x - upper).relu().square() + (lower - x).relu().square()) / half.square()).sum() / global_batch
+
+
+def total_variation(x: Tensor, global_batch: int) -> Tensor:
+    """1/B sum over samples of the mean absolute difference of neighbouring pixels; x ``[B, channels, H, W]``."""
+    rows, columns = (x[..., 1:, :] - x[..., :-1, :]).abs(), (x[..., 1:] - x[..., :-1]).abs()
+    return (rows.flatten(1).mean(1) + columns.flatten(1).mean(1)).sum() / global_batch
+
+
+def root_mean_square_norm(x: Tensor) -> Tensor:
+    """sqrt(mean_i |x_i|^2) over samples ``[B, *S]``."""
+    return x.detach().flatten(1).square().sum(1).mean().sqrt()
+
+
+def repulsion(
+    x: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor, width: float, global_batch: int
+) -> Tensor:
+    """1/B sum_i mean over same-class references j of exp(-|x_i - x_j| / (width s)), s the references' root mean square norm.
+
+    The references are detached, so that the term is a plain sum over samples and does not depend on the micro-batching.
+
+    Args:
+        x: ``[b, *S]`` with a graph.
+        labels: ``[b]``.
+        reference: ``[M, *S]``, the first M samples of the same global batch.
+        reference_labels: ``[M]``.
+        width: range of the repulsion in units of s.
+        global_batch: B.
+    """
+    flat, others = x.flatten(1), reference.detach().flatten(1)
+    reach = width * root_mean_square_norm(others).clamp_min(1e-12)
+    total = flat.new_zeros(())
+    for label in torch.unique(labels).tolist():
+        distances = torch.cdist(flat[labels == label], others[reference_labels == label])
+        total = total + torch.exp(-distances / reach).mean(1).sum()
+    return total / global_batch

@@ -1,0 +1,43 @@
+"""Image grids as PNG files and arrays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hpc_c2g.files import write_atomically
+
+
+def drawable(shape: tuple[int, ...]) -> bool:
+    """Whether samples of ``shape`` are grey or colour images."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
+    """One picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on grey."""
+    n, channels, h, w = images.shape
+    rows = -(-n // columns)
+    picture = torch.full((channels, rows * (h + padding) + padding, columns * (w + padding) + padding), 0.5)
+    for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+        top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
+        picture[:, top : top + h, left : left + w] = image
+    return picture
+
+
+def save_png(picture: Tensor, path: Path, zoom: int = 1) -> None:
+    """Write ``[channels, H, W]`` in 0..1 as PNG, each pixel ``zoom`` pixels wide."""
+    levels = (picture.mul(255).round().to(torch.uint8)).permute(1, 2, 0).numpy()
+    image = Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def zoom_for(side: int) -> int:
+    """Whole zoom that shows an image of ``side`` pixels at about 40."""
+    return max(1, 40 // side)

@@ -1,0 +1,145 @@
+"""What a run tells while it trains: metrics.jsonl (the truth), TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.monitoring.images import grid
+
+if TYPE_CHECKING:
+    from hpc_c2g.training.config import LogConfig
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class MetricsFile:
+    """metrics.jsonl, a line per logged step; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if line["step"] <= resumed_step]
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = open(path, "a")  # noqa: SIM115 -- held for the length of the run
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line and flush it."""
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a metrics file; a half-written last one is dropped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class RunLog:
+    """Context that logs a run's steps; each channel decides whether it is due.
+
+    Args:
+        run_dir: where metrics.jsonl and tensorboard/ are.
+        config: how often.
+        steps: of the whole run.
+        global_batch: samples per step.
+        resumed_step: 0, or the step of the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, steps: int, global_batch: int, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
+
+        self.config, self.steps, self.global_batch = config, steps, global_batch
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl", resumed_step)
+        purge = resumed_step + 1 if resumed_step else None
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("residual {task.fields[residual]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not config.progress,
+        )
+        self._task = self.progress.add_task("train", total=steps, completed=resumed_step, residual="-")
+        self._since, self._since_step = time.perf_counter(), resumed_step
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.metrics.close()
+        self.board.close()
+
+    def due(self, step: int) -> bool:
+        """Whether scalars are written at ``step``."""
+        return step % self.config.every == 0 or step in (1, self.steps)
+
+    def step(self, step: int, scalars: dict[str, float], margins: Tensor | None, multipliers: Tensor | None) -> None:
+        """Log one step: ``scalars``, and quantiles of scaled margins ``[b]`` and relative multipliers ``[m]``."""
+        self.progress.update(self._task, completed=step, residual=f"{scalars['stationarity']:.4f}")
+        if not self.due(step):
+            return
+        now = time.perf_counter()
+        rate = (step - self._since_step) * self.global_batch / max(now - self._since, 1e-9)
+        self._since, self._since_step = now, step
+        scalars = {**scalars, "samples_per_second": rate, "memory/peak_gib": _peak_memory()}
+        if margins is not None:
+            scalars |= _quantiles("margins", margins)
+        if multipliers is not None:
+            scalars |= _quantiles("multipliers", multipliers)
+            scalars["multipliers/share_of_zeros"] = float((multipliers < 1e-3 * multipliers.mean()).float().mean())
+        self.metrics.write({"step": step, **scalars})
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+
+    def images_due(self, step: int) -> bool:
+        """Whether an image grid is drawn at ``step``."""
+        return step % self.config.images_every == 0 or step in (1, self.steps)
+
+    def images(self, step: int, images: Tensor, columns: int) -> None:
+        """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""
+        self.board.add_image("samples", grid(images, columns), step)
+
+
+def _quantiles(name: str, values: Tensor) -> dict[str, float]:
+    sample = values.flatten().float()
+    sample = sample[:: max(1, len(sample) // 100_000)]
+    points = torch.quantile(sample, torch.tensor(QUANTILES, device=sample.device)).tolist()
+    return {f"{name}/q{round(100 * q):02d}": value for q, value in zip(QUANTILES, points, strict=True)}
+
+
+def _peak_memory() -> float:
+    """Peak memory of the process so far, GiB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,235 @@
+"""Typed settings of a training run; every default was chosen without data of the classifier at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.latents import LatentConfig
+from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
+from hpc_c2g.kkt.stationarity import LEFT_SIDES, WEIGHTINGS
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _require(condition: bool, name: str, value: object, mend: str) -> None:
+    if not condition:
+        raise C2GError(f"{name}={value} is not possible", mend)
+
+
+@dataclass
+class StationarityConfig:
+    """L_stat: its left side, its weighting over tensors, its weight in the loss (0 leaves classification alone)."""
+
+    left_side: str = "identity"
+    weighting: str = "relative"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.left_side in LEFT_SIDES, "stationarity.left_side", self.left_side, f"choose {', '.join(LEFT_SIDES)}"
+        )
+        _require(
+            self.weighting in WEIGHTINGS, "stationarity.weighting", self.weighting, f"choose {', '.join(WEIGHTINGS)}"
+        )
+        _require(self.weight >= 0, "stationarity.weight", self.weight, "give a weight >= 0")
+
+
+@dataclass
+class DualityConfig:
+    """Weights of primal feasibility and complementary slackness."""
+
+    feasibility: float = 0.1
+    slackness: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.feasibility >= 0, "duality.feasibility", self.feasibility, "give a weight >= 0")
+        _require(self.slackness >= 0, "duality.slackness", self.slackness, "give a weight >= 0")
+
+
+@dataclass
+class ScaleConfig:
+    """alpha: its data-free start and its feedback.
+
+    Attributes:
+        start: alpha at step 0; None computes it from probes.
+        caution: factor on the high side of e^a at the start.
+        rate: largest change of alpha per step.
+        target: the rho that the feedback aims at.
+    """
+
+    start: float | None = None
+    caution: float = 1.5
+    rate: float = 0.02
+    target: float = 1.05
+
+    def __post_init__(self) -> None:
+        _require(self.caution > 0, "scale.caution", self.caution, "give a factor > 0")
+        _require(self.rate >= 0, "scale.rate", self.rate, "give a rate >= 0")
+        _require(self.target > 0, "scale.target", self.target, "give a target > 0")
+
+
+@dataclass
+class GateConfig:
+    """Width of the smooth gates in units of the layer's pre-activation scale, annealed geometrically."""
+
+    start: float = 0.5
+    end: float = 0.05
+    anneal_fraction: float = 0.8
+
+    def __post_init__(self) -> None:
+        _require(self.start >= self.end > 0, "gates.start/gates.end", (self.start, self.end), "give start >= end > 0")
+        _require(0 < self.anneal_fraction <= 1, "gates.anneal_fraction", self.anneal_fraction, "give a share in (0, 1]")
+
+
+@dataclass
+class PriorConfig:
+    """Weights of the priors on samples; the repulsion's range and how many reference samples it looks at."""
+
+    box: float = 1.0
+    total_variation: float = 0.0
+    repulsion: float = 0.006
+    repulsion_width: float = 0.5
+    repulsion_references: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("box", "total_variation", "repulsion"):
+            _require(getattr(self, name) >= 0, f"prior.{name}", getattr(self, name), "give a weight >= 0")
+        _require(self.repulsion_width > 0, "prior.repulsion_width", self.repulsion_width, "give a range > 0")
+        _require(self.repulsion_references >= 1, "prior.repulsion_references", self.repulsion_references, "give >= 1")
+
+
+@dataclass
+class OptimiserConfig:
+    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate."""
+
+    rate: float = 1e-3
+    multiplier_rate: float | None = None
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_fraction: float = 0.0
+    final_fraction: float = 0.05
+    gradient_clipping: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rate > 0, "optimiser.rate", self.rate, "give a learning rate > 0")
+        _require(
+            self.multiplier_rate is None or self.multiplier_rate > 0,
+            "optimiser.multiplier_rate",
+            self.multiplier_rate,
+            "give a learning rate > 0, or null for the same as optimiser.rate",
+        )
+        _require(all(0 <= b < 1 for b in self.betas), "optimiser.betas", self.betas, "give two numbers in [0, 1)")
+        _require(
+            0 <= self.warmup_fraction < 1, "optimiser.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
+        )
+        _require(
+            0 <= self.final_fraction <= 1, "optimiser.final_fraction", self.final_fraction, "give a share in [0, 1]"
+        )
+        _require(self.gradient_clipping >= 0, "optimiser.gradient_clipping", self.gradient_clipping, "give 0 for none")
+
+
+@dataclass
+class LogConfig:
+    """How often (in steps) a line of metrics is written, and image grids are drawn."""
+
+    every: int = 10
+    images_every: int = 200
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
+        _require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """How often (in steps) a checkpoint is published, and how many are kept."""
+
+    every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+
+
+@dataclass
+class TrainConfig:
+    """A generator from a classifier bundle.
+
+    Attributes:
+        classifier: folder of the bundle.
+        run_dir: where everything is written; the same folder resumes.
+        steps: optimiser steps.
+        global_batch: B, samples in one KKT sum.
+        micro_batch: samples whose graph is held at once; None holds the whole batch (one pass).
+        seed: of weights, latents and probes.
+        dtype: of the generator's weights; KKT sums are float32 at least.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        deterministic: PyTorch's deterministic algorithms only.
+    """
+
+    classifier: str = "???"
+    run_dir: str = "???"
+    steps: int = 1200
+    global_batch: int = 1000
+    micro_batch: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    deterministic: bool = False
+    generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    stationarity: StationarityConfig = field(default_factory=StationarityConfig)
+    duality: DualityConfig = field(default_factory=DualityConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", self.steps, "give at least one step")
+        _require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        _require(
+            self.micro_batch is None or 1 <= self.micro_batch <= self.global_batch,
+            "micro_batch",
+            self.micro_batch,
+            f"give a number from 1 to global_batch={self.global_batch}, or null for the whole batch",
+        )
+        _require(self.seed >= 0, "seed", self.seed, "give a seed >= 0")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+
+
+GENERATORS: dict[str, type[GeneratorConfig]] = {
+    "mlp": MLPGeneratorConfig,
+    "conv": ConvGeneratorConfig,
+    "free": FreeImagesConfig,
+}
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """The typed configuration of plain values, such as a run's ``config.yaml``.
+
+    Raises:
+        C2GError: an unknown key, or a value of the wrong type or out of range.
+    """
+    name = (values.get("generator") or {}).get("name", "mlp")
+    if name not in GENERATORS:
+        raise C2GError(f"generator.name={name!r} is unknown", f"choose one of {', '.join(GENERATORS)}")
+    try:
+        schema = OmegaConf.structured(TrainConfig)
+        schema.generator = OmegaConf.structured(GENERATORS[name])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, dict(values)))
+    except OmegaConfBaseException as error:
+        raise C2GError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
+    assert isinstance(config, TrainConfig)
+    return config

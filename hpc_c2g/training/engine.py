@@ -1,0 +1,90 @@
+"""The DeepSpeed engine that owns the generator's weights and optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.training.config import TrainConfig
+
+
+class DeepSpeedEngine:
+    """Adam under DeepSpeed for gradients that are *sums* over samples.
+
+    DeepSpeed divides by the number of accumulated micro-batches and by the number of ranks; ``backward`` undoes both, because the
+    surrogate's gradient is already the exact sum.
+
+    Args:
+        module: the generator.
+        config: of the run; ``config.deepspeed`` is laid over the settings made here.
+        micro_batches: per step and rank.
+        device: where the module lives.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, micro_batches: int, device: torch.device) -> None:
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # build messages of a first import
+            import deepspeed
+        # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        multiplier_rate = config.optimiser.multiplier_rate or config.optimiser.rate
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in module.named_parameters() if not n.startswith("multiplier")]},
+            {"params": [p for n, p in module.named_parameters() if n.startswith("multiplier")], "lr": multiplier_rate},
+        ]
+        betas = (config.optimiser.betas[0], config.optimiser.betas[1])
+        optimiser = torch.optim.Adam(groups, lr=config.optimiser.rate, betas=betas)
+        self.base_rates = [float(g["lr"]) for g in optimiser.param_groups]
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts calls of backward; samples are counted by the step
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": config.optimiser.gradient_clipping,  # DeepSpeed's own default clips at 1
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": 0},
+            "bf16": {"enabled": config.dtype == "bfloat16"},
+            "steps_per_print": 10**12,
+            **config.deepspeed,
+        }
+        try:
+            self._engine, self.optimiser, _, _ = deepspeed.initialize(
+                model=module.to(device), optimizer=optimiser, config=settings, dist_init_required=False
+            )
+        except (ValueError, AssertionError, KeyError) as error:
+            raise C2GError(
+                f"deepspeed={config.deepspeed} is refused: {error}", "correct or drop the setting"
+            ) from error
+        self.module: nn.Module = self._engine.module
+        self._undo_averaging = micro_batches * self._engine.dp_world_size
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
+        self._engine.backward(surrogate * self._undo_averaging)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, rate_factor: float) -> None:
+        """Update with the summed gradient at ``rate_factor`` times the base learning rates."""
+        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * rate_factor
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """Norm of the generator's gradient, between the last backward and the step (ZeRO stage 0)."""
+        norms = [p.grad.float().norm() for p in self.module.parameters() if p.grad is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser state."""
+        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])

@@ -1,0 +1,91 @@
+"""A generator training run from its configuration to its last checkpoint. Sees a classifier bundle and no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_c2g.classifiers.bundle import Bundle, load_bundle
+from hpc_c2g.distributed.environment import pick_device, prepare_libraries, process_group
+from hpc_c2g.generators.latents import LatentSampler
+from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.generators.trained import TrainedGenerator
+from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+from hpc_c2g.monitoring.run_log import RunLog
+from hpc_c2g.training.checkpoints import Checkpoints
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.engine import DeepSpeedEngine
+from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.preemption import Preempted, PreemptionFlag
+from hpc_c2g.training.run_directory import RunDirectory
+from hpc_c2g.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a finished run lies, and the steps that this call made (0 where it was complete already)."""
+
+    run_dir: Path
+    steps_made: int
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Train, or go on from the newest checkpoint in ``config.run_dir``.
+
+    Raises:
+        C2GError: bad input (see the modules it comes from), or a non-finite term before an update.
+        Preempted: a signal asked to stop; a checkpoint was published.
+    """
+    bundle = load_bundle(config.classifier)
+    device = pick_device(config.device)
+    prepare_libraries(device, config.deterministic)
+    with RunDirectory(config) as run, process_group(device):
+        return _train(config, bundle, run.path, device)
+
+
+def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.device) -> RunResult:
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
+    checkpoint = checkpoints.latest()
+    resumed = checkpoint.step if checkpoint else 0
+    if resumed >= config.steps:
+        return RunResult(run_dir, 0)
+
+    lower, upper = (bound.float() for bound in bundle.normalisation.box())
+    classes = len(bundle.classes)
+    generator = build_generator(
+        config.generator, config.latents.dimensions, classes, config.global_batch, lower, upper, config.seed
+    )
+    objective = Objective(bundle, config, device, torch.float32)
+    sampler = LatentSampler(config.latents, classes, config.global_batch, config.steps, config.seed)
+    micro_batches = -(-config.global_batch // (config.micro_batch or config.global_batch))
+    engine = DeepSpeedEngine(generator, config, micro_batches, device)
+    train_step = TrainStep(config, objective, sampler, engine, lambda tensors: None, device)
+    if checkpoint is not None:
+        engine.load_state_dict(checkpoint.state["engine"])
+        train_step.load_state_dict(checkpoint.state["scale"])
+
+    trained = TrainedGenerator.of(bundle, generator, config.latents.dimensions)
+
+    def state() -> dict[str, Any]:
+        return {"engine": engine.state_dict(), "scale": train_step.state_dict(), "trained": trained.state_dict()}
+
+    with (
+        PreemptionFlag() as preemption,
+        RunLog(run_dir, config.log, config.steps, config.global_batch, resumed) as log,
+    ):
+        for step in range(resumed + 1, config.steps + 1):
+            result = train_step(step)
+            log.step(step, result.scalars, result.margins, result.multipliers)
+            if log.images_due(step) and drawable(bundle.input_shape):
+                log.images(step, *trained.picture(config.seed))
+            if checkpoints.due(step, config.steps) or preemption.signal_name:
+                checkpoints.publish(step, state())
+            if preemption.signal_name and step < config.steps:
+                raise Preempted(preemption.signal_name, step)
+    if drawable(bundle.input_shape):
+        images, columns = trained.picture(config.seed)
+        save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
+    return RunResult(run_dir, config.steps - resumed)

@@ -1,0 +1,133 @@
+"""What the generator is trained against: the frozen classifier, its rates, and the loss of samples (design: docs/method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.classifiers.rates import find_rates
+from hpc_c2g.kkt import duality, priors, scale, stationarity
+from hpc_c2g.kkt.gates import GatedClassifier
+from hpc_c2g.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The global residual: L_stat per tensor, and the direction v that turns it into cotangents."""
+
+    terms: dict[str, Tensor]
+    direction: dict[str, Tensor]
+
+
+class Objective:
+    """The frozen side of training. Knows no data, no engine and no process.
+
+    Args:
+        bundle: the classifier.
+        config: of the run.
+        device: where the KKT sums are computed.
+        dtype: of the KKT sums, float32 or float64.
+
+    Raises:
+        C2GError: the classifier has no rates (not quasi-homogeneous) or no margin on probes.
+    """
+
+    def __init__(self, bundle: Bundle, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.classes = len(bundle.classes)
+        self.rates = find_rates(bundle.model).parameters
+        self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
+        self.phi = GatedClassifier(bundle.model).to(device, dtype)
+        self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
+        self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalisation.box())
+        self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024))
+        self.is_image = len(bundle.input_shape) == 3
+
+    def _probes(self, count: int) -> Tensor:
+        """Inputs ~ N(box centre, (half range / 4)^2), ``[count, *S]``."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(count, *self.lower.shape, generator=generator, dtype=torch.float64).to(self.lower)
+        return (self.lower + self.upper) / 2 + (self.upper - self.lower) / 8 * noise
+
+    def widths(self, gamma: float) -> dict[str, Tensor]:
+        """Gate widths gamma s."""
+        return {gate: gamma * s for gate, s in self.gate_scales.items()}
+
+    def initial_alpha(self) -> float:
+        """a0, from the configuration or from probes of the classifier."""
+        if self.config.scale.start is not None:
+            return self.config.scale.start
+        widths = self.widths(self.config.gates.end)
+
+        def classify(x: Tensor) -> Tensor:
+            return self.phi(self.theta, widths, x)
+
+        seed = self.config.seed
+        probe = scale.probe_margin(classify, self.lower, self.upper, seed)
+        ascended = scale.ascended_margin(classify, self.lower, self.upper, self.classes, seed)
+        return scale.initial_alpha(probe, ascended, self.config.scale.caution)
+
+    def multiplier_scale(self, alpha: float) -> float:
+        """S = <Lambda theta(a), c theta(a)>."""
+        return stationarity.multiplier_scale(self.theta, self.rates, self.left_side, alpha)
+
+    def kkt_sum(
+        self, gamma: float, x: Tensor, labels: Tensor, multipliers: Tensor, keep_graph: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margins and G of one micro-batch; see ``stationarity.kkt_sum``."""
+        widths = self.widths(gamma)
+
+        def phi(theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+            return self.phi(theta, widths, inputs)
+
+        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph)
+
+    def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
+        """L_stat's terms and direction from the *global* G."""
+        r = stationarity.residual(self.theta, G, self.rates, self.left_side, alpha)
+        weights = stationarity.residual_weights(
+            self.theta, self.rates, self.left_side, alpha, self.config.stationarity.weighting
+        )
+        v = stationarity.direction(r, weights, self.rates, alpha)
+        return Residual(
+            stationarity.stationarity_terms(r, weights), {k: self.config.stationarity.weight * t for k, t in v.items()}
+        )
+
+    def sample_losses(
+        self,
+        margins: Tensor,
+        multipliers: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        alpha: float,
+        reference: tuple[Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Weighted terms that are plain sums over samples: duality and priors, divided by the global batch.
+
+        Args:
+            margins: ``[b, C]``.
+            multipliers: ``[b, C]``.
+            x: ``[b, *S]``.
+            labels: ``[b]``.
+            alpha: the scale.
+            reference: samples and labels that repel, None without repulsion.
+        """
+        config, batch = self.config, self.config.global_batch
+        terms = {
+            "feasibility": config.duality.feasibility * duality.feasibility(margins, labels, alpha, batch),
+            "box": config.prior.box * priors.box_excess(x, self.lower, self.upper, batch),
+        }
+        if config.duality.slackness:
+            S = self.multiplier_scale(alpha)
+            terms["slackness"] = config.duality.slackness * duality.slackness(margins, multipliers, alpha, S)
+        if config.prior.total_variation and self.is_image:
+            terms["total_variation"] = config.prior.total_variation * priors.total_variation(x, batch)
+        if reference is not None:
+            terms["repulsion"] = config.prior.repulsion * priors.repulsion(
+                x, labels, *reference, config.prior.repulsion_width, batch
+            )
+        return terms

@@ -1,0 +1,35 @@
+"""Reading a run back: its configuration and its generator, from the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.generators.trained import TrainedGenerator, normalisation_from
+from hpc_c2g.training.checkpoints import Checkpoints
+from hpc_c2g.training.config import TrainConfig, config_from
+from hpc_c2g.training.run_directory import read_config
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> tuple[TrainConfig, TrainedGenerator]:
+    """The settings and the generator of a run; needs neither the classifier nor data.
+
+    Raises:
+        C2GError: no run there, no checkpoint yet, or all damaged.
+    """
+    folder = Path(run_dir)
+    config = config_from(read_config(folder / "config.yaml"))
+    checkpoint = Checkpoints(folder / "checkpoints", config.checkpoint).latest()
+    if checkpoint is None:
+        raise C2GError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
+    kept = checkpoint.state["trained"]
+    normalisation = normalisation_from(kept)
+    lower, upper = (bound.float() for bound in normalisation.box())
+    module = build_generator(
+        config.generator, kept["dimensions"], len(kept["classes"]), config.global_batch, lower, upper, config.seed
+    )
+    module.load_state_dict(checkpoint.state["engine"]["module"])
+    module.eval().requires_grad_(False)
+    return config, TrainedGenerator(module.float(), kept["dimensions"], kept["classes"], normalisation)

@@ -1,0 +1,122 @@
+"""A run directory: held by one process at a time, bound to one configuration."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.training.config import TrainConfig
+
+# what may differ when a run is resumed: it does not change the result
+FREE_TO_CHANGE = ("run_dir", "classifier", "device", "micro_batch", "log", "checkpoint")
+
+
+class RunDirectory:
+    """Context that holds ``config.run_dir`` by a lock; the kernel drops it with the process, however that ends.
+
+    Raises:
+        C2GError: another process holds it, it belongs to another configuration, or it cannot be written.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = Path(config.run_dir)
+        self.config = config
+
+    def __enter__(self) -> RunDirectory:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise C2GError(
+                f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        try:
+            self._bind()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def _bind(self) -> None:
+        """Write ``config.yaml``, or check that the one there asks for the same run."""
+        file = self.path / "config.yaml"
+        new = plain(self.config)
+        if file.exists():
+            old = read_config(file)
+            differences = [
+                f"{name}={old_value} there, {new_value} now"
+                for name, old_value, new_value in _differences(old, new)
+                if name.split(".")[0] not in FREE_TO_CHANGE
+            ]
+            if differences:
+                raise C2GError(
+                    f"run_dir={self.path} holds a run with other settings: {'; '.join(differences[:4])}",
+                    "choose another run_dir, or the same settings to resume",
+                )
+            return
+        write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)).encode())
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as yaml-safe values."""
+    result: dict[str, Any] = _listed(asdict(config))
+    return result
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``.
+
+    Raises:
+        C2GError: missing or no yaml mapping.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(file.read_text()))
+    except OSError as error:
+        raise C2GError(
+            f"run_dir={file.parent} is no run: {file.name} cannot be read ({error.strerror})",
+            "train first: `c2g train`",
+        ) from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise C2GError(f"{file} is damaged: {str(error).splitlines()[0]}", "train again in another run_dir") from error
+    if not isinstance(values, dict):
+        raise C2GError(f"{file} is damaged: it holds no settings", "train again in another run_dir")
+    return {str(k): v for k, v in values.items()}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if old == new else [(name, old, new)]
