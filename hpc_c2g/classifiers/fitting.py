@@ -36,7 +36,14 @@ class InitConfig:
 
 
 @dataclass
-class MarginFitConfig:
+class FitConfig:
+    """How the weights come about."""
+
+    name: str = "???"
+
+
+@dataclass
+class MarginFitConfig(FitConfig):
     """Rescaled gradient flow to a margin.
 
     Attributes:
@@ -58,7 +65,7 @@ class MarginFitConfig:
 
 
 @dataclass
-class OrdinaryFitConfig:
+class OrdinaryFitConfig(FitConfig):
     """Minibatch training on cross-entropy, as people do it."""
 
     name: str = "ordinary"
@@ -75,6 +82,14 @@ class OrdinaryFitConfig:
         _dtype(self.dtype)
         if self.optimiser not in ("sgd", "adam"):
             raise C2GError(f"fit.optimiser={self.optimiser!r} is unknown", "choose sgd or adam")
+
+
+@dataclass
+class ImportFitConfig(FitConfig):
+    """No fit: a user's own weights, from a state_dict file (torch or safetensors, never unpickled code)."""
+
+    name: str = "import"
+    state_dict: str = "???"
 
 
 def _positive(**values: float) -> None:

@@ -1,0 +1,300 @@
+"""How far a trained classifier is from a KKT point, given its training data: whether any generator can work.
+
+With m_ij the pairwise margins of the n training samples and a = -log(smallest margin), so that theta(a) has margin 1,
+
+    certificate = min over mu >= 0 of   sum_k || c_k e^(a lambda_k) theta_k - e^(a (1 - lambda_k)) sum_ij mu_ij grad_k m_ij ||^2
+                                      / sum_k || c_k e^(a lambda_k) theta_k ||^2,
+
+the smallest L_stat that the training data themselves reach. Like L_stat it is a ratio of *squared* norms: the digits classifier
+64-500-10 at margin 300 has 0.04, where the ratio of norms is 0.2. It is a non-negative least-squares problem in M = n (C - 1)
+multipliers, in float64 with exact ReLU gradients: with J the scaled gradients ``[M, P]`` and b the left side ``[P]`` the numerator is
+(-1, mu) A (-1, mu)^T, A = [[b b, (J b)^T], [J b, J J^T]], and the solver needs A ``[M + 1, M + 1]`` alone. The gradients are those of the
+eval-mode net: BatchNorm nets are stationary only with the batch's statistics in the graph and come out poor. For diagnosis alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.errors import C2GError
+from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
+from hpc_c2g.kkt.stationarity import kkt_sum, left_side, residual, residual_weights
+
+MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
+CHUNK = 256  # samples per forward pass
+LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
+Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
+_RECTIFIERS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Distance of a classifier from a KKT point on its training data.
+
+    Attributes:
+        relative_residual: the certificate, sum_k ||r_k||^2 / sum_k ||c_k e^(a lambda_k) theta_k||^2, in 0..1.
+        per_tensor: ||r_k||^2 / ||c_k e^(a lambda_k) theta_k||^2; where that is zero, ||r_k||^2 over the sum of all tensors' left sides.
+        support_samples: samples with a multiplier above 1e-6 of the largest.
+        samples: n.
+        multipliers: the minimising mu, float64 ``[n, C]``, zero at j = y_i.
+        min_margin: smallest m_ij at the given theta.
+        accuracy: share of samples whose every margin is positive.
+        weighted_margin: rho = sum mu e^a m / sum mu, 1 at a KKT point; nan where every mu is zero.
+        equations: distinct non-constant activation patterns of the first rectifier's units over the data, times the input dimension, at
+            most the number of parameters. Without a rectifier, the number of parameters of the first layer.
+        unknowns: support samples times (input dimension + C - 1).
+        form: of the left side.
+        alpha: the a at which all of it was evaluated.
+    """
+
+    relative_residual: float
+    per_tensor: dict[str, float]
+    support_samples: int
+    samples: int
+    multipliers: Tensor
+    min_margin: float
+    accuracy: float
+    weighted_margin: float
+    equations: int
+    unknowns: int
+    form: str
+    alpha: float
+
+
+def certify(
+    bundle: Bundle,
+    samples: Tensor,
+    labels: Tensor,
+    rates: Mapping[str, float],
+    form: str = "identity",
+    alpha: float | None = None,
+) -> Certificate:
+    """The certificate of ``bundle`` on its own training data, computed on the device of ``samples``.
+
+    Args:
+        bundle: the classifier.
+        samples: normalised inputs ``[n, *S]``, all that the classifier was fitted to.
+        labels: int64 ``[n]``.
+        rates: lambda_k per parameter.
+        form: of the left side, see ``left_side``.
+        alpha: a; by default -log(smallest margin), or 0 where that margin is not positive. The residual of uniform rates does not
+            depend on it, that of others does, strongly.
+
+    Raises:
+        C2GError: data that do not fit the classifier, rates that do not name its parameters, a left side of zero, no convergence.
+    """
+    _check(bundle, samples, labels, rates)
+    model = copy.deepcopy(bundle.model).to(samples.device, torch.float64)
+    theta = {k: p.detach() for k, p in model.named_parameters()}
+    x, y = samples.detach().double(), labels.to(samples.device)
+    spans = _spans(len(x), CHUNK)
+
+    def phi(parameters: Mapping[str, Tensor], batch: Tensor) -> Tensor:
+        logits: Tensor = functional_call(model, dict(parameters), (batch,))
+        return logits
+
+    with torch.no_grad():
+        margins = torch.cat([pairwise_margins(phi(theta, x[s]), y[s]) for s in spans])
+    smallest = smallest_margins(margins, y)
+    min_margin = float(smallest.min())
+    if alpha is None:
+        alpha = -math.log(min_margin) if min_margin > 0 else 0.0
+    c = left_side(rates, form)
+    weight = next(iter(residual_weights(theta, rates, c, alpha).values()))
+    left = {k: c[k] * math.exp(alpha * rates[k]) * t for k, t in theta.items()}
+    scales = {k: math.exp(alpha * (1 - rates[k])) for k in theta}
+    tangent = {k: scales[k] * t for k, t in left.items()}
+    logits = [jvp(lambda t, s=s: phi(t, x[s]), (theta,), (tangent,))[1] for s in spans]
+    pairs = other_classes(y, margins.shape[1])
+    multipliers = torch.zeros_like(margins)
+    products = pairwise_margins(torch.cat(logits), y)[pairs]
+    multipliers[pairs] = _solve(margin_gram(model, scales, x, y), products, 1 / weight)
+    sums = [kkt_sum(phi, theta, x[s], y[s], multipliers[s])[1] for s in spans]
+    G = {k: torch.stack([g[k] for g in sums]).sum(0) for k in theta}
+    squares = {k: float(r.square().sum()) for k, r in residual(theta, G, rates, c, alpha).items()}
+    own = {k: float(t.square().sum()) for k, t in left.items()}
+    support = int((multipliers.amax(1) > 1e-6 * multipliers.max()).sum())
+    mass, value = float(multipliers.sum()), float((multipliers * margins).sum())
+    return Certificate(
+        relative_residual=weight * sum(squares.values()),
+        per_tensor={k: s / own[k] if own[k] > 0 else weight * s for k, s in squares.items()},
+        support_samples=support,
+        samples=len(y),
+        multipliers=multipliers,
+        min_margin=min_margin,
+        accuracy=float((smallest > 0).double().mean()),
+        weighted_margin=math.exp(alpha) * value / mass if mass > 0 else math.nan,
+        equations=count_equations(model, x),
+        unknowns=support * (x[0].numel() + margins.shape[1] - 1),
+        form=form,
+        alpha=alpha,
+    )
+
+
+def verdict(certificate: Certificate) -> str:
+    """Whether a generator is likely to work, and why, in plain words."""
+    accuracy, margin, residual = certificate.accuracy, certificate.min_margin, certificate.relative_residual
+    if accuracy < 1 or margin <= 0:
+        state = f"{accuracy:.1%} of the training samples are right, the smallest margin is {margin:.3g}"
+        return f"not converged: {state}; fit the classifier on until every margin is large"
+    worst = max(certificate.per_tensor.items(), key=lambda item: item[1])[0]
+    text = f"the training data leave {residual:.3f} of the weights unexplained"
+    if residual < LIKELY:
+        text = f"likely to work: {text} (below {LIKELY})"
+    elif residual <= UNLIKELY:
+        text = f"doubtful: {text} ({LIKELY} to {UNLIKELY}), most of {worst}; fit the classifier to a larger margin"
+    else:
+        text = f"unlikely to work: {text} (above {UNLIKELY}), most of {worst}; start the fit from smaller weights"
+    equations, unknowns = certificate.equations, certificate.unknowns
+    if equations < unknowns:
+        text += f"; warning: {equations} equations for {unknowns} unknowns, use a wider first layer or fewer samples"
+    return text
+
+
+def _check(bundle: Bundle, samples: Tensor, labels: Tensor, rates: Mapping[str, float]) -> None:
+    classes, shape, n = len(bundle.classes), bundle.input_shape, len(samples)
+    fit = n > 0 and samples.shape == (n, *shape) and labels.shape == (n,)
+    if not fit or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise C2GError(
+            f"samples {list(samples.shape)} and labels {list(labels.shape)} do not fit {list(shape)}, {classes} classes",
+            f"give samples of the shape [n, {', '.join(map(str, shape))}] and n labels in 0..{classes - 1}",
+        )
+    odd = sorted(rates.keys() ^ bundle.parameters.keys())
+    if odd:
+        raise C2GError(f"rates do not match the parameters at {', '.join(odd)}", "give one rate per parameter")
+
+
+def _spans(total: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, total, size)]
+
+
+def _solve(gram: Tensor, products: Tensor, square: float) -> Tensor:
+    """argmin over mu >= 0 of ||b - J^T mu||^2 from J J^T ``[M, M]``, J b ``[M]`` and b b, through a factor of A."""
+    size = gram.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(size > 0, math.sqrt(square) / size, 0.0)  # columns and right side of the same norm
+    A = torch.ones(len(size) + 1, len(size) + 1).to(gram)
+    A[1:, 1:] = scale[:, None] * gram * scale / square
+    A[0, 1:] = A[1:, 0] = scale * products / square
+    lower, singular = torch.linalg.cholesky_ex(A)
+    if singular:
+        values, vectors = torch.linalg.eigh(A)  # thirty times slower
+        lower = vectors * values.clamp(min=0).sqrt()
+    factor = lower.T.cpu().numpy()
+    try:
+        solution, _ = nnls(factor[:, 1:], factor[:, 0], maxiter=30 * len(factor))
+    except RuntimeError as error:
+        raise C2GError(f"the certificate of {len(products)} margins did not converge", "give fewer samples") from error
+    return torch.from_numpy(solution).to(gram) * scale
+
+
+def margin_gram(model: nn.Module, scales: Mapping[str, float], x: Tensor, y: Tensor, memory: int = MEMORY) -> Tensor:
+    """J J^T: sum_k s_k^2 <grad_k m_ij, grad_k m_i'j'> over all j != y_i, ``[M, M]``, rows ordered by i, then j.
+
+    A linear layer called once on a batch of vectors a_i has grad m_ij = delta_ij a_i^T, whose inner products are <delta, delta'> <a, a'>,
+    and <delta, delta'> for its bias: no gradient is built. Those of all
+    other tensors are, block of rows by block of rows, the second block of each pair anew where not all fit.
+
+    Args:
+        model: in eval mode, in the dtype of ``x``.
+        scales: s_k = e^(a (1 - lambda_k)) per parameter.
+        x: ``[n, *S]``.
+        y: labels ``[n]``.
+        memory: bytes for the row gradients (at least one row is held).
+    """
+    theta = {k: p.detach() for k, p in model.named_parameters()}
+    parts = [_linear_factors(model, theta, x[s], y[s]) for s in _spans(len(x), CHUNK)]
+    classes = model(x[:1]).shape[1]
+    rows, others = other_classes(y, classes).nonzero(as_tuple=True)
+    gram = torch.zeros(len(rows), len(rows)).to(x)
+    for weight, bias in parts[0]:
+        inputs, deltas = (torch.cat(t) for t in zip(*(p[weight, bias] for p in parts), strict=True))
+        delta = deltas[rows, others]
+        kernel = scales[weight] ** 2 * (inputs @ inputs.T)[rows][:, rows]
+        gram += (delta @ delta.T) * (kernel + scales[bias] ** 2 if bias else kernel)
+    rest = {k: t for k, t in theta.items() if not any(k in names for names in parts[0])}
+    if not rest:
+        return gram
+
+    def margin(part: dict[str, Tensor], sample: Tensor, sign: Tensor) -> Tensor:
+        return torch.sum(functional_call(model, {**theta, **part}, (sample[None],))[0] * sign)
+
+    def block(span: slice) -> Tensor:
+        sign = F.one_hot(y[rows[span]], classes).to(x) - F.one_hot(others[span], classes).to(x)
+        gradients = vmap(grad(margin), (None, 0, 0))(rest, x[rows[span]], sign)
+        return torch.cat([scales[k] * gradients.pop(k).flatten(1) for k in rest], 1)
+
+    # a quarter: two blocks, and the gradients of the second before and after they are scaled
+    spans = _spans(len(rows), max(1, memory // (4 * x.element_size() * sum(t.numel() for t in rest.values()))))
+    for i, one in enumerate(spans):
+        first = block(one)
+        gram[one, one] += first @ first.T
+        for other in spans[i + 1 :]:
+            product = first @ block(other).T
+            gram[one, other] += product
+            gram[other, one] += product.T
+    return gram
+
+
+def _linear_factors(model: nn.Module, theta: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Factors:
+    """(weight, bias or "") -> a ``[B, in]`` and delta_ij = dm_ij/d(output) ``[B, C, out]`` of each layer that allows the product form."""
+    leaves = {k: t.clone().requires_grad_() for k, t in theta.items()}
+    names = {id(t): k for k, t in leaves.items()}
+    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    own = {m for m in model.modules() if type(m) is nn.Linear and all(uses.count(id(p)) < 2 for p in m.parameters())}
+    calls: list[tuple[tuple[str, str], Tensor, Tensor]] = []
+
+    def record(module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        calls.append(((names[id(module.weight)], names.get(id(module.bias), "")), inputs[0].detach(), out))
+        return out.clone()  # an activation in place must not overwrite the recorded output
+
+    hooks = [m.register_forward_hook(record) for m in own]
+    margins = pairwise_margins(functional_call(model, leaves, (x,)), y)
+    for hook in hooks:
+        hook.remove()
+    keys = [key for key, _, _ in calls]
+    once = [c for c in calls if keys.count(c[0]) == 1 and c[1].ndim == 2]
+    if not once:
+        return {}
+    outs = [out for _, _, out in once]
+    columns = [torch.autograd.grad(m.sum(), outs, retain_graph=True, materialize_grads=True) for m in margins.T]
+    return {call[0]: (call[1], torch.stack(delta, 1)) for call, *delta in zip(once, *columns, strict=True)}
+
+
+class _FirstGates(TorchFunctionMode):
+    """Keeps the gates z > 0 of the first rectifier that runs, ``[B, units]``."""
+
+    gates: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.gates is None and func in _RECTIFIERS:
+            self.gates = (args[0] > 0).flatten(1)
+        return func(*args, **(kwargs or {}))
+
+
+def count_equations(model: nn.Module, x: Tensor) -> int:
+    """Distinct non-constant columns of the first gate matrix ``[n, units]`` times the input dimension, see ``Certificate``."""
+    gates = []
+    for s in _spans(len(x), CHUNK):
+        with torch.no_grad(), _FirstGates() as tap:
+            model(x[s])
+        gates += [tap.gates] if tap.gates is not None else []
+    sizes = {k: p.numel() for k, p in model.named_parameters()}
+    if not gates:
+        layer = next(iter(sizes)).rpartition(".")[0]
+        return sum(size for k, size in sizes.items() if k.rpartition(".")[0] == layer)
+    columns = torch.cat(gates).T.cpu().numpy()
+    patterns = len(np.unique(np.packbits(columns[columns.any(1) & ~columns.all(1)], axis=1), axis=0))
+    return min(patterns * x[0].numel(), sum(sizes.values()))
