@@ -1,0 +1,38 @@
+"""``c2g VERB [overrides]`` and ``python -m launch VERB [overrides]``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+VERBS = {
+    "classifier": "fit a classifier to the margin on a data set, or import your own, into a bundle",
+    "certify": "how close is a classifier to a KKT point (uses its training data)",
+    "train": "train a generator from a classifier bundle, without data",
+    "sample": "draw images from a trained generator: a PNG grid or an .npz",
+    "evaluate": "judge a generator against real data, beside its baselines",
+    "demo": "all of it on handwritten digits",
+}
+
+
+def main() -> None:
+    """Dispatch to the verb's module."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print("usage: c2g VERB [field=value ...]     c2g VERB --help tells the fields\n")
+        print("\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items()))
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    verb = sys.argv.pop(1)
+    if verb in ("--version", "version"):
+        print(importlib.import_module("hpc_c2g").__version__)
+        return
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
+        print(f"c2g: error: there is no verb {verb!r} -- {hint}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"launch.{verb}").main()
+
+
+if __name__ == "__main__":
+    main()

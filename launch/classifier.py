@@ -1,0 +1,41 @@
+"""``c2g classifier``: fit or import a classifier into a bundle."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from hpc_c2g.classifiers.fitting import ImportFitConfig, MarginFitConfig, OrdinaryFitConfig
+from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
+from hpc_c2g.data.config import DataConfig
+from launch.cli import run_verb
+
+DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
+FITS: dict[str, dict[str, type]] = {
+    "fit": {"margin": MarginFitConfig, "ordinary": OrdinaryFitConfig, "import": ImportFitConfig}
+}
+
+
+def classifier(config: ClassifierConfig) -> None:
+    """Make the bundle and say what it is."""
+    console = Console(stderr=True)
+    with console.status("fitting the classifier") as status:
+        goal = f" of {config.fit.target_margin:g}" if isinstance(config.fit, MarginFitConfig) else ""
+        name = "smoothed margin" if goal else "loss"
+        bundle, record = make_classifier(
+            config, lambda step, value: status.update(f"fitting the classifier: step {step}, {name} {value:.4g}{goal}")
+        )
+    if "held_out_accuracy" in record:
+        print(
+            f"classifier: smallest margin {record['smallest_margin']:.1f}, train accuracy {record['train_accuracy']:.3f},"
+            f" held-out accuracy {record['held_out_accuracy']:.3f} ({record['steps']} steps, {record['seconds']:.0f} s)"
+        )
+    print(f"bundle: {config.out} ({len(bundle.classes)} classes, input {list(bundle.input_shape)})")
+
+
+def main() -> None:
+    """Entry point."""
+    run_verb("classifier", ClassifierConfig, classifier, DATA | FITS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What every verb shares: Hydra composition into a typed configuration, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import hpc_c2g
+from hpc_c2g.errors import C2GError
+
+T = TypeVar("T")
+EXIT_USER_ERROR = 2
+
+
+def config_folder() -> Path:
+    """The configs: inside the package in an installed wheel, beside it in a checkout."""
+    package = Path(hpc_c2g.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def run_verb(
+    verb: str, schema: type[T], main: Callable[[T], None], groups: dict[str, dict[str, type]] | None = None
+) -> None:
+    """Compose ``configs/<verb>.yaml`` with the overrides in sys.argv and call ``main`` with the typed configuration.
+
+    Args:
+        verb: name of the verb and of its config.
+        schema: dataclass of the whole configuration.
+        main: does the work.
+        groups: per Hydra group, the dataclass of each choice.
+    """
+    register(verb, schema, groups or {})
+    sys.argv[0] = f"c2g {verb}"
+    try:
+        _check_overrides(verb, sys.argv[1:])
+    except C2GError as error:
+        _fail(verb, error)
+
+    def task(config: DictConfig) -> None:
+        try:
+            main(typed(config, schema))
+        except C2GError as error:
+            _fail(verb, error)
+
+    hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(task)()
+
+
+def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
+    """Make the dataclasses known to Hydra: ``<verb>_schema`` and ``<group>/<choice>_schema``."""
+    store = ConfigStore.instance()
+    store.store(name=f"{verb}_schema", node=schema)
+    for group, choices in groups.items():
+        for choice, node in choices.items():
+            store.store(group=group, name=f"{choice}_schema", node=node)
+
+
+def typed(config: DictConfig, schema: type[T]) -> T:
+    """The dataclass of a composed configuration, every ``__post_init__`` check passed.
+
+    Raises:
+        C2GError: a mandatory value is missing, or a check failed.
+    """
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise C2GError(f"{missing[0]} is not given", f"add {missing[0]}=VALUE to the command line")
+    try:
+        result = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise C2GError(str(error).splitlines()[0], "give it on the command line") from error
+    assert isinstance(result, schema)
+    extra = set(_keys(OmegaConf.to_container(config))) - set(_keys(asdict(result)))  # type: ignore[call-overload]
+    if extra:  # Hydra's +key=value adds what no dataclass has
+        raise C2GError(f"there is no setting {min(extra)!r}", "drop it; see --help for what can be set")
+    return result
+
+
+def _fail(verb: str, error: C2GError) -> None:
+    print(f"c2g {verb}: error: {error}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _check_overrides(verb: str, argv: list[str]) -> None:
+    """Compose once before Hydra does, to turn its several lines into one that says how to mend it."""
+    args = get_args_parser().parse_args(argv)
+    if args.multirun or args.help or args.hydra_help or args.config_dir or args.config_path or args.config_name:
+        return
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
+            known = list(_keys(OmegaConf.to_container(compose(verb))))
+            compose(verb, overrides=args.overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _readable(error, known) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _readable(error: Exception, known: list[str]) -> C2GError:
+    text = f"{error}\n{error.__cause__ or ''}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and "append" in text:
+        close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5)
+        mend = f"did you mean {' or '.join(close)}?" if close else "see --help for what can be set"
+        return C2GError(f"there is no setting {unknown[1]!r}", mend)
+    choice = re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", text)
+    if choice:
+        options = re.search(r"Available options in '[^']+':\s*((?:\s+\S+)+?)\n(?:\S|$)", text)
+        names = [n for n in options[1].split() if not n.endswith("_schema")] if options else []
+        group, _, name = choice[1].rpartition("/")
+        return C2GError(f"{group}={name} is unknown", f"choose one of {', '.join(names)}" if names else "see --help")
+    wrong = re.search(r"Value '?(.+?)'? (?:of type '\w+' )?(could not be converted to \w+|is not .+)", text)
+    key = re.search(r"full_key: (\S+)", text)
+    if wrong and key:
+        return C2GError(f"{key[1]}={wrong[1]} {wrong[2]}", f"give {key[1]} a value of the right type")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line.strip() != "None"]
+    return C2GError(" ".join(lines[:2]), "see --help for what can be set")
+
+
+def _keys(value: Any, prefix: str = "") -> Any:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{prefix}{key}"
+            yield from _keys(item, f"{prefix}{key}.")
