@@ -11,7 +11,7 @@ from torch.quasirandom import SobolEngine
 
 from hpc_c2g.errors import C2GError
 
-SCHEMES = ("normal", "sobol")
+SCHEMES = ("stratified", "sobol", "normal")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class LatentConfig:
 
     Attributes:
         dimensions: d.
-        scheme: ``sobol`` (one scrambled Sobol set per class, shifted mod 1 at random) or ``normal``.
+        scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
+            coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
         bank_fraction: share of the steps during which the same bank of latents returns at every step.
     """
 
-    dimensions: int = 4
-    scheme: str = "sobol"
-    bank_fraction: float = 0.7
+    dimensions: int = 2
+    scheme: str = "stratified"
+    bank_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dimensions < 1:
@@ -72,9 +73,11 @@ class LatentSampler:
         self.config, self.classes, self.seed = config, classes, seed
         self.bank_steps = round(config.bank_fraction * steps)
         self.points = None
-        if config.scheme == "sobol":
+        per_class = -(-global_batch // classes)
+        if config.scheme != "normal":
             engine = SobolEngine(config.dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-            self.points = engine.draw(-(-global_batch // classes), dtype=torch.float64).numpy()
+            self.points = engine.draw(per_class, dtype=torch.float64).numpy()
+        self.lattice = per_class if config.scheme == "stratified" else None
 
     def batch(self, step: int, start: int, stop: int) -> Latents:
         """Samples ``start`` to ``stop`` of the global batch of ``step`` (counted from 1)."""
@@ -84,7 +87,10 @@ class LatentSampler:
             u = counted_uniforms(self.seed, key, start, stop, self.config.dimensions)
         else:
             shifts = counted_uniforms(self.seed, key, 0, self.classes, self.config.dimensions)
-            u = (self.points[index.numpy() // self.classes] + shifts[index.numpy() % self.classes]) % 1.0
+            place, label = index.numpy() // self.classes, index.numpy() % self.classes
+            u = (self.points[place] + shifts[label]) % 1.0
+            if self.lattice is not None:  # the shift moves a point within its own part of the lattice
+                u[:, 0] = (place + shifts[label, 0]) / self.lattice
         return Latents(normal_quantiles(u), index % self.classes, index)
 
 

@@ -19,15 +19,28 @@ from hpc_c2g.kkt.duality import neutral_logit
 
 @dataclass
 class GeneratorConfig:
-    """What all generators share."""
+    """What all generators share.
+
+    Attributes:
+        name: of the kind.
+        codes: learned codes per class; the first latent coordinate selects one of them (the quantile of z_0 in equal parts), the
+            others vary around it. 0: no codes, the class alone is embedded.
+        embedding: length of a code, or of the class embedding.
+        gain: on the continuous latents.
+        multiplier_widths: hidden layers of the multiplier network (without codes; with codes it is a table with a row per code).
+        output_scale: on the last weights at the start.
+    """
 
     name: str = "mlp"
+    codes: int = 20
+    embedding: int = 64
+    gain: float = 0.1
     multiplier_widths: list[int] = field(default_factory=lambda: [128, 128])
-    embedding: int = 16
-    gain: float = 2.0
     output_scale: float = 0.3
 
     def __post_init__(self) -> None:
+        if self.codes < 0:
+            raise C2GError(f"generator.codes={self.codes} is negative", "give codes per class, or 0 for none")
         if self.embedding < 1:
             raise C2GError(f"generator.embedding={self.embedding} is too small", "give at least 1")
         if not self.multiplier_widths or min(self.multiplier_widths) < 1:
@@ -43,7 +56,7 @@ class MLPGeneratorConfig(GeneratorConfig):
     """Fully connected generator."""
 
     name: str = "mlp"
-    widths: list[int] = field(default_factory=lambda: [256, 256])
+    widths: list[int] = field(default_factory=lambda: [256])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +110,8 @@ class Box(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Normalised inputs of the shape of ``t``, ``[B, *S]``."""
-        return self.centre + self.half_range * torch.tanh(t + self.offset)
+        x: Tensor = self.centre + self.half_range * torch.tanh(t + self.offset)
+        return x
 
 
 def perceptron(widths: list[int], last_scale: float) -> nn.Sequential:
@@ -148,8 +162,30 @@ class ConvImage(nn.Module):
         return image[:, :, : self.shape[1], : self.shape[2]]
 
 
+class Condition(nn.Module):
+    """(z, y) to features: the class embedding beside z, or one of the class's learned codes, selected by z_0, beside the rest of z."""
+
+    def __init__(self, config: GeneratorConfig, dimensions: int, classes: int) -> None:
+        super().__init__()
+        self.codes, self.gain = config.codes, config.gain
+        self.table = nn.Embedding(classes * max(1, config.codes), config.embedding)
+        self.features = config.embedding + dimensions - (1 if config.codes else 0)
+
+    def rows(self, latents: Latents) -> Tensor:
+        """Row of the table per sample, ``[B]``."""
+        if not self.codes:
+            return latents.labels
+        quantile = torch.special.ndtr(latents.z[:, 0].double())
+        return latents.labels * self.codes + (quantile * self.codes).long().clamp(0, self.codes - 1)
+
+    def forward(self, latents: Latents) -> Tensor:
+        """Features ``[B, features]``."""
+        z = latents.z[:, 1:] if self.codes else latents.z
+        return torch.cat([self.gain * z.to(self.table.weight), self.table(self.rows(latents))], 1)
+
+
 class Generator(nn.Module):
-    """Conditional generator and multiplier network over a shared class embedding."""
+    """Conditional generator of images, and multipliers over the same condition."""
 
     def __init__(
         self,
@@ -160,9 +196,9 @@ class Generator(nn.Module):
         upper: Tensor,
     ) -> None:
         super().__init__()
-        self.gain, shape = config.gain, tuple(lower.shape)
-        self.embed = nn.Embedding(classes, config.embedding)
-        features = dimensions + config.embedding
+        shape = tuple(lower.shape)
+        self.condition = Condition(config, dimensions, classes)
+        features = self.condition.features
         if isinstance(config, ConvGeneratorConfig):
             self.image: nn.Module = ConvImage(features, shape, config)
         else:
@@ -170,22 +206,31 @@ class Generator(nn.Module):
                 perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
             )
         self.box = Box(lower, upper)
-        self.multiplier = perceptron([features, *config.multiplier_widths, classes], 1.0)
         self.neutral = neutral_logit(classes)
-
-    def _features(self, latents: Latents) -> Tensor:
-        z = latents.z.to(self.embed.weight)
-        return torch.cat([self.gain * z, self.embed(latents.labels)], 1)
+        if config.codes:
+            self.multiplier: nn.Module = nn.Embedding(classes * config.codes, classes)
+            nn.init.zeros_(self.multiplier.weight)
+        else:
+            self.multiplier = perceptron([features, *config.multiplier_widths, classes], 1.0)
 
     def images(self, latents: Latents) -> Tensor:
         """x ``[B, *S]`` in the classifier's normalised space."""
-        x: Tensor = self.box(self.image(self._features(latents)))
+        x: Tensor = self.box(self.image(self.condition(latents)))
         return x
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
-        features = self._features(latents)
-        return self.box(self.image(features)), self.multiplier(features) + self.neutral
+        features = self.condition(latents)
+        h = self.multiplier(self.condition.rows(latents) if self.condition.codes else features)
+        return self.box(self.image(features)), h + self.neutral
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by learning rate: images, codes, multipliers."""
+        return {
+            "images": list(self.image.parameters()),
+            "codes": list(self.condition.parameters()),
+            "multipliers": list(self.multiplier.parameters()),
+        }
 
 
 class FreeImages(nn.Module):
@@ -203,6 +248,10 @@ class FreeImages(nn.Module):
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
         return self.images(latents), self.multiplier[latents.index % len(self.image)]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by learning rate: images, multipliers."""
+        return {"images": [self.image], "multipliers": [self.multiplier]}
 
 
 def build_generator(

@@ -93,7 +93,7 @@ class PriorConfig:
 
     box: float = 1.0
     total_variation: float = 0.0
-    repulsion: float = 0.006
+    repulsion: float = 0.0
     repulsion_width: float = 0.5
     repulsion_references: int = 1000
 
@@ -109,20 +109,16 @@ class OptimiserConfig:
     """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate."""
 
     rate: float = 1e-3
-    multiplier_rate: float | None = None
+    code_rate: float = 0.02
+    multiplier_rate: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     warmup_fraction: float = 0.0
     final_fraction: float = 0.05
     gradient_clipping: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.rate > 0, "optimiser.rate", self.rate, "give a learning rate > 0")
-        _require(
-            self.multiplier_rate is None or self.multiplier_rate > 0,
-            "optimiser.multiplier_rate",
-            self.multiplier_rate,
-            "give a learning rate > 0, or null for the same as optimiser.rate",
-        )
+        for name in ("rate", "code_rate", "multiplier_rate"):
+            _require(getattr(self, name) > 0, f"optimiser.{name}", getattr(self, name), "give a learning rate > 0")
         _require(all(0 <= b < 1 for b in self.betas), "optimiser.betas", self.betas, "give two numbers in [0, 1)")
         _require(
             0 <= self.warmup_fraction < 1, "optimiser.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
@@ -176,8 +172,8 @@ class TrainConfig:
 
     classifier: str = "???"
     run_dir: str = "???"
-    steps: int = 1200
-    global_batch: int = 1000
+    steps: int = 3000
+    global_batch: int = 200
     micro_batch: int | None = None
     seed: int = 0
     dtype: str = "float32"

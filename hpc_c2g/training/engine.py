@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.training.config import TrainConfig
 
 
@@ -27,17 +28,20 @@ class DeepSpeedEngine:
         device: where the module lives.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, micro_batches: int, device: torch.device) -> None:
+    def __init__(
+        self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, device: torch.device
+    ) -> None:
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # build messages of a first import
             import deepspeed
         # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        multiplier_rate = config.optimiser.multiplier_rate or config.optimiser.rate
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in module.named_parameters() if not n.startswith("multiplier")]},
-            {"params": [p for n, p in module.named_parameters() if n.startswith("multiplier")], "lr": multiplier_rate},
-        ]
+        rates = {
+            "images": config.optimiser.rate,
+            "codes": config.optimiser.code_rate,
+            "multipliers": config.optimiser.multiplier_rate,
+        }
+        groups = [{"params": params, "lr": rates[name]} for name, params in module.parameter_groups().items()]
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(groups, lr=config.optimiser.rate, betas=betas)
         self.base_rates = [float(g["lr"]) for g in optimiser.param_groups]
