@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -32,20 +31,11 @@ def prepare_libraries(device: torch.device, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """A process group for the one process of this run (gloo on CPU, nccl on GPU); one that exists already is left as it is."""
+def ensure_process_group(device: torch.device) -> None:
+    """The process group of this process (gloo on CPU, nccl on GPU), made once: DeepSpeed keeps handles to it until the process ends."""
     if dist.is_initialized():
-        yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}  # DeepSpeed reads these itself
-    before = {name: os.environ.get(name) for name in launcher}
-    os.environ.update(launcher)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    atexit.register(dist.destroy_process_group)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")  # DeepSpeed reads these itself

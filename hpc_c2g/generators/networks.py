@@ -175,8 +175,10 @@ class Condition(nn.Module):
         """Row of the table per sample, ``[B]``."""
         if not self.codes:
             return latents.labels
-        quantile = torch.special.ndtr(latents.z[:, 0].double())
-        return latents.labels * self.codes + (quantile * self.codes).long().clamp(0, self.codes - 1)
+        quantile: Tensor = torch.special.ndtr(latents.z[:, 0].double())
+        code = (quantile * self.codes).long().clamp(0, self.codes - 1)
+        row: Tensor = latents.labels * self.codes + code
+        return row
 
     def forward(self, latents: Latents) -> Tensor:
         """Features ``[B, features]``."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
-from hpc_c2g.distributed.environment import pick_device, prepare_libraries, process_group
+from hpc_c2g.distributed.environment import ensure_process_group, pick_device, prepare_libraries
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
@@ -42,7 +42,8 @@ def train(config: TrainConfig) -> RunResult:
     bundle = load_bundle(config.classifier)
     device = pick_device(config.device)
     prepare_libraries(device, config.deterministic)
-    with RunDirectory(config) as run, process_group(device):
+    ensure_process_group(device)
+    with RunDirectory(config) as run:
         return _train(config, bundle, run.path, device)
 
 

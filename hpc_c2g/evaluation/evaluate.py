@@ -1,0 +1,154 @@
+"""Judge a trained generator against real data, beside its baselines. Apart from training and after it: this module *uses real data*."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.data.dataset import Split
+from hpc_c2g.data.load import load_split
+from hpc_c2g.data.record import fitted_data
+from hpc_c2g.errors import C2GError
+from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real_baseline
+from hpc_c2g.files import write_atomically
+from hpc_c2g.generators.networks import FreeImagesConfig
+from hpc_c2g.generators.trained import TrainedGenerator
+from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.loop import train
+from hpc_c2g.training.results import load_run
+
+PAIRS = 40
+"""Training images in the side-by-side picture."""
+
+
+@dataclass
+class EvaluateConfig:
+    """What to judge.
+
+    Attributes:
+        run_dir: of the generator.
+        data: the classifier's own data; None takes what its record names.
+        count: samples to judge.
+        seed: of the samples and of the split of held-out data.
+        baselines: train and judge the baselines too (kept in ``run_dir/baselines``).
+        classification_steps: steps of the baseline generator without stationarity, at most the run's own.
+        free_steps: steps of the free images.
+    """
+
+    run_dir: str = "???"
+    data: DataConfig | None = None
+    count: int = 1000
+    seed: int = 0
+    baselines: bool = True
+    classification_steps: int = 1000
+    free_steps: int = 3000
+
+    def __post_init__(self) -> None:
+        for name in ("count", "classification_steps", "free_steps"):
+            if getattr(self, name) < 1:
+                raise C2GError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
+
+
+def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Judge the run, write ``evaluation.json`` and ``nearest.png`` into it, and return the result.
+
+    Raises:
+        C2GError: no run, no data, or data that do not fit the classifier.
+    """
+    run_dir = Path(config.run_dir)
+    settings, generator = load_run(run_dir)
+    data = fitted_data(settings.classifier, config.data)
+    split = load_split(data)
+    _check_fit(generator, split, data)
+    samples, labels = generator.sample(config.count, config.seed)
+    tell("judging the generator")
+    result: dict[str, Any] = {
+        "uses_real_data": True,
+        **judge(samples, labels, split, config.seed),
+        "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
+        "baselines": _baselines(config, settings, split, run_dir, tell) if config.baselines else {},
+    }
+    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=2).encode())
+    if drawable(generator.input_shape):
+        save_png(side_by_side(samples, split.train.samples), run_dir / "nearest.png", zoom_for(samples.shape[-1]))
+    return result
+
+
+def _baselines(
+    config: EvaluateConfig, settings: TrainConfig, split: Split, run_dir: Path, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The same figures for real images, noise, a generator without stationarity and the peers' free images."""
+
+    def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
+        return judge(samples, labels, split, config.seed)
+
+    tell("baseline: held-out real images and noise")
+    shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)
+    baselines = {
+        "real": real_baseline(split, config.seed),
+        "noise": judged(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
+    }
+    tell("baseline: a generator trained on classification alone")
+    without = replace(
+        settings,
+        run_dir=str(run_dir / "baselines" / "classification_only"),
+        steps=min(config.classification_steps, settings.steps),
+        stationarity=replace(settings.stationarity, weight=0.0),
+        scale=replace(settings.scale, rate=0.0),
+    )
+    train(without)
+    baselines["classification_only"] = judged(
+        *load_run(without.run_dir)[1].sample(config.count, config.seed, by_multipliers=False)
+    )
+    tell("baseline: free images, the reconstruction peers' method")
+    count = 2 * -(-len(split.train) // classes) * classes
+    free = replace(
+        settings,
+        run_dir=str(run_dir / "baselines" / "free_images"),
+        steps=config.free_steps,
+        global_batch=count,
+        micro_batch=None,
+        generator=FreeImagesConfig(),
+        scale=replace(settings.scale, rate=0.01),
+        optimiser=replace(settings.optimiser, rate=0.01, multiplier_rate=0.01),
+    )
+    train(free)
+    images = load_run(free.run_dir)[1]
+    baselines["free_images"] = judged(*images.sample(count, config.seed, by_multipliers=False))
+    baselines["free_images_by_multipliers"] = judged(*images.sample(config.count, config.seed))
+    return baselines
+
+
+def _check_fit(generator: TrainedGenerator, split: Split, data: DataConfig) -> None:
+    shape = tuple(split.train.samples.shape[1:])
+    if shape != generator.input_shape:
+        raise C2GError(
+            f"data={data.name} has samples of shape {list(shape)}, the generator makes {list(generator.input_shape)}",
+            "name the data that the classifier was fitted to",
+        )
+    if len(split.train.classes) != len(generator.classes):
+        raise C2GError(
+            f"data={data.name} has {len(split.train.classes)} classes, the generator {len(generator.classes)}",
+            "name the data that the classifier was fitted to",
+        )
+
+
+def side_by_side(samples: Tensor, train: Tensor) -> Tensor:
+    """A picture ``[channels, H, W]``: each training image with its nearest sample below it, the best pairs first."""
+    nearest = samples[nearest_pairs(samples, train)]
+    order = (nearest - train).flatten(1).norm(dim=1).argsort()[:PAIRS]
+    columns = min(20, len(order))
+    rows = []
+    for start in range(0, len(order), columns):
+        chosen = order[start : start + columns]
+        rows.append(grid(torch.cat([train[chosen], nearest[chosen]]), len(chosen)))
+    width = rows[0].shape[2]
+    return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[2]), value=0.5) for row in rows], 1)

@@ -1,0 +1,58 @@
+"""``c2g evaluate``: judge a generator against real data, beside its baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hpc_c2g.evaluation.evaluate import EvaluateConfig
+from hpc_c2g.evaluation.evaluate import evaluate as judge_run
+from launch.classifier import DATA
+from launch.cli import run_verb
+
+COLUMNS = {
+    "oracle_accuracy": "oracle",
+    "transfer_accuracy": "transfer",
+    "proximity": "proximity",
+    "coverage": "coverage",
+    "diversity": "diversity",
+    "ssim_sample_to_train": "SSIM sample>train",
+    "ssim_train_to_sample": "SSIM train>sample",
+}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The run and its baselines, one line each."""
+    out = Table(title="uses real data, computed after training")
+    out.add_column("samples")
+    for name in COLUMNS.values():
+        out.add_column(name, justify="right")
+    for name, row in {"generator": result, **result["baselines"]}.items():
+        out.add_row(name, *(_cell(row[key]) for key in COLUMNS), style="bold" if name == "generator" else "")
+    return out
+
+
+def _cell(value: Any) -> str:
+    value = value["mean"] if isinstance(value, dict) else value
+    return "-" if value is None else f"{value:.3f}"
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Judge, and print the table and the paths."""
+    console = Console(stderr=True)
+    result = judge_run(config, lambda text: console.print(f"evaluate: {text}"))
+    Console(width=130).print(table(result))
+    print(
+        f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    run_verb("evaluate", EvaluateConfig, evaluate, DATA)
+
+
+if __name__ == "__main__":
+    main()

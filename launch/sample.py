@@ -1,0 +1,68 @@
+"""``c2g sample``: images from a trained generator, as a PNG grid or an .npz."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.files import write_atomically
+from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+from hpc_c2g.training.results import load_run
+from launch.cli import run_verb
+
+
+@dataclass
+class SampleConfig:
+    """What to draw.
+
+    Attributes:
+        run_dir: of the generator.
+        count: number of samples, cycling through the classes.
+        out: a .png (grid) or .npz (samples, labels, classes).
+        seed: other seeds, other samples.
+        by_multipliers: in proportion to the samples' multipliers, or plainly.
+    """
+
+    run_dir: str = "???"
+    count: int = 100
+    out: str = "???"
+    seed: int = 0
+    by_multipliers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise C2GError(f"count={self.count} is too small", "draw at least one sample")
+        if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
+            raise C2GError(f"out={self.out} has no known ending", "end it with .png or .npz")
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw and write."""
+    _, generator = load_run(config.run_dir)
+    samples, labels = generator.sample(config.count, config.seed, config.by_multipliers)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, samples=samples.numpy(), labels=labels.numpy(), classes=np.array(generator.classes))
+        write_atomically(out, buffer.getvalue())
+    elif drawable(generator.input_shape):
+        save_png(grid(samples, len(generator.classes)), out, zoom_for(samples.shape[-1]))
+    else:
+        raise C2GError(
+            f"out={out}: samples of shape {list(generator.input_shape)} are no images", "write an .npz instead"
+        )
+    print(f"written: {out} ({config.count} samples of {len(generator.classes)} classes)")
+
+
+def main() -> None:
+    """Entry point."""
+    run_verb("sample", SampleConfig, sample)
+
+
+if __name__ == "__main__":
+    main()
