@@ -89,6 +89,16 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     return result
 
 
+def composed(verb: str, overrides: list[str]) -> DictConfig:
+    """``configs/<verb>.yaml`` with overrides, also from inside another verb."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
+            return compose(verb, overrides=overrides)
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def _fail(verb: str, error: C2GError) -> None:
     print(f"c2g {verb}: error: {error}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
@@ -99,15 +109,11 @@ def _check_overrides(verb: str, argv: list[str]) -> None:
     args = get_args_parser().parse_args(argv)
     if args.multirun or args.help or args.hydra_help or args.config_dir or args.config_path or args.config_name:
         return
-    GlobalHydra.instance().clear()
+    known = list(_keys(OmegaConf.to_container(composed(verb, []))))
     try:
-        with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
-            known = list(_keys(OmegaConf.to_container(compose(verb))))
-            compose(verb, overrides=args.overrides)
+        composed(verb, args.overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, known) from error
-    finally:
-        GlobalHydra.instance().clear()
 
 
 def _readable(error: Exception, known: list[str]) -> C2GError:

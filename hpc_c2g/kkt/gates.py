@@ -69,7 +69,7 @@ class GatedClassifier:
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            graph = fx.symbolic_trace(copy.deepcopy(model))
+            graph = fx.symbolic_trace(copy.deepcopy(model).eval())
         except Exception as error:
             raise C2GError(
                 f"the classifier cannot be traced by torch.fx: {str(error).splitlines()[0]}",

@@ -69,7 +69,9 @@ def initial_alpha(probe: float, ascended: float, caution: float = 1.5) -> float:
     return -math.log(math.sqrt(probe * ascended) / caution)
 
 
-def feedback(alpha: float, alpha0: float, rho: float, rate: float = 0.02, target: float = 1.05) -> float:
-    """a <- min(a0, a - rate clip(log(rho / target), -1, 1)), complementary slackness as a control loop."""
-    error = math.log(rho / target) if rho > 0 else -1.0
+def feedback(
+    alpha: float, alpha0: float, rho: float, rate: float = 0.02, target: float = 1.05, gain: float = 1.0
+) -> float:
+    """a <- min(a0, a - rate clip(gain log(rho / target), -1, 1)), complementary slackness as a control loop."""
+    error = gain * math.log(rho / target) if rho > 0 else -1.0
     return min(alpha0, alpha - rate * max(-1.0, min(1.0, error)))

@@ -61,16 +61,19 @@ class ScaleConfig:
         caution: factor on the high side of e^a at the start.
         rate: largest change of alpha per step.
         target: the rho that the feedback aims at.
+        gain: on log(rho / target) before it is clipped to [-1, 1].
     """
 
     start: float | None = None
     caution: float = 1.5
     rate: float = 0.02
     target: float = 1.05
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.caution > 0, "scale.caution", self.caution, "give a factor > 0")
         _require(self.rate >= 0, "scale.rate", self.rate, "give a rate >= 0")
+        _require(self.gain > 0, "scale.gain", self.gain, "give a gain > 0")
         _require(self.target > 0, "scale.target", self.target, "give a target > 0")
 
 

@@ -125,7 +125,10 @@ class TrainStep:
 
         result = self._result(step, residual.terms, terms, sums, norms, micro, S)
         self.engine.step(rate_factor(config.optimiser, step, config.steps))
-        self.alpha = scale.feedback(alpha, self.alpha0, result.scalars["rho"], config.scale.rate, config.scale.target)
+        settings = config.scale
+        self.alpha = scale.feedback(
+            alpha, self.alpha0, result.scalars["rho"], settings.rate, settings.target, settings.gain
+        )
         return result
 
     def _micro_batch(self, step: int, piece: tuple[int, int], gamma: float, S: float, keep_graph: bool) -> MicroBatch:
