@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ def run_verb(
     """
     register(verb, schema, groups or {})
     sys.argv[0] = f"c2g {verb}"
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing a user can mend
     try:
         _check_overrides(verb, sys.argv[1:])
     except C2GError as error:

@@ -145,7 +145,7 @@ def fit_margin(
     for step in range(1, config.max_steps + 1):
         logits = model(x)
         loss = smoothed_margin(logits, labels)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise C2GError(
                 f"fitting diverged at step {step}: the smoothed margin is {value}", "lower fit.rate or init.hidden"
@@ -198,7 +198,7 @@ def fit_ordinary(
             optimiser.step()
             step += 1
             if report is not None and step % 50 == 0:
-                report(step, float(loss))
+                report(step, float(loss.detach()))
     model.eval()
     return step
 
