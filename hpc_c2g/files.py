@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,20 +10,22 @@ from hpc_c2g.errors import C2GError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary neighbour, flush to the disk, rename; on failure the old file stays as it was.
+    """Write to a temporary neighbour, flush to the disk, rename; on failure the old file stays as it was. Makes the folder.
 
     Raises:
         C2GError: the file system refused (full, read-only, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise cannot_write(path, error) from error
 
 

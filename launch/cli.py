@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import hpc_c2g
@@ -65,10 +65,13 @@ def run_verb(
 def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
     """Make the dataclasses known to Hydra: ``<verb>_schema`` and ``<group>/<choice>_schema``."""
     store = ConfigStore.instance()
-    store.store(name=f"{verb}_schema", node=schema)
+    whole = OmegaConf.structured(schema)
     for group, choices in groups.items():
+        if len(set(choices.values())) > 1:  # another choice's dataclass is no kind of the default one
+            whole[group] = MISSING
         for choice, node in choices.items():
             store.store(group=group, name=f"{choice}_schema", node=node)
+    store.store(name=f"{verb}_schema", node=whole)
 
 
 def typed(config: DictConfig, schema: type[T]) -> T:

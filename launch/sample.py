@@ -36,16 +36,17 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise C2GError(f"count={self.count} is too small", "draw at least one sample")
+        if not 0 <= self.seed < 2**63:
+            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
         if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
             raise C2GError(f"out={self.out} has no known ending", "end it with .png or .npz")
 
 
 def sample(config: SampleConfig) -> None:
     """Draw and write."""
-    _, generator = load_run(config.run_dir)
+    generator = load_run(config.run_dir).generator
     samples, labels = generator.sample(config.count, config.seed, config.by_multipliers)
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez_compressed(buffer, samples=samples.numpy(), labels=labels.numpy(), classes=np.array(generator.classes))

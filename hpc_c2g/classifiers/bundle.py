@@ -166,7 +166,6 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         "input_shape": list(bundle.input_shape),
         "sha256": hashlib.sha256(blob).hexdigest(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, blob)
     write_atomically(folder / META, json.dumps(meta, indent=2).encode())
 

@@ -96,8 +96,8 @@ class ClassifierConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise C2GError(f"seed={self.seed} is negative", "give a seed >= 0")
+        if not 0 <= self.seed < 2**63:
+            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
 
 
 def make_classifier(

@@ -21,9 +21,8 @@ from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
-from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.results import load_run
+from hpc_c2g.training.results import Run, load_run
 
 PAIRS = 40
 """Training images in the side-by-side picture."""
@@ -55,6 +54,8 @@ class EvaluateConfig:
         for name in ("count", "classification_steps", "free_steps"):
             if getattr(self, name) < 1:
                 raise C2GError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
+        if not 0 <= self.seed < 2**63:
+            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
 
 
 def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
         C2GError: no run, no data, or data that do not fit the classifier.
     """
     run_dir = Path(config.run_dir)
-    settings, generator = load_run(run_dir)
+    run = load_run(run_dir)
+    settings, generator = run.config, run.generator
     data = fitted_data(settings.classifier, config.data)
     split = load_split(data)
     _check_fit(generator, split, data)
@@ -74,7 +76,7 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
         "uses_real_data": True,
         **judge(samples, labels, split, config.seed),
         "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
-        "baselines": _baselines(config, settings, split, run_dir, tell) if config.baselines else {},
+        "baselines": _baselines(config, run, split, tell) if config.baselines else {},
     }
     write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=2).encode())
     if drawable(generator.input_shape):
@@ -82,10 +84,10 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
     return result
 
 
-def _baselines(
-    config: EvaluateConfig, settings: TrainConfig, split: Split, run_dir: Path, tell: Callable[[str], None]
-) -> dict[str, Any]:
+def _baselines(config: EvaluateConfig, run: Run, split: Split, tell: Callable[[str], None]) -> dict[str, Any]:
     """The same figures for real images, noise, a generator without stationarity and the peers' free images."""
+
+    settings, run_dir = run.config, Path(config.run_dir)
 
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         return judge(samples, labels, split, config.seed)
@@ -102,11 +104,11 @@ def _baselines(
         run_dir=str(run_dir / "baselines" / "classification_only"),
         steps=min(config.classification_steps, settings.steps),
         stationarity=replace(settings.stationarity, weight=0.0),
-        scale=replace(settings.scale, rate=0.0),
+        scale=replace(settings.scale, start=run.alpha, rate=0.0),  # without multipliers alpha cannot be learned
     )
     train(without)
     baselines["classification_only"] = judged(
-        *load_run(without.run_dir)[1].sample(config.count, config.seed, by_multipliers=False)
+        *load_run(without.run_dir).generator.sample(config.count, config.seed, by_multipliers=False)
     )
     tell("baseline: free images, the reconstruction peers' method")
     count = 2 * -(-len(split.train) // classes) * classes
@@ -117,11 +119,10 @@ def _baselines(
         global_batch=count,
         micro_batch=None,
         generator=FreeImagesConfig(),
-        scale=replace(settings.scale, rate=0.01),
         optimiser=replace(settings.optimiser, rate=0.01, multiplier_rate=0.01),
     )
     train(free)
-    images = load_run(free.run_dir)[1]
+    images = load_run(free.run_dir).generator
     baselines["free_images"] = judged(*images.sample(count, config.seed, by_multipliers=False))
     baselines["free_images_by_multipliers"] = judged(*images.sample(config.count, config.seed))
     return baselines

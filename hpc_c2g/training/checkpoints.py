@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Checkpoints:
         blob = buffer.getvalue()
         meta = {"step": step, "sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for stale in self.folder.glob(".step_*.tmp"):  # of a process that was killed while it wrote
+                shutil.rmtree(stale, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, content in ((STATE, blob), (META, json.dumps(meta).encode())):
                 with open(temporary / name, "wb") as file:
@@ -95,8 +97,9 @@ class Checkpoints:
             path = self._path(step)
             try:
                 return Checkpoint(step, _read(path), path)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before", stacklevel=2)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"checkpoint {path} is damaged ({reason}); trying the one before", stacklevel=2)
         if steps:
             raise C2GError(f"every checkpoint in {self.folder} is damaged", "train again in another run_dir")
         return None

@@ -57,8 +57,9 @@ class ScaleConfig:
     """alpha: its data-free start and its feedback.
 
     Attributes:
-        start: alpha at step 0; None computes it from probes.
-        caution: factor on the high side of e^a at the start.
+        start: alpha at step 0; None computes it from probes and the pilot.
+        caution: factor on the high side of e^a that the probes' estimate gets.
+        pilot_steps: steps of a short run on free images that brings alpha close before the generator starts.
         rate: largest change of alpha per step.
         target: the rho that the feedback aims at.
         gain: on log(rho / target) before it is clipped to [-1, 1].
@@ -66,12 +67,15 @@ class ScaleConfig:
 
     start: float | None = None
     caution: float = 1.5
+    pilot_steps: int = 400
     rate: float = 0.02
-    target: float = 1.05
-    gain: float = 1.0
+    target: float = 1.0
+    gain: float = 5.0
 
     def __post_init__(self) -> None:
+        _require(self.start is None or abs(self.start) <= 100, "scale.start", self.start, "give alpha in [-100, 100]")
         _require(self.caution > 0, "scale.caution", self.caution, "give a factor > 0")
+        _require(self.pilot_steps >= 0, "scale.pilot_steps", self.pilot_steps, "give a number of steps, or 0 for none")
         _require(self.rate >= 0, "scale.rate", self.rate, "give a rate >= 0")
         _require(self.gain > 0, "scale.gain", self.gain, "give a gain > 0")
         _require(self.target > 0, "scale.target", self.target, "give a target > 0")
@@ -122,7 +126,8 @@ class OptimiserConfig:
     def __post_init__(self) -> None:
         for name in ("rate", "code_rate", "multiplier_rate"):
             _require(getattr(self, name) > 0, f"optimiser.{name}", getattr(self, name), "give a learning rate > 0")
-        _require(all(0 <= b < 1 for b in self.betas), "optimiser.betas", self.betas, "give two numbers in [0, 1)")
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _require(two, "optimiser.betas", self.betas, "give two numbers in [0, 1)")
         _require(
             0 <= self.warmup_fraction < 1, "optimiser.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
         )
@@ -175,7 +180,7 @@ class TrainConfig:
 
     classifier: str = "???"
     run_dir: str = "???"
-    steps: int = 3000
+    steps: int = 2000
     global_batch: int = 200
     micro_batch: int | None = None
     seed: int = 0
@@ -203,7 +208,7 @@ class TrainConfig:
             self.micro_batch,
             f"give a number from 1 to global_batch={self.global_batch}, or null for the whole batch",
         )
-        _require(self.seed >= 0, "seed", self.seed, "give a seed >= 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
 

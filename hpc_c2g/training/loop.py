@@ -19,6 +19,7 @@ from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.pilot import pilot_alpha
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
 from hpc_c2g.training.step import TrainStep
@@ -63,7 +64,8 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
     sampler = LatentSampler(config.latents, classes, config.global_batch, config.steps, config.seed)
     micro_batches = -(-config.global_batch // (config.micro_batch or config.global_batch))
     engine = DeepSpeedEngine(generator, config, micro_batches, device)
-    train_step = TrainStep(config, objective, sampler, engine, lambda tensors: None, device)
+    alpha0 = pilot_alpha(objective, config, device) if checkpoint is None else 0.0  # a resumed run brings its own
+    train_step = TrainStep(config, objective, sampler, engine, lambda tensors: None, device, alpha0)
     if checkpoint is not None:
         engine.load_state_dict(checkpoint.state["engine"])
         train_step.load_state_dict(checkpoint.state["scale"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,12 @@ class Objective:
         self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024))
         self.is_image = len(bundle.input_shape) == 3
 
+    def for_config(self, config: TrainConfig) -> Objective:
+        """The same classifier under other settings (batch, weights of the terms)."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
     def _probes(self, count: int) -> Tensor:
         """Inputs ~ N(box centre, (half range / 4)^2), ``[count, *S]``."""
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -58,9 +65,7 @@ class Objective:
         return {gate: gamma * s for gate, s in self.gate_scales.items()}
 
     def initial_alpha(self) -> float:
-        """a0, from the configuration or from probes of the classifier."""
-        if self.config.scale.start is not None:
-            return self.config.scale.start
+        """a0 on the high side, from probes of the classifier."""
         widths = self.widths(self.config.gates.end)
 
         def classify(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_c2g.errors import C2GError
@@ -13,8 +14,18 @@ from hpc_c2g.training.config import TrainConfig, config_from
 from hpc_c2g.training.run_directory import read_config
 
 
-def load_run(run_dir: str | os.PathLike[str]) -> tuple[TrainConfig, TrainedGenerator]:
-    """The settings and the generator of a run; needs neither the classifier nor data.
+@dataclass(frozen=True)
+class Run:
+    """What a run has come to so far: its settings, its generator, its alpha, the step of its newest checkpoint."""
+
+    config: TrainConfig
+    generator: TrainedGenerator
+    alpha: float
+    step: int
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> Run:
+    """Read a run; needs neither the classifier nor data.
 
     Raises:
         C2GError: no run there, no checkpoint yet, or all damaged.
@@ -32,4 +43,5 @@ def load_run(run_dir: str | os.PathLike[str]) -> tuple[TrainConfig, TrainedGener
     )
     module.load_state_dict(checkpoint.state["engine"]["module"])
     module.eval().requires_grad_(False)
-    return config, TrainedGenerator(module.float(), kept["dimensions"], kept["classes"], normalisation)
+    generator = TrainedGenerator(module.float(), kept["dimensions"], kept["classes"], normalisation)
+    return Run(config, generator, checkpoint.state["scale"]["alpha"], checkpoint.step)

@@ -108,7 +108,7 @@ def read_config(file: Path) -> dict[str, Any]:
             f"run_dir={file.parent} is no run: {file.name} cannot be read ({error.strerror})",
             "train first: `c2g train`",
         ) from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise C2GError(f"{file} is damaged: {str(error).splitlines()[0]}", "train again in another run_dir") from error
     if not isinstance(values, dict):
         raise C2GError(f"{file} is damaged: it holds no settings", "train again in another run_dir")

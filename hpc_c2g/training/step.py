@@ -71,10 +71,11 @@ class TrainStep:
         engine: Engine,
         reduce: Callable[[list[Tensor]], None],
         device: torch.device,
+        alpha0: float,
     ) -> None:
         self.config, self.objective, self.sampler, self.engine = config, objective, sampler, engine
         self.reduce, self.device = reduce, device
-        self.alpha = self.alpha0 = objective.initial_alpha()
+        self.alpha = self.alpha0 = alpha0
         size = config.micro_batch or config.global_batch
         self.slices = [(i, min(i + size, config.global_batch)) for i in range(0, config.global_batch, size)]
 
@@ -174,7 +175,7 @@ class TrainStep:
             if not math.isfinite(value):
                 raise C2GError(
                     f"step {step}: the term {name!r} is {value}; the generator was not updated",
-                    "resume with a lower optimiser.rate, or look at the classifier's weights",
+                    "train in another run_dir with a lower optimiser.rate, or look at the classifier's weights",
                 )
         gradient_x, gradient_mu = math.sqrt(numbers.pop("gx")), math.sqrt(numbers.pop("gmu"))
         total_mu, mu_m = numbers.pop("mu"), numbers.pop("mu_m")
