@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import hpc_c2g
 from hpc_c2g.errors import C2GError
+from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
 
 T = TypeVar("T")
 EXIT_USER_ERROR = 2
@@ -58,6 +60,9 @@ def run_verb(
             main(typed(config, schema))
         except C2GError as error:
             _fail(verb, error)
+        except Preempted as stop:
+            print(f"c2g {verb}: {stop}", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT if stop.signal_name == "SIGINT" else EXIT_PREEMPTED)
 
     hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(task)()
 
@@ -105,7 +110,7 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
 
 
 def _fail(verb: str, error: C2GError) -> None:
-    print(f"c2g {verb}: error: {error}", file=sys.stderr)
+    print(f"c2g {verb}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 
@@ -114,7 +119,13 @@ def _check_overrides(verb: str, argv: list[str]) -> None:
     args = get_args_parser().parse_args(argv)
     if args.multirun or args.help or args.hydra_help or args.config_dir or args.config_path or args.config_name:
         return
-    known = list(_keys(OmegaConf.to_container(composed(verb, []))))
+    plain = OmegaConf.to_container(composed(verb, []))
+    assert isinstance(plain, dict)
+    known = list(_keys(plain))
+    chosen = [override.partition("=")[0] for override in args.overrides]
+    for group in {name.partition(".")[0] for name in chosen if "." in name} - set(chosen):
+        if group in plain and plain[group] is None:
+            raise C2GError(f"a field of {group} is set, but no {group} is chosen", f"add {group}=NAME")
     try:
         composed(verb, args.overrides)
     except (HydraException, OmegaConfBaseException) as error:

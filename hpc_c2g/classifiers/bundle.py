@@ -72,6 +72,11 @@ class Bundle:
         return next(self.model.parameters()).dtype
 
     @property
+    def fingerprint(self) -> str:
+        """Checksum of weights, buffers and normalisation: the same for the same classifier, wherever it lies."""
+        return hashlib.sha256(save_safetensors(_tensors(self))).hexdigest()
+
+    @property
     def parameters(self) -> dict[str, Tensor]:
         """theta: one detached tensor per parameter name."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -153,12 +158,17 @@ def load_state_dict_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def save_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write the bundle, each file complete or absent; the json (with the weights' checksum) comes last."""
+def _tensors(bundle: Bundle) -> dict[str, Tensor]:
     state = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in bundle.model.state_dict().items()}
     norm = bundle.normalisation
-    state |= {f"normalisation.{k}": getattr(norm, k).cpu().contiguous() for k in ("mean", "scale", "lower", "upper")}
-    blob = save_safetensors(state)
+    return state | {
+        f"normalisation.{k}": getattr(norm, k).cpu().contiguous() for k in ("mean", "scale", "lower", "upper")
+    }
+
+
+def save_bundle(bundle: Bundle, folder: Path) -> None:
+    """Write the bundle, each file complete or absent; the json (with the weights' checksum) comes last."""
+    blob = save_safetensors(_tensors(bundle))
     meta = {
         "format": FORMAT,
         "architecture": bundle.architecture,

@@ -53,7 +53,7 @@ class LatentConfig:
         bank_fraction: share of the steps during which the same bank of latents returns at every step.
     """
 
-    dimensions: int = 2
+    dimensions: int = 4
     scheme: str = "stratified"
     bank_fraction: float = 0.0
 

@@ -34,7 +34,7 @@ class GeneratorConfig:
     name: str = "mlp"
     codes: int = 20
     embedding: int = 64
-    gain: float = 0.1
+    gain: float = 0.2
     multiplier_widths: list[int] = field(default_factory=lambda: [128, 128])
     output_scale: float = 0.3
 
@@ -240,16 +240,25 @@ class FreeImages(nn.Module):
 
     def __init__(self, config: FreeImagesConfig, count: int, classes: int, lower: Tensor, upper: Tensor) -> None:
         super().__init__()
+        if count < classes:
+            raise C2GError(
+                f"global_batch={count} is too small for generator=free", f"give an image per class, at least {classes}"
+            )
         self.image = nn.Parameter(config.start * torch.randn(count, *lower.shape))
         self.multiplier = nn.Parameter(torch.full((count, classes), neutral_logit(classes)))
 
     def images(self, latents: Latents) -> Tensor:
-        """x ``[B, *S]``; indices beyond the count start again at 0."""
-        return self.image[latents.index % len(self.image)]
+        """x ``[B, *S]``."""
+        return self.image[self._places(latents.index)]
+
+    def _places(self, index: Tensor) -> Tensor:
+        """Indices beyond the count start again at 0, after as many images of each class."""
+        count, classes = self.multiplier.shape
+        return torch.where(index < count, index, index % (count - count % classes))
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
-        return self.images(latents), self.multiplier[latents.index % len(self.image)]
+        return self.images(latents), self.multiplier[self._places(latents.index)]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, multipliers."""

@@ -74,7 +74,7 @@ class TrainedGenerator:
         classes = len(self.classes)
         factor = OVERSAMPLING if by_multipliers else 1
         if isinstance(self.module, FreeImages):  # a finite set: every candidate once
-            total = max(count, len(self.module.image)) if by_multipliers else count
+            total = len(self.module.image) if by_multipliers else count
         else:
             total = factor * -(-count // classes) * classes
         latents = fresh_latents(seed, total, self.dimensions, classes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.monitoring.images import grid
 
@@ -35,11 +38,9 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and flush it."""
-        try:
+        with _writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -71,7 +72,7 @@ class RunLog:
     def __init__(self, run_dir: Path, config: LogConfig, steps: int, global_batch: int, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
 
-        self.config, self.steps, self.global_batch = config, steps, global_batch
+        self.run_dir, self.config, self.steps, self.global_batch = run_dir, config, steps, global_batch
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", resumed_step)
         purge = resumed_step + 1 if resumed_step else None
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
@@ -97,8 +98,13 @@ class RunLog:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.metrics.close()
-        self.board.close()
+        try:
+            with _writing(self.run_dir):
+                self.metrics.close()
+                self.board.close()
+        except C2GError:
+            if kind is None:  # else the first failure is the one to tell
+                raise
 
     def due(self, step: int) -> bool:
         """Whether scalars are written at ``step``."""
@@ -119,8 +125,9 @@ class RunLog:
             scalars |= _quantiles("multipliers", multipliers)
             scalars["multipliers/share_of_zeros"] = float((multipliers < 1e-3 * multipliers.mean()).float().mean())
         self.metrics.write({"step": step, **scalars})
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        with _writing(self.run_dir / "tensorboard"):
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
 
     def images_due(self, step: int) -> bool:
         """Whether an image grid is drawn at ``step``."""
@@ -128,7 +135,16 @@ class RunLog:
 
     def images(self, step: int, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""
-        self.board.add_image("samples", grid(images, columns), step)
+        with _writing(self.run_dir / "tensorboard"):
+            self.board.add_image("samples", grid(images, columns), step)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:

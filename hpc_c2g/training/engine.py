@@ -60,10 +60,17 @@ class DeepSpeedEngine:
             self._engine, self.optimiser, _, _ = deepspeed.initialize(
                 model=module.to(device), optimizer=optimiser, config=settings, dist_init_required=False
             )
-        except (ValueError, AssertionError, KeyError) as error:
+        except Exception as error:  # of any kind: DeepSpeed checks little before it uses a value
+            if not config.deepspeed:
+                raise
+            reason = " ".join(str(error).split())
             raise C2GError(
-                f"deepspeed={config.deepspeed} is refused: {error}", "correct or drop the setting"
+                f"deepspeed={config.deepspeed} is refused: {reason}", "correct or drop the setting"
             ) from error
+        if self._engine.zero_optimization_stage():  # its optimiser state is neither plain tensors nor bitwise resumable
+            raise C2GError(
+                f"deepspeed={config.deepspeed} asks for ZeRO, which checkpoints do not support", "drop the setting"
+            )
         self.module: nn.Module = self._engine.module
         self._undo_averaging = micro_batches * self._engine.dp_world_size
 

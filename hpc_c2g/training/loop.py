@@ -10,6 +10,7 @@ import torch
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.distributed.environment import ensure_process_group, pick_device, prepare_libraries
+from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
@@ -52,6 +53,12 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     checkpoint = checkpoints.latest()
     resumed = checkpoint.step if checkpoint else 0
+    fingerprint = bundle.fingerprint
+    if checkpoint and checkpoint.state["classifier"] != fingerprint:
+        raise C2GError(
+            f"run_dir={run_dir} holds a run of another classifier than classifier={config.classifier}",
+            "choose another run_dir, or the classifier that the run began with",
+        )
     if resumed >= config.steps:
         return RunResult(run_dir, 0)
 
@@ -73,7 +80,12 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
     trained = TrainedGenerator.of(bundle, generator, config.latents.dimensions)
 
     def state() -> dict[str, Any]:
-        return {"engine": engine.state_dict(), "scale": train_step.state_dict(), "trained": trained.state_dict()}
+        return {
+            "engine": engine.state_dict(),
+            "scale": train_step.state_dict(),
+            "trained": trained.state_dict(),
+            "classifier": fingerprint,
+        }
 
     with (
         PreemptionFlag() as preemption,
@@ -84,11 +96,12 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
             log.step(step, result.scalars, result.margins, result.multipliers)
             if log.images_due(step) and drawable(bundle.input_shape):
                 log.images(step, *trained.picture(config.seed))
-            if checkpoints.due(step, config.steps) or preemption.signal_name:
+            if step == config.steps and drawable(bundle.input_shape):  # before the last checkpoint: complete means all
+                images, columns = trained.picture(config.seed)
+                save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
+            stop = preemption.signal_name  # read once: it may come at any moment
+            if checkpoints.due(step, config.steps) or stop:
                 checkpoints.publish(step, state())
-            if preemption.signal_name and step < config.steps:
-                raise Preempted(preemption.signal_name, step)
-    if drawable(bundle.input_shape):
-        images, columns = trained.picture(config.seed)
-        save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
+            if stop and step < config.steps:
+                raise Preempted(stop, step)
     return RunResult(run_dir, config.steps - resumed)
