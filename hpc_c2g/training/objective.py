@@ -10,10 +10,29 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.classifiers.rates import find_rates
+from hpc_c2g.classifiers.rates import find_rates, verify_rates
+from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import duality, priors, scale, stationarity
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.training.config import TrainConfig
+
+RATE_TOLERANCE = 1e-6
+
+
+def verified_rates(bundle: Bundle) -> dict[str, float]:
+    """lambda_k of the classifier, read off its graph and checked on random inputs.
+
+    Raises:
+        C2GError: it is not quasi-homogeneous, or it does not compute what its graph says.
+    """
+    rates = find_rates(bundle.model)
+    error = verify_rates(bundle.model, rates, bundle.input_shape)
+    if not error < RATE_TOLERANCE:
+        raise C2GError(
+            f"the rates found for the classifier fail on random inputs (relative error {error:.1e})",
+            "its forward does something that its graph does not show, such as an in-place change; rewrite it",
+        )
+    return rates.parameters
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Objective:
     def __init__(self, bundle: Bundle, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
         self.classes = len(bundle.classes)
-        self.rates = find_rates(bundle.model).parameters
+        self.rates = verified_rates(bundle)
         self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
         self.phi = GatedClassifier(bundle.model).to(device, dtype)
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
