@@ -155,7 +155,7 @@ def fit_margin(
         previous = value
         if (
             value < 0
-            and float(smallest_margins(pairwise_margins(logits, labels), labels).min()) >= config.target_margin
+            and float(smallest_margins(pairwise_margins(logits, labels), labels).detach().min()) >= config.target_margin
         ):
             _freeze_statistics(model, x)
             return step

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ class Checkpoints:
             path = self._path(step)
             try:
                 return Checkpoint(step, _read(path), path)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            except Exception as error:  # damage shows in many ways
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(f"checkpoint {path} is damaged ({reason}); trying the one before", stacklevel=2)
         if steps:

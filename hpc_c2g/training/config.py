@@ -180,7 +180,7 @@ class TrainConfig:
 
     classifier: str = "???"
     run_dir: str = "???"
-    steps: int = 2000
+    steps: int = 3000
     global_batch: int = 200
     micro_batch: int | None = None
     seed: int = 0
