@@ -86,11 +86,6 @@ class DeepSpeedEngine:
             group["lr"] = base * rate_factor
         self._engine.step()
 
-    def gradient_norm(self) -> float:
-        """Norm of the generator's gradient, between the last backward and the step (ZeRO stage 0)."""
-        norms = [p.grad.float().norm() for p in self.module.parameters() if p.grad is not None]
-        return float(torch.stack(norms).norm()) if norms else 0.0
-
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser state."""
         return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}

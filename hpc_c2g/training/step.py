@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import Latents, LatentSampler
@@ -168,8 +169,13 @@ class TrainStep:
         S: float,
     ) -> StepResult:
         """Bring the numbers to the host, and stop before the update where one of them is not finite."""
-        names = [f"stationarity/{k}" for k in stationarity] + list(terms) + ["mu_m", "mu", "gx", "gmu"]
-        values = torch.stack([*stationarity.values(), *terms.values()]).to(sums)
+        names = (
+            [f"stationarity/{k}" for k in stationarity]
+            + list(terms)
+            + ["gradient/generator", "mu_m", "mu", "gx", "gmu"]
+        )
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        values = torch.stack([*stationarity.values(), *terms.values(), get_total_norm(gradients).to(sums)]).to(sums)
         numbers = dict(zip(names, torch.cat([values, sums, norms]).tolist(), strict=True))
         for name, value in numbers.items():
             if not math.isfinite(value):
@@ -187,7 +193,7 @@ class TrainStep:
         others = other_classes(labels, scaled_margins.shape[1])
         return StepResult(
             {
-                "loss": weight * residual + sum(v for k, v in numbers.items() if not k.startswith("stationarity/")),
+                "loss": weight * residual + sum(numbers[name] for name in terms),
                 "stationarity": residual,
                 "duality": dual,
                 "alpha": self.alpha,
