@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/c2g demo run_dir=$(RUN_DIR) $(if $(filter quick,$(CHECK)),quick=true)
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

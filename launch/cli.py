@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -133,6 +133,8 @@ def _check_overrides(verb: str, argv: list[str]) -> None:
 
 
 def _readable(error: Exception, known: list[str]) -> C2GError:
+    if isinstance(error, OverrideParseException):
+        return C2GError(f"{error.override!r} cannot be read", "write field=value, a list as 'field=[1,2]' in quotes")
     text = f"{error}\n{error.__cause__ or ''}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and "append" in text:

@@ -75,7 +75,7 @@ class ClassifierConfig:
         out: its folder.
         seed: of the initial weights and minibatches.
         data: what it is fitted to; not read by ``fit=import``.
-        model: ``_target_`` (built-in name or import path of an nn.Module) and its keyword arguments.
+        model: ``_target_`` (built-in name or import path of an nn.Module; mlp) and its keyword arguments.
         init: initial weights.
         fit: to the margin, ordinary, or imported weights.
         normalisation: of the input.
@@ -87,7 +87,7 @@ class ClassifierConfig:
     out: str = "???"
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
-    model: dict[str, Any] = field(default_factory=lambda: {"_target_": "mlp"})
+    model: dict[str, Any] = field(default_factory=dict)
     init: InitConfig = field(default_factory=InitConfig)
     fit: FitConfig = field(default_factory=MarginFitConfig)
     normalisation: NormalisationConfig = field(default_factory=NormalisationConfig)
@@ -98,6 +98,10 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
+        self.model = {
+            "_target_": "mlp",
+            **self.model,
+        }  # as a field's default it would stand in for model=custom's missing one
 
 
 def make_classifier(

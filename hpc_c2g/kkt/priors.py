@@ -42,6 +42,10 @@ def repulsion(
     reach = width * root_mean_square_norm(others).clamp_min(1e-12)
     total = flat.new_zeros(())
     for label in torch.unique(labels).tolist():
-        distances = torch.cdist(flat[labels == label], others[reference_labels == label])
+        distances = torch.cdist(
+            flat[labels == label], others[reference_labels == label], compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        # a sample's distance to itself drawn again is rounding, and its slope a unit vector at random
+        distances = torch.where(distances < 1e-4 * reach, 0.0, distances)
         total = total + torch.exp(-distances / reach).mean(1).sum()
     return total / global_batch

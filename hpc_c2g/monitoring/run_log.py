@@ -34,7 +34,8 @@ class MetricsFile:
         kept = [line for line in _lines(path) if line["step"] <= resumed_step]
         if path.exists():
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = open(path, "a")  # noqa: SIM115 -- held for the length of the run
+        with _writing(path):
+            self._file = open(path, "a")  # noqa: SIM115 -- held for the length of the run
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and flush it."""

@@ -128,6 +128,7 @@ class OptimiserConfig:
             _require(getattr(self, name) > 0, f"optimiser.{name}", getattr(self, name), "give a learning rate > 0")
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _require(two, "optimiser.betas", self.betas, "give two numbers in [0, 1)")
+        self.betas = (self.betas[0], self.betas[1])  # OmegaConf brings a list
         _require(
             0 <= self.warmup_fraction < 1, "optimiser.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
         )
