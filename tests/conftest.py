@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
+from hpc_c2g.classifiers.normalisation import Normalisation
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    """A tiny MLP in float64 with weights large enough that probes find a margin; its box is [-0.4, 0.6]."""
+    architecture = {"target": "mlp", "input_shape": [1, 4, 4], "classes": 3, "width": 12, "bias": "first"}
+    model = build_model(architecture).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return Bundle(model, architecture, ["a", "b", "c"], (1, 4, 4), Normalisation.constant((1, 4, 4), mean=0.4))
+
+
+@pytest.fixture
+def bundle_dir(bundle: Bundle, tmp_path: Path) -> Path:
+    """The folder of ``bundle``, saved."""
+    folder = tmp_path / "classifier"
+    save_bundle(bundle, folder)
+    return folder

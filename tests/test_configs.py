@@ -1,0 +1,207 @@
+"""Laws of the settings: every yaml composes, its defaults are those of the dataclasses, and a typo is told with what was meant."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from hpc_c2g.classifiers.models import ARCHITECTURES
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.networks import FreeImagesConfig
+from hpc_c2g.training.config import OptimiserConfig, TrainConfig
+from launch.__main__ import VERBS
+from launch.cli import composed, config_folder, register, typed
+
+CONFIGS = config_folder()
+REQUIRED = {
+    "classifier": {"out": "o"},
+    "certify": {"classifier": "c"},
+    "train": {"classifier": "c", "run_dir": "r"},
+    "sample": {"run_dir": "r", "out": "o.png"},
+    "evaluate": {"run_dir": "r"},
+    "demo": {},
+}
+ALSO_REQUIRED = {"custom": ["model._target_=my_pkg.Net"], "import": ["fit.state_dict=w.pt"]}
+
+
+@cache
+def verb_schema(verb: str) -> tuple[type, dict[str, dict[str, type]]]:
+    """What the verb's own ``main`` gives to ``run_verb``."""
+    module = importlib.import_module(f"launch.{verb}")
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_verb", lambda *arguments: given.append(arguments))
+        module.main()
+    (name, schema, _, *groups) = given[0]
+    assert name == verb
+    return schema, (groups[0] if groups else {})
+
+
+def compose(verb: str, *overrides: str) -> Any:
+    schema, groups = verb_schema(verb)
+    register(verb, schema, groups)
+    required = [f"{k}={v}" for k, v in REQUIRED[verb].items()]
+    return typed(composed(verb, [*required, *overrides]), schema)
+
+
+def group_choices() -> list[tuple[str, str, str]]:
+    """Each verb with each choice of each of its groups."""
+    found = []
+    for verb in VERBS:
+        defaults = yaml.safe_load((CONFIGS / f"{verb}.yaml").read_text())["defaults"]
+        for group in (key for entry in defaults if isinstance(entry, dict) for key in entry):
+            found += [(verb, group, file.stem) for file in sorted((CONFIGS / group).glob("*.yaml"))]
+    return found
+
+
+def test_every_verb_has_its_yaml_and_every_yaml_its_verb():
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {*VERBS, "verb"}
+    groups = {p.parent.name for p in CONFIGS.glob("*/*.yaml")}
+    assert groups == {group for _, group, _ in group_choices()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_defaults_of_the_yaml_are_those_of_the_dataclass(verb):
+    schema, _ = verb_schema(verb)
+    composed_config, plain = compose(verb), schema(**REQUIRED[verb])
+    if verb == "classifier":  # the choice of a model names its arguments; the next test holds them against the code
+        composed_config = replace(composed_config, model=plain.model)
+    assert composed_config == plain
+
+
+@pytest.mark.parametrize(("verb", "group", "choice"), group_choices())
+def test_every_choice_of_every_group_composes_into_its_dataclass(verb, group, choice):
+    config = compose(verb, f"{group}={choice}", *ALSO_REQUIRED.get(choice, []))
+    assert isinstance(config, verb_schema(verb)[0])
+    value = getattr(config, group)
+    if group == "data":
+        assert value == DataConfig(name=choice)
+    elif group == "model":
+        target = value.pop("_target_")
+        assert target == ("my_pkg.Net" if choice == "custom" else choice)
+        parameters = inspect.signature(ARCHITECTURES[choice]).parameters.values() if choice != "custom" else []
+        assert value == {p.name: p.default for p in parameters if p.default is not p.empty}
+    else:
+        dataclass = verb_schema(verb)[1][group][choice]
+        wanted = dataclass(state_dict="w.pt") if choice == "import" else dataclass()
+        assert type(value) is dataclass
+        assert value == wanted
+        assert value.name == choice
+
+
+def test_free_images_bring_the_rates_of_their_own():
+    config = compose("train", "generator=free")
+    assert isinstance(config.generator, FreeImagesConfig)
+    assert config.optimiser == OptimiserConfig(rate=0.01, multiplier_rate=0.01)
+    changed = compose("train", "generator=free", "steps=7", "optimiser.rate=0.5", "generator.start=0.2")
+    assert (changed.steps, changed.optimiser.rate, changed.generator.start) == (7, 0.5, 0.2)
+
+
+def test_overrides_reach_the_dataclass_with_their_types():
+    config = compose(
+        "train", "steps=7", "optimiser.betas=[0.5,0.6]", "micro_batch=3", "+deepspeed.a.b=1", "scale.start=-2"
+    )
+    assert (config.steps, config.micro_batch, config.scale.start) == (7, 3, -2.0)
+    assert config.optimiser.betas == (0.5, 0.6)
+    assert config.deepspeed == {"a": {"b": 1}}
+
+
+TYPOS = [
+    ("train", "optimiser.rte", "optimiser.rate"),
+    ("train", "optimiser.gradient_cliping", "optimiser.gradient_clipping"),
+    ("train", "stationarity.left_sde", "stationarity.left_side"),
+    ("train", "scale.tarqet", "scale.target"),
+    ("train", "gates.strt", "gates.start"),
+    ("train", "prior.repulsion_widht", "prior.repulsion_width"),
+    ("train", "generator.code", "generator.codes"),
+    ("train", "latents.dimension", "latents.dimensions"),
+    ("train", "checkpoint.evry", "checkpoint.every"),
+    ("train", "log.image_every", "log.images_every"),
+    ("train", "setps", "steps"),
+    ("classifier", "fit.target_magin", "fit.target_margin"),
+    ("classifier", "model.widht", "model.width"),
+    ("classifier", "data.train_sise", "data.train_size"),
+]
+
+
+def exit_code(verb: str, *overrides: str) -> int:
+    main = importlib.import_module(f"launch.{verb}").main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["c2g", *(f"{k}={v}" for k, v in REQUIRED[verb].items()), *overrides])
+        with pytest.raises(SystemExit) as caught:
+            main()
+    return caught.value.code
+
+
+@pytest.mark.parametrize(("verb", "typo", "meant"), TYPOS)
+def test_a_typo_names_the_key_and_suggests_the_right_one(verb, typo, meant, capsys):
+    assert exit_code(verb, f"{typo}=1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"c2g {verb}: error: there is no setting {typo!r} -- did you mean {meant}")
+
+
+@pytest.mark.parametrize("addition", ["+foo=1", "+optimiser.foo=1", "+generator.foo.bar=1"])
+def test_an_added_setting_is_refused(addition, capsys):
+    assert exit_code("train", addition) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    name = addition.removeprefix("+").removesuffix("=1")
+    assert line.startswith("c2g train: error: ")
+    assert name.rpartition(".")[0] or name in line
+    assert "foo" in line
+
+
+@pytest.mark.parametrize("field", ["classifier", "run_dir"])
+def test_a_missing_value_is_named(field):
+    schema, groups = verb_schema("train")
+    register("train", schema, groups)
+    given = [f"{k}={v}" for k, v in REQUIRED["train"].items() if k != field]
+    with pytest.raises(C2GError, match=f"^{field} is not given"):
+        typed(composed("train", given), schema)
+
+
+RANGES = [
+    *("steps=0", "global_batch=0", "micro_batch=0", "micro_batch=201", "seed=-1", f"seed={2**63}", "dtype=float16"),
+    *("device=tpu", "optimiser.rate=0", "optimiser.rate=nan", "optimiser.code_rate=-1", "optimiser.betas=[0.9]"),
+    *("optimiser.betas=[0.9,1]", "optimiser.betas=[0.9,0.9,0.9]", "optimiser.warmup_fraction=1"),
+    *("optimiser.final_fraction=2", "optimiser.gradient_clipping=-1", "stationarity.left_side=x"),
+    *("stationarity.weighting=x", "stationarity.weight=-1", "duality.feasibility=-1", "duality.slackness=-1"),
+    *("scale.start=1000", "scale.start=nan", "scale.caution=0", "scale.rate=-1", "scale.target=0", "gates.start=0.01"),
+    *("gates.end=0", "gates.anneal_fraction=0", "prior.box=-1", "prior.repulsion_width=0", "prior.total_variation=-1"),
+    *("prior.repulsion_references=0", "latents.dimensions=0", "latents.scheme=x", "latents.bank_fraction=2"),
+    *("log.every=0", "log.images_every=0", "checkpoint.every=0", "checkpoint.keep=0", "generator.codes=-1"),
+    *("generator.widths=[]", "generator.embedding=0", "generator.gain=0", "generator.multiplier_widths=[0]"),
+]
+
+
+@cache
+def train_settings() -> DictConfig:
+    schema, groups = verb_schema("train")
+    register("train", schema, groups)
+    return composed("train", [f"{k}={v}" for k, v in REQUIRED["train"].items()])
+
+
+def test_the_settings_to_be_spoilt_are_right():
+    assert isinstance(typed(train_settings(), TrainConfig), TrainConfig)
+
+
+@pytest.mark.parametrize("override", RANGES)
+def test_a_value_out_of_range_is_refused_by_name(override):
+    config = OmegaConf.merge(train_settings(), OmegaConf.from_dotlist([override]))
+    with pytest.raises(C2GError) as caught:
+        typed(config, TrainConfig)
+    assert override.partition("=")[0] in str(caught.value)
+    assert caught.value.mend
+
+
+def test_a_config_that_is_made_by_hand_is_checked_alike():
+    with pytest.raises(C2GError, match="steps=0"):
+        TrainConfig(steps=0)

@@ -1,0 +1,161 @@
+"""Laws of a run directory: one process at a time, one configuration, and a message that names what is in the way."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.training.config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimiserConfig,
+    ScaleConfig,
+    TrainConfig,
+    config_from,
+)
+from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
+
+HOLDER = """
+import sys, time
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.run_directory import RunDirectory
+with RunDirectory(TrainConfig(classifier="c", run_dir=sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return TrainConfig(classifier="c", run_dir=str(tmp_path / "some" / "run"))
+
+
+def enter(config: TrainConfig) -> None:
+    with RunDirectory(config):
+        pass
+
+
+def test_while_a_process_holds_it_no_other_enters_and_a_killed_one_holds_nothing(config):
+    enter(config)  # the message must not name this earlier one
+    command = [sys.executable, "-c", HOLDER, config.run_dir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(C2GError) as caught:
+                enter(config)
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    in_use = f"run_dir={config.run_dir} is in use by process {holder.pid} on {socket.gethostname()}"
+    assert caught.value.what == in_use
+    enter(config)
+
+
+def test_the_second_entry_of_one_process_is_refused_too_and_leaving_frees_it(config):
+    with RunDirectory(config), pytest.raises(C2GError, match="is in use"):
+        enter(config)
+    enter(config)
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [MLPGeneratorConfig(widths=[3, 5]), ConvGeneratorConfig(channels=16), FreeImagesConfig(start=0.5)],
+    ids=lambda g: g.name,
+)
+def test_the_file_holds_the_whole_configuration(config, generator):
+    config = replace(
+        config, generator=generator, optimiser=OptimiserConfig(betas=(0.5, 0.7)), deepspeed={"a": {"b": [1, 2]}}
+    )
+    with RunDirectory(config) as run:
+        again = config_from(read_config(run.path / "config.yaml"))
+    assert type(again.generator) is type(generator)
+    assert plain(again) == plain(config)
+    enter(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 7}, "steps=5 there, 7 now"),
+        ({"seed": 3}, "seed=0 there, 3 now"),
+        ({"dtype": "bfloat16"}, "dtype=float32 there, bfloat16 now"),
+        ({"deterministic": True}, "deterministic=False there, True now"),
+        ({"optimiser": OptimiserConfig(rate=0.5)}, "optimiser.rate=0.001 there, 0.5 now"),
+        ({"optimiser": OptimiserConfig(betas=(0.9, 0.5))}, "optimiser.betas=[0.9, 0.99] there, [0.9, 0.5] now"),
+        ({"scale": ScaleConfig(start=-2.0)}, "scale.start=None there, -2.0 now"),
+        ({"generator": ConvGeneratorConfig()}, "generator.name=mlp there, conv now"),
+        ({"generator": MLPGeneratorConfig(widths=[9])}, "generator.widths=[256] there, [9] now"),
+        ({"deepspeed": {"x": 1}}, "deepspeed.x=None there, 1 now"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_settings_are_refused_by_name_with_both_values(config, change, message):
+    config = replace(config, steps=5)
+    enter(config)
+    with pytest.raises(C2GError) as caught:
+        enter(replace(config, **change))
+    assert message in caught.value.what
+    assert config.run_dir in caught.value.what
+    enter(config)  # the refused one left neither its lock nor its settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log": LogConfig(every=3, images_every=7, progress=False)},
+        {"checkpoint": CheckpointConfig(every=3, keep=7)},
+        {"device": "cpu"},
+        {"micro_batch": 3},
+        {"classifier": "moved"},  # its weights are compared with the checkpoint's
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_settings_that_do_not_change_the_result_may_change(config, change):
+    enter(config)
+    enter(replace(config, **change))
+
+
+def test_the_folder_may_be_moved(config, tmp_path):
+    enter(config)
+    (tmp_path / "some").rename(tmp_path / "other")
+    enter(replace(config, run_dir=str(tmp_path / "other" / "run")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"steps: [", b"\xff\xfe\x00\x01", b"[1, 2]", b"a: ${oops", b"key: : value"], ids=repr
+)
+def test_a_damaged_settings_file_is_named(config, content):
+    enter(config)
+    file = RunDirectory(config).path / "config.yaml"
+    file.write_bytes(content)
+    for action in (lambda: enter(config), lambda: read_config(file)):
+        with pytest.raises(C2GError) as caught:
+            action()
+        assert f"{file} is damaged" in caught.value.what
+        assert "\n" not in str(caught.value)
+
+
+def test_settings_that_this_version_does_not_know_are_named():
+    with pytest.raises(C2GError, match="colour"):
+        config_from({"colour": "red"})
+    with pytest.raises(C2GError, match=r"generator\.name='gan' is unknown"):
+        config_from({"generator": {"name": "gan"}})
+
+
+def test_a_run_that_is_none_is_named(tmp_path):
+    with pytest.raises(C2GError, match=r"is no run: config\.yaml cannot be read"):
+        read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("run_dir", ["file", "file/below"])
+def test_a_path_that_cannot_be_a_folder_is_named(config, tmp_path, run_dir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(C2GError, match="cannot write") as caught:
+        enter(replace(config, run_dir=str(tmp_path / run_dir)))
+    assert str(tmp_path / run_dir) in caught.value.what

@@ -1,0 +1,65 @@
+"""Laws of the schedules: their end points, and that they only fall (but for the warm-up)."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hpc_c2g.training.config import GateConfig, OptimiserConfig
+from hpc_c2g.training.schedules import gate_width, rate_factor
+
+quick = settings(deadline=None, max_examples=40)
+STEPS = st.integers(1, 200)
+
+
+@quick
+@given(STEPS, st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0.05, 1))
+def test_gates_narrow_geometrically_from_start_to_end(steps, start, end, fraction):
+    assume(start >= end)
+    config = GateConfig(start, end, fraction)
+    widths = [gate_width(config, step, steps) for step in range(1, steps + 1)]
+    assert widths[0] == start
+    assert all(a >= b * (1 - 1e-12) for a, b in pairwise(widths))
+    for step, width in enumerate(widths, start=1):
+        done = min(1, (step - 1) / max(1, fraction * steps))
+        assert math.log(width) == pytest.approx((1 - done) * math.log(start) + done * math.log(end), abs=1e-9)
+        if step - 1 >= max(1, fraction * steps):
+            assert width == pytest.approx(end, rel=1e-12)
+
+
+def test_gates_are_at_their_end_for_the_last_fifth_of_a_run():
+    config = GateConfig(0.5, 0.05, 0.8)
+    assert [gate_width(config, step, 100) for step in (1, 41, 81, 100)] == pytest.approx(
+        [0.5, math.sqrt(0.5 * 0.05), 0.05, 0.05]
+    )
+
+
+@quick
+@given(STEPS, st.floats(0, 1))
+def test_rate_falls_from_one_to_its_final_fraction(steps, final):
+    config = OptimiserConfig(warmup_fraction=0.0, final_fraction=final)
+    factors = [rate_factor(config, step, steps) for step in range(1, steps + 1)]
+    assert factors[0] == 1
+    assert all(a >= b for a, b in pairwise(factors))
+    assert final - 1e-12 <= factors[-1]
+    assert rate_factor(config, steps + 1, steps) == pytest.approx(final, abs=1e-12)
+
+
+def test_rate_is_half_way_down_at_half_time():
+    config = OptimiserConfig(final_fraction=0.2)
+    assert rate_factor(config, 51, 100) == pytest.approx(0.6, rel=1e-12)
+    assert rate_factor(config, 26, 100) > 0.8  # a cosine, no straight line
+
+
+@quick
+@given(st.integers(20, 200), st.floats(0.1, 0.9))
+def test_warm_up_is_linear_and_then_gone(steps, fraction):
+    warm = OptimiserConfig(warmup_fraction=fraction, final_fraction=0.1)
+    cold = OptimiserConfig(warmup_fraction=0.0, final_fraction=0.1)
+    for step in range(1, steps + 1):
+        ratio = rate_factor(warm, step, steps) / rate_factor(cold, step, steps)
+        assert ratio == pytest.approx(min(1, step / (fraction * steps)), rel=1e-9)
