@@ -22,6 +22,7 @@ from hpc_c2g.classifiers.bundle import META, WEIGHTS
 from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
+from hpc_c2g.errors import C2GError
 from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.run_directory import RunDirectory
@@ -110,18 +111,12 @@ MISTAKES = {
     "wrong classes": ("evaluate run_dir={unrecorded_run} data=digits baselines=false", "data=digits", "10", "2"),
     "unknown origin": ("evaluate run_dir={unrecorded_run}", "{unrecorded}", "data=NAME"),
     "data against the record": ("evaluate run_dir={run} data=wine", "data.name=wine", "digits"),
-    "size against the record": (
-        "evaluate run_dir={run} data=digits data.train_size=50",
-        *("data.train_size=50", "20"),
-    ),
+    "size against the record": ("evaluate run_dir={run} data=digits data.train_size=50", "train_size=50", "20"),
     "field of data that is not chosen": ("evaluate run_dir={run} data.train_size=50", "data", "add data=NAME"),
     "certified field of data that is not chosen": ("certify classifier={classifier} data.seed=1", "add data=NAME"),
     "certified without bundle": ("certify classifier=nowhere", "classifier=nowhere"),
     "another classifier there": ("classifier out={classifier}", "{classifier}", "overwrite=true"),
-    "out below a file for a classifier": (
-        "classifier out={classifier}/bundle.json/below " + " ".join(SMALL),
-        "bundle.json/below",
-    ),
+    "out below a file for a classifier": (" ".join(["classifier out={run}/config.yaml/o", *SMALL]), "config.yaml/o"),
     "no data on disk": ("classifier out=o data=mnist data.root={empty}", "{empty}"),
     "no weights": (
         "classifier out=o fit=import fit.state_dict=w.pt input_shape=[2] classes=2 normalisation.kind=constant",
@@ -192,6 +187,14 @@ def test_a_run_in_use_is_one_line(c2g, places):
 def test_an_explosion_is_one_line(c2g, places):
     result = c2g("train", f"classifier={places['classifier']}", "run_dir=r", "optimiser.rate=1e20", *FEW)
     assert_one_line(result, "train", "step ", "the generator was not updated")
+
+
+def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
+    def refuse(_):
+        raise C2GError("first\nsecond", "mend")
+
+    monkeypatch.setattr("launch.sample.load_run", refuse)
+    assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
 
 
 @pytest.mark.parametrize(("verb", "meant"), [("trian", "train"), ("samples", "sample"), ("quux", None)])

@@ -28,6 +28,8 @@ from hpc_c2g.files import write_atomically
 
 WEIGHTS, META = "classifier.safetensors", "bundle.json"
 FORMAT = 1
+OTHER_WEIGHTS = "classifier-b.safetensors"
+"""The weights' name where another bundle was replaced: two names take turns, the description says which is valid."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Bundle:
     normalisation: Normalisation
 
     def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise C2GError(f"classes={self.classes} leaves nothing to classify", "name at least two classes")
         self.model.eval().requires_grad_(False)
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -64,6 +68,11 @@ class Bundle:
             raise C2GError(
                 f"the classifier's output has shape {list(logits.shape[1:])} but {len(self.classes)} classes are named",
                 "make classes match the number of outputs (a binary net needs two outputs)",
+            )
+        if self.normalisation.mean.shape != tuple(self.input_shape):
+            raise C2GError(
+                f"input_shape={list(self.input_shape)}, but the normalisation has {list(self.normalisation.mean.shape)}",
+                "give both the shape of one sample",
             )
 
     @property
@@ -103,7 +112,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
         module_name, _, class_name = target.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise C2GError(
                 f"architecture {target!r} cannot be imported: {error}",
                 f"use one of {', '.join(sorted(ARCHITECTURES))}, or put the package of your module on PYTHONPATH",
@@ -112,7 +121,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
         raise C2GError(f"architecture {target!r} is not a torch.nn.Module", "name a module class")
     try:
         return cls(**kwargs)
-    except TypeError as error:
+    except Exception as error:  # a module may refuse its arguments in any way
         raise C2GError(f"architecture {target!r}: {error}", "check the keyword arguments of the model") from error
 
 
@@ -176,8 +185,25 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         "input_shape": list(bundle.input_shape),
         "sha256": hashlib.sha256(blob).hexdigest(),
     }
-    write_atomically(folder / WEIGHTS, blob)
-    write_atomically(folder / META, json.dumps(meta, indent=2).encode())
+    old = _weights_name(folder)
+    meta["weights"] = new = OTHER_WEIGHTS if old == WEIGHTS else WEIGHTS
+    write_atomically(folder / new, blob)
+    try:  # the description names its weights: until it is replaced, the old bundle is whole
+        write_atomically(folder / META, json.dumps(meta, indent=2).encode())
+    except C2GError:
+        (folder / new).unlink()
+        raise
+    if old is not None:
+        (folder / old).unlink(missing_ok=True)
+
+
+def _weights_name(folder: Path) -> str | None:
+    """The weights file that the description in ``folder`` names, None where there is no description."""
+    try:
+        name = json.loads((folder / META).read_text()).get("weights", WEIGHTS)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if name in (WEIGHTS, OTHER_WEIGHTS) else None
 
 
 def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -187,7 +213,8 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
         C2GError: folder or file missing, truncated or altered weights, an architecture that does not fit them.
     """
     folder = Path(folder)
-    for name in (META, WEIGHTS):
+    weights = _weights_name(folder) or WEIGHTS
+    for name in (META, weights):
         if not (folder / name).is_file():
             raise C2GError(
                 f"classifier={folder} is no classifier bundle: {name} is missing",
@@ -198,25 +225,28 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
         wanted = {"format", "architecture", "classes", "input_shape", "sha256"} - set(meta)
         if wanted:
             raise ValueError(f"it lacks {', '.join(sorted(wanted))}")
+        for name, kind in {"architecture": dict, "classes": list, "input_shape": list}.items():
+            if not isinstance(meta[name], kind):
+                raise ValueError(f"{name}={meta[name]!r} is no {kind.__name__}")
     except (ValueError, TypeError) as error:
         raise C2GError(f"{folder / META} is not a bundle description: {error}", "write the bundle again") from error
     if meta["format"] != FORMAT:
         raise C2GError(
             f"{folder / META} has format {meta['format']}, this version reads {FORMAT}", "write the bundle again"
         )
-    blob = (folder / WEIGHTS).read_bytes()
+    blob = (folder / weights).read_bytes()
     if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
         raise C2GError(
-            f"{folder / WEIGHTS} is truncated or altered (checksum mismatch)", "copy or write the bundle again"
+            f"{folder / weights} is truncated or altered (checksum mismatch)", "copy or write the bundle again"
         )
     try:
         tensors = load_safetensors(blob)
     except SafetensorError as error:
-        raise C2GError(f"{folder / WEIGHTS} cannot be read: {error}", "write the bundle again") from error
+        raise C2GError(f"{folder / weights} cannot be read: {error}", "write the bundle again") from error
     model = build_model(meta["architecture"])
-    load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(folder / WEIGHTS))
+    load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(folder / weights))
     try:
         norm = Normalisation(**{k: tensors[f"normalisation.{k}"] for k in ("mean", "scale", "lower", "upper")})
     except KeyError as error:
-        raise C2GError(f"{folder / WEIGHTS} lacks {error}", "write the bundle again") from error
+        raise C2GError(f"{folder / weights} lacks {error}", "write the bundle again") from error
     return Bundle(model, meta["architecture"], list(meta["classes"]), tuple(meta["input_shape"]), norm)

@@ -187,10 +187,11 @@ def fit_ordinary(
     else:
         optimiser = torch.optim.Adam(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(seed)
+    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     step = 0
     for _ in range(config.epochs):
         for batch in torch.split(torch.randperm(len(x), generator=generator), config.batch_size):
-            if len(batch) == 1 and len(x) > 1:
+            if len(batch) == 1 and normalised:
                 continue  # batch statistics of one sample are undefined
             optimiser.zero_grad(set_to_none=True)
             loss = F.cross_entropy(model(x[batch]), labels[batch])

@@ -125,8 +125,8 @@ def make_classifier(
             return load_bundle(folder), record
         raise C2GError(f"out={folder} holds another classifier", "choose another out, or overwrite=true to replace it")
     bundle, record = _imported(config) if isinstance(config.fit, ImportFitConfig) else _fitted(config, report)
-    record = {"settings": settings, **record}
     save_bundle(bundle, folder)
+    record = {"settings": settings, "weights_sha256": bundle.fingerprint, **record}
     write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     return bundle, record
 
@@ -135,9 +135,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The fit's record beside a bundle, empty where there is none."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        same = record["weights_sha256"] == json.loads((folder / META).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return record
+    return record if same else {}  # else it tells of the classifier that was here before
 
 
 def _fitted(config: ClassifierConfig, report: Callable[[int, float], None] | None) -> tuple[Bundle, dict[str, Any]]:

@@ -27,6 +27,9 @@ class Normalisation:
     upper: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("mean", "scale", "lower", "upper"):
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise C2GError(f"normalisation.{name} holds NaN or infinite values", "give finite numbers")
         if not bool((self.scale > 0).all()):
             raise C2GError(f"normalisation.scale has an entry of {float(self.scale.min())}", "every entry must be > 0")
         if not bool((self.lower < self.upper).all()):

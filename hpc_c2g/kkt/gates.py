@@ -77,11 +77,13 @@ class GatedClassifier:
             ) from error
         self.gates = _replace_activations(graph)
         self.graph = graph.eval().requires_grad_(False)
+        self.known = {k for k, _ in graph.named_parameters()}  # tracing drops what forward never uses
         self.buffers = {k: b.detach() for k, b in graph.named_buffers() if k.removesuffix(".width") not in self.gates}
 
     def __call__(self, theta: Mapping[str, Tensor], widths: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Logits ``[B, C]`` of normalised inputs ``[B, *S]``; ``widths`` has one positive scalar per gate."""
-        state = {**theta, **self.buffers, **{f"{gate}.width": width for gate, width in widths.items()}}
+        used = {k: t for k, t in theta.items() if k in self.known}
+        state = {**used, **self.buffers, **{f"{gate}.width": width for gate, width in widths.items()}}
         logits: Tensor = functional_call(self.graph, state, (x,))
         return logits
 
@@ -121,11 +123,23 @@ def _replace_activations(graph: fx.GraphModule) -> list[str]:
         with graph.graph.inserting_after(node):
             gate = graph.graph.call_module(name, (node.args[0],))
         node.replace_all_uses_with(gate)
+        if _in_place(graph, node):  # whoever reads the input later, reads what was written into it
+            order = {n: i for i, n in enumerate(graph.graph.nodes)}
+            for user in [u for u in node.args[0].users if order[u] > order[gate]]:
+                user.replace_input_with(node.args[0], gate)
         graph.graph.erase_node(node)
         names.append(name)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return names
+
+
+def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an activation node overwrites its input."""
+    if node.op == "call_module":
+        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or bool(node.kwargs.get("inplace", False))
 
 
 def _slope(graph: fx.GraphModule, node: fx.Node) -> float | None:

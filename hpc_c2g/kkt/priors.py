@@ -15,7 +15,10 @@ def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Te
 def total_variation(x: Tensor, global_batch: int) -> Tensor:
     """1/B sum over samples of the mean absolute difference of neighbouring pixels; x ``[B, channels, H, W]``."""
     rows, columns = (x[..., 1:, :] - x[..., :-1, :]).abs(), (x[..., 1:] - x[..., :-1]).abs()
-    return (rows.flatten(1).mean(1) + columns.flatten(1).mean(1)).sum() / global_batch
+    # an image one pixel wide has no columns to compare
+    return (
+        rows.sum() / max(1, rows.shape[1:].numel()) + columns.sum() / max(1, columns.shape[1:].numel())
+    ) / global_batch
 
 
 def root_mean_square_norm(x: Tensor) -> Tensor:
@@ -42,9 +45,10 @@ def repulsion(
     reach = width * root_mean_square_norm(others).clamp_min(1e-12)
     total = flat.new_zeros(())
     for label in torch.unique(labels).tolist():
-        distances = torch.cdist(
-            flat[labels == label], others[reference_labels == label], compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        same = others[reference_labels == label]
+        if not len(same):  # fewer references than classes
+            continue
+        distances = torch.cdist(flat[labels == label], same, compute_mode="donot_use_mm_for_euclid_dist")
         # a sample's distance to itself drawn again is rounding, and its slope a unit vector at random
         distances = torch.where(distances < 1e-4 * reach, 0.0, distances)
         total = total + torch.exp(-distances / reach).mean(1).sum()
