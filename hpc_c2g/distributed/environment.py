@@ -1,41 +1,161 @@
-"""The only module that reads or writes the launch environment: device, process group, DeepSpeed's accelerator."""
+"""The only module that reads or writes the launch environment: torchrun, then srun, then a single process."""
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from hpc_c2g.errors import C2GError
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
+PORTS = range(20_000, 60_000)
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """Who this process is among those that train together.
+
+    Attributes:
+        launcher: ``torchrun``, ``srun`` or ``single``.
+        rank: of this process, 0 .. world_size - 1.
+        world_size: number of processes.
+        local_rank: of this process on its node.
+        local_world_size: processes on its node.
+        master_address: host of rank 0; None for a single process.
+        master_port: where rank 0 listens.
+    """
+
+    launcher: str = "single"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_address: str | None = None
+    master_port: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+            raise C2GError(
+                f"{self.launcher} says rank {self.rank} of {self.world_size}, local rank {self.local_rank} of"
+                f" {self.local_world_size}: that contradicts itself",
+                "unset these variables, or let the launcher set them",
+            )
+
+
+def detect(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
+    """Read the launcher's variables; torchrun goes first, so that it works inside a Slurm allocation.
+
+    Raises:
+        C2GError: some of a launcher's variables are missing, or no numbers, or contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        values = _complete(environ, TORCHRUN, "torchrun")
+        rank, world, local, local_world, port = (_number(values, n) for n in TORCHRUN if n != "MASTER_ADDR")
+        return LaunchEnvironment("torchrun", rank, world, local, local_world, values["MASTER_ADDR"], port)
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:  # a batch script has no step of its own
+        values = _complete(environ, SRUN, "srun")
+        rank, world, local, job, step = (_number(values, n) for n in SRUN if n != "SLURM_STEP_NODELIST")
+        if world == 1:
+            return LaunchEnvironment()
+        # every task of a step computes the same port, two steps of one job different ones
+        port = PORTS[(job * 97 + step) % len(PORTS)]
+        local_world = _tasks_here(environ, local)
+        master = first_host(values["SLURM_STEP_NODELIST"])
+        return LaunchEnvironment("srun", rank, world, local, local_world, master, port)
+    return LaunchEnvironment()
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a Slurm node list such as ``gpu[03-05,9],login1``.
+
+    Raises:
+        C2GError: no node list.
+    """
+    match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?([^,\[\]]*)", nodelist)
+    if not match:
+        raise C2GError(f"SLURM_STEP_NODELIST={nodelist!r} names no node", "start the program with srun")
+    return "".join(part or "" for part in match.groups())
+
+
+def _complete(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> dict[str, str]:
+    missing = [name for name in names if not environ.get(name)]
+    if missing:
+        there = [name for name in names if environ.get(name)]
+        raise C2GError(
+            f"the environment of {launcher} is incomplete: {', '.join(there)} set, {', '.join(missing)} missing",
+            f"start with {launcher}, or unset {', '.join(there)} for a single process",
+        )
+    return {name: environ[name] for name in names}
+
+
+def _number(values: Mapping[str, str], name: str) -> int:
+    try:
+        return int(values[name])
+    except ValueError:
+        raise C2GError(f"{name}={values[name]!r} is no number", "unset it, or let the launcher set it") from None
+
+
+def _tasks_here(environ: Mapping[str, str], local: int) -> int:
+    """Tasks of the step on this node from ``SLURM_STEP_TASKS_PER_NODE`` (such as ``2(x3),1``)."""
+    layout = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    node = int(environ.get("SLURM_NODEID", "0"))
+    counts: list[int] = []
+    for count, _, repeat in re.findall(r"(\d+)(\(x(\d+)\))?", layout):
+        counts += [int(count)] * int(repeat or 1)
+    return counts[node] if node < len(counts) else local + 1
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` takes a GPU where there is one, by local rank.
 
     Raises:
         C2GError: ``cuda`` without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise C2GError("device=cuda, but PyTorch sees no GPU", "use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
 
 
 def prepare_libraries(device: torch.device, deterministic: bool) -> None:
-    """Settings that must be in the environment before DeepSpeed is imported or CUDA starts."""
+    """Settings that must be made before DeepSpeed is imported or CUDA starts.
+
+    Deterministic runs compute on one thread, because the order of a sum may depend on the number of threads.
+    """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.cuda.set_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_num_threads(1)
     torch.use_deterministic_algorithms(deterministic)
 
 
-def ensure_process_group(device: torch.device) -> None:
-    """The process group of this process (gloo on CPU, nccl on GPU), made once: DeepSpeed keeps handles to it until the process ends."""
-    if dist.is_initialized():
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    atexit.register(dist.destroy_process_group)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")  # DeepSpeed reads these itself
+@contextlib.contextmanager
+def deepspeed_variables(launch: LaunchEnvironment) -> Iterator[None]:
+    """What DeepSpeed reads from the environment while an engine is made; taken back, since children must not inherit it."""
+    wanted = {
+        "RANK": launch.rank,
+        "LOCAL_RANK": launch.local_rank,
+        "WORLD_SIZE": launch.world_size,
+        "LOCAL_SIZE": launch.local_world_size,
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: str(value) for name, value in wanted.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -148,6 +148,23 @@ def _writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
+class SilentLog(contextlib.AbstractContextManager["SilentLog"]):
+    """The log of every rank but the first: says and writes nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, step: int, scalars: dict[str, float], margins: Tensor | None, multipliers: Tensor | None) -> None:
+        """Nothing."""
+
+    def images_due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def images(self, step: int, images: Tensor, columns: int) -> None:
+        """Nothing."""
+
+
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:
     sample = values.flatten().float()
     sample = sample[:: max(1, len(sample) // 100_000)]

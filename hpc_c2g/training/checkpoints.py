@@ -93,15 +93,20 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
-            path = self._path(step)
             try:
-                return Checkpoint(step, _read(path), path)
+                return self.at(step)
             except Exception as error:  # damage shows in many ways
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"checkpoint {path} is damaged ({reason}); trying the one before", stacklevel=2)
+                warnings.warn(
+                    f"checkpoint {self._path(step)} is damaged ({reason}); trying the one before", stacklevel=2
+                )
         if steps:
             raise C2GError(f"every checkpoint in {self.folder} is damaged", "train again in another run_dir")
         return None
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``; any exception where it is damaged."""
+        return Checkpoint(step, _read(self._path(step)), self._path(step))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"

@@ -176,7 +176,9 @@ class TrainConfig:
         seed: of weights, latents and probes.
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
-        deterministic: PyTorch's deterministic algorithms only.
+        deterministic: the same bits on every number of ranks that divides ``virtual_shards``: these are the micro-batches
+            then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs.
+        virtual_shards: a power of two that divides ``global_batch``.
     """
 
     classifier: str = "???"
@@ -188,6 +190,7 @@ class TrainConfig:
     dtype: str = "float32"
     device: str = "auto"
     deterministic: bool = False
+    virtual_shards: int = 8
     generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
     stationarity: StationarityConfig = field(default_factory=StationarityConfig)
@@ -210,6 +213,14 @@ class TrainConfig:
             f"give a number from 1 to global_batch={self.global_batch}, or null for the whole batch",
         )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        shards = self.virtual_shards
+        _require(shards >= 1 and shards & (shards - 1) == 0, "virtual_shards", shards, "give a power of two")
+        _require(
+            not self.deterministic or self.global_batch % shards == 0,
+            "global_batch",
+            self.global_batch,
+            f"deterministic=true needs a multiple of virtual_shards={shards}",
+        )
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
 

@@ -7,11 +7,13 @@ import logging
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hpc_c2g.distributed.environment import deepspeed_variables
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import FreeImages, Generator
+from hpc_c2g.training.adam_engine import build_optimiser
 from hpc_c2g.training.config import TrainConfig
 
 
@@ -25,25 +27,16 @@ class DeepSpeedEngine:
         module: the generator.
         config: of the run; ``config.deepspeed`` is laid over the settings made here.
         micro_batches: per step and rank.
-        device: where the module lives.
+        world: the ranks, and the device where the module lives.
     """
 
-    def __init__(
-        self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, device: torch.device
-    ) -> None:
+    def __init__(self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, world: World) -> None:
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # build messages of a first import
             import deepspeed
         # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        rates = {
-            "images": config.optimiser.rate,
-            "codes": config.optimiser.code_rate,
-            "multipliers": config.optimiser.multiplier_rate,
-        }
-        groups = [{"params": params, "lr": rates[name]} for name, params in module.parameter_groups().items()]
-        betas = (config.optimiser.betas[0], config.optimiser.betas[1])
-        optimiser = torch.optim.Adam(groups, lr=config.optimiser.rate, betas=betas)
+        optimiser = build_optimiser(module, config.optimiser)
         self.base_rates = [float(g["lr"]) for g in optimiser.param_groups]
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts calls of backward; samples are counted by the step
@@ -57,9 +50,10 @@ class DeepSpeedEngine:
             **config.deepspeed,
         }
         try:
-            self._engine, self.optimiser, _, _ = deepspeed.initialize(
-                model=module.to(device), optimizer=optimiser, config=settings, dist_init_required=False
-            )
+            with deepspeed_variables(world.launch):
+                self._engine, self.optimiser, _, _ = deepspeed.initialize(
+                    model=module.to(world.device), optimizer=optimiser, config=settings, dist_init_required=False
+                )
         except Exception as error:  # of any kind: DeepSpeed checks little before it uses a value
             if not config.deepspeed:
                 raise
@@ -79,6 +73,9 @@ class DeepSpeedEngine:
         self._engine.backward(surrogate * self._undo_averaging)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
+
+    def reduce(self) -> None:
+        """Nothing is left to do: DeepSpeed sums the gradient over ranks within the last backward."""
 
     def step(self, rate_factor: float) -> None:
         """Update with the summed gradient at ``rate_factor`` times the base learning rates."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
-from hpc_c2g.distributed.environment import ensure_process_group, pick_device, prepare_libraries
+from hpc_c2g.distributed.reduction import TreeSum
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
-from hpc_c2g.monitoring.run_log import RunLog
+from hpc_c2g.monitoring.run_log import RunLog, SilentLog
+from hpc_c2g.training.adam_engine import AdamEngine
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
@@ -23,7 +26,7 @@ from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.pilot import pilot_alpha
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.step import TrainStep, micro_batches
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,34 @@ class RunResult:
     steps_made: int
 
 
-def train(config: TrainConfig) -> RunResult:
+def train(config: TrainConfig, world: World | None = None) -> RunResult:
     """Train, or go on from the newest checkpoint in ``config.run_dir``.
 
+    Every rank calls this with the same configuration; rank 0 holds the run directory and writes into it.
+
+    Args:
+        config: of the run.
+        world: the ranks; None reads the launch environment.
+
     Raises:
-        C2GError: bad input (see the modules it comes from), or a non-finite term before an update.
+        C2GError: bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
         Preempted: a signal asked to stop; a checkpoint was published.
     """
+    world = world or World.start(config.device, config.deterministic)
     bundle = load_bundle(config.classifier)
-    device = pick_device(config.device)
-    prepare_libraries(device, config.deterministic)
-    ensure_process_group(device)
-    with RunDirectory(config) as run:
-        return _train(config, bundle, run.path, device)
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(RunDirectory(config))
+
+        world.from_first(hold)
+        return _train(config, bundle, Path(config.run_dir), world)
 
 
-def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.device) -> RunResult:
+def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, world: World) -> RunResult:
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
-    checkpoint = checkpoints.latest()
-    resumed = checkpoint.step if checkpoint else 0
+    resumed = world.from_first(lambda: getattr(checkpoints.latest(), "step", 0))
+    checkpoint = checkpoints.at(resumed) if resumed else None
     fingerprint = bundle.fingerprint
     if checkpoint and checkpoint.state["classifier"] != fingerprint:
         raise C2GError(
@@ -67,12 +79,17 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
     generator = build_generator(
         config.generator, config.latents.dimensions, classes, config.global_batch, lower, upper, config.seed
     )
-    objective = Objective(bundle, config, device, torch.float32)
+    objective = Objective(bundle, config, world.device, torch.float32)
     sampler = LatentSampler(config.latents, classes, config.global_batch, config.steps, config.seed)
-    micro_batches = -(-config.global_batch // (config.micro_batch or config.global_batch))
-    engine = DeepSpeedEngine(generator, config, micro_batches, device)
-    alpha0 = pilot_alpha(objective, config, device) if checkpoint is None else 0.0  # a resumed run brings its own
-    train_step = TrainStep(config, objective, sampler, engine, lambda tensors: None, device, alpha0)
+    pieces = micro_batches(config, world)
+    engine: DeepSpeedEngine | AdamEngine
+    if config.deterministic:
+        engine = AdamEngine(generator.to(world.device), config.optimiser, TreeSum(world))
+    else:
+        engine = DeepSpeedEngine(generator, config, len(pieces), world)
+    # a resumed run brings its own alpha
+    alpha0 = world.from_first(lambda: pilot_alpha(objective, config, world)) if checkpoint is None else 0.0
+    train_step = TrainStep(config, objective, sampler, engine, world, alpha0)
     if checkpoint is not None:
         engine.load_state_dict(checkpoint.state["engine"])
         train_step.load_state_dict(checkpoint.state["scale"])
@@ -89,19 +106,27 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, device: torch.dev
 
     with (
         PreemptionFlag() as preemption,
-        RunLog(run_dir, config.log, config.steps, config.global_batch, resumed) as log,
+        _log(config, run_dir, resumed, world) as log,
     ):
         for step in range(resumed + 1, config.steps + 1):
             result = train_step(step)
             log.step(step, result.scalars, result.margins, result.multipliers)
             if log.images_due(step) and drawable(bundle.input_shape):
                 log.images(step, *trained.picture(config.seed))
-            if step == config.steps and drawable(bundle.input_shape):  # before the last checkpoint: complete means all
+            if (
+                step == config.steps and world.is_first and drawable(bundle.input_shape)
+            ):  # before the last checkpoint: complete means all
                 images, columns = trained.picture(config.seed)
                 save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
-            stop = preemption.signal_name  # read once: it may come at any moment
+            stop = world.any(preemption.signal_name)  # read once: it may come at any moment, to any rank
             if checkpoints.due(step, config.steps) or stop:
-                checkpoints.publish(step, state())
+                world.from_first(lambda step=step: checkpoints.publish(step, state()))  # type: ignore[misc]
             if stop and step < config.steps:
                 raise Preempted(stop, step)
     return RunResult(run_dir, config.steps - resumed)
+
+
+def _log(config: TrainConfig, run_dir: Path, resumed: int, world: World) -> RunLog | SilentLog:
+    if not world.is_first:
+        return SilentLog()
+    return RunLog(run_dir, config.log, config.steps, config.global_batch, resumed)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
+from hpc_c2g.distributed.environment import LaunchEnvironment
+from hpc_c2g.distributed.reduction import RunningSum
+from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImages, FreeImagesConfig
+from hpc_c2g.training.adam_engine import AdamEngine
 from hpc_c2g.training.config import OptimiserConfig, PriorConfig, TrainConfig
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.step import TrainStep
@@ -21,26 +24,7 @@ IMAGES_PER_CLASS = 20
 RATE = 0.01
 
 
-class AdamEngine:
-    """Plain Adam on one process, for the pilot's free images."""
-
-    def __init__(self, module: FreeImages) -> None:
-        self.module: nn.Module = module
-        self.optimiser = torch.optim.Adam(module.parameters(), lr=RATE, betas=(0.9, 0.99))
-
-    def backward(self, surrogate: Tensor) -> None:
-        """Add the gradient of ``surrogate``."""
-        torch.autograd.backward(surrogate)
-
-    def step(self, rate_factor: float) -> None:
-        """Update and clear the gradient."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = RATE * rate_factor
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-
-
-def pilot_alpha(objective: Objective, config: TrainConfig, device: torch.device) -> float:
+def pilot_alpha(objective: Objective, config: TrainConfig, world: World) -> float:
     """Where alpha starts: ``scale.start`` if given, else after ``scale.pilot_steps`` steps on free images (0: from probes alone)."""
     if config.scale.start is not None:
         return config.scale.start
@@ -57,19 +41,22 @@ def pilot_alpha(objective: Objective, config: TrainConfig, device: torch.device)
         latents=LatentConfig(dimensions=1),
         stationarity=replace(config.stationarity, weight=1.0),
         prior=replace(config.prior, repulsion=PriorConfig.repulsion),
-        optimiser=OptimiserConfig(),
+        optimiser=OptimiserConfig(rate=RATE, multiplier_rate=RATE),
+        deterministic=False,
     )
+    alone = replace(world, launch=LaunchEnvironment())  # one rank runs it for all
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        images = FreeImages(FreeImagesConfig(), count, objective.classes, objective.lower, objective.upper).to(device)
+        images = FreeImages(FreeImagesConfig(), count, objective.classes, objective.lower, objective.upper).to(
+            world.device
+        )
     sampler = LatentSampler(pilot.latents, objective.classes, count, steps, config.seed)
     train_step = TrainStep(
         pilot,
         objective.for_config(pilot),
         sampler,
-        AdamEngine(images),
-        lambda tensors: None,
-        device,
+        AdamEngine(images, pilot.optimiser, RunningSum(alone)),
+        alone,
         objective.initial_alpha(),
     )
     for step in range(1, steps + 1):

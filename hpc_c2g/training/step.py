@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from hpc_c2g.distributed.reduction import RunningSum, Summation, TreeSum
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import duality, scale
@@ -29,8 +31,25 @@ class Engine(Protocol):
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
 
+    def reduce(self) -> None:
+        """Make every parameter's ``grad`` the sum over all micro-batches and ranks."""
+
     def step(self, rate_factor: float) -> None:
         """Update the generator with the summed gradient and clear it."""
+
+
+def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
+    """This rank's micro-batches as ranges of global sample indices; in deterministic mode the virtual shards.
+
+    Raises:
+        C2GError: the batch or the shards cannot be shared evenly by the ranks.
+    """
+    start, stop = world.share(config.global_batch, "global_batch")
+    size = config.micro_batch or stop - start
+    if config.deterministic:
+        world.share(config.virtual_shards, "virtual_shards")
+        size = config.global_batch // config.virtual_shards
+    return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 @dataclass(frozen=True)
@@ -70,15 +89,14 @@ class TrainStep:
         objective: Objective,
         sampler: LatentSampler,
         engine: Engine,
-        reduce: Callable[[list[Tensor]], None],
-        device: torch.device,
+        world: World,
         alpha0: float,
     ) -> None:
         self.config, self.objective, self.sampler, self.engine = config, objective, sampler, engine
-        self.reduce, self.device = reduce, device
+        self.world, self.device = world, world.device
         self.alpha = self.alpha0 = alpha0
-        size = config.micro_batch or config.global_batch
-        self.slices = [(i, min(i + size, config.global_batch)) for i in range(0, config.global_batch, size)]
+        self.slices = micro_batches(config, world)
+        self.summation: Summation = TreeSum(world) if config.deterministic else RunningSum(world)
 
     def state_dict(self) -> dict[str, float]:
         """alpha and where it started."""
@@ -95,19 +113,14 @@ class TrainStep:
         S = objective.multiplier_scale(alpha)
         one_pass = len(self.slices) == 1
 
-        G = {k: torch.zeros_like(t) for k, t in objective.theta.items()}
-        sums = torch.zeros(2, device=self.device, dtype=next(iter(G.values())).dtype)
         for piece in self.slices:
             micro = self._micro_batch(step, piece, gamma, S, keep_graph=one_pass)
-            for k, part in micro.G.items():
-                G[k] += part.detach()
-            sums += torch.stack(duality.weighted_margin_sums(micro.margins, micro.multipliers)).detach()
-        self.reduce([*G.values(), sums])
+            self.summation.add([*micro.G.values(), *duality.weighted_margin_sums(micro.margins, micro.multipliers)])
+        *parts, mu_m, mu = self.summation.total()
+        G = dict(zip(objective.theta, parts, strict=True))
 
         residual = objective.residual(G, alpha)
-        reference = self._reference(step, micro.x if one_pass else None)
-        terms: dict[str, Tensor] = {}
-        norms = torch.zeros(2, device=self.device, dtype=sums.dtype)
+        reference = self._reference(step, micro.x if one_pass and self.world.size == 1 else None)
         for piece in self.slices:
             if not one_pass:
                 micro = self._micro_batch(step, piece, gamma, S, keep_graph=True)
@@ -121,11 +134,12 @@ class TrainStep:
                 torch.stack(list(losses.values())).sum(),
             )
             self.engine.backward((micro.x * gx).sum() + (micro.multipliers * gmu).sum())
-            terms = {k: terms.get(k, 0.0) + loss.detach() for k, loss in losses.items()}
-            norms += torch.stack([gx.square().sum(), gmu.square().sum()])
-        self.reduce([*terms.values(), norms])
+            self.summation.add([*losses.values(), gx.square().sum(), gmu.square().sum()])
+        self.engine.reduce()
+        *values, gx2, gmu2 = self.summation.total()
+        terms = dict(zip(losses, values, strict=True))
 
-        result = self._result(step, residual.terms, terms, sums, norms, micro, S)
+        result = self._result(step, residual.terms, terms, torch.stack([mu_m, mu, gx2, gmu2]), micro, S)
         self.engine.step(rate_factor(config.optimiser, step, config.steps))
         settings = config.scale
         self.alpha = scale.feedback(
@@ -164,7 +178,6 @@ class TrainStep:
         stationarity: dict[str, Tensor],
         terms: dict[str, Tensor],
         sums: Tensor,
-        norms: Tensor,
         micro: MicroBatch,
         S: float,
     ) -> StepResult:
@@ -176,7 +189,7 @@ class TrainStep:
         )
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         values = torch.stack([*stationarity.values(), *terms.values(), get_total_norm(gradients).to(sums)]).to(sums)
-        numbers = dict(zip(names, torch.cat([values, sums, norms]).tolist(), strict=True))
+        numbers = dict(zip(names, torch.cat([values, sums]).tolist(), strict=True))
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise C2GError(

@@ -1,0 +1,57 @@
+"""Real processes that meet over a file, for tests: a rank that hangs or dies fails the test instead of blocking it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from hpc_c2g.distributed.environment import LaunchEnvironment
+from hpc_c2g.distributed.world import World
+
+
+def _main(queue: Any, launch: LaunchEnvironment, function: Callable[..., Any], args: tuple) -> None:
+    try:
+        world = World.start("cpu", deterministic=False, launch=launch, seconds=60)
+        queue.put((launch.rank, "value", function(world, *args)))
+    except BaseException as error:
+        queue.put((launch.rank, type(error).__name__, f"{error}\n{traceback.format_exc()}"))
+
+
+def run_ranks(
+    count: int, folder: Path, function: Callable[..., Any], *args: Any, seconds: float = 120
+) -> list[tuple[str, Any]]:
+    """Call ``function(world, *args)`` on ``count`` ranks; per rank ``("value", result)`` or ``(error name, text)``."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / f"meeting-{count}-{len(list(folder.iterdir()))}"
+    processes = [
+        context.Process(
+            target=_main,
+            args=(queue, LaunchEnvironment("test", r, count, r, count, f"file://{meeting}"), function, args),
+        )
+        for r in range(count)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, tuple[str, Any]] = {}
+    end = time.monotonic() + seconds
+    try:
+        while len(results) < count and time.monotonic() < end:
+            dead = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0)]
+            try:
+                rank, kind, value = queue.get(timeout=0.2)
+                results[rank] = (kind, value)
+            except Empty:
+                if all(r in results or r in dead for r in range(count)):
+                    break
+        return [results.get(r, ("no answer", processes[r].exitcode)) for r in range(count)]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()

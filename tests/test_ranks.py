@@ -1,0 +1,203 @@
+"""Laws of several ranks: the same run as one process, to rounding, and in deterministic mode to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
+from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.distributed.environment import LaunchEnvironment
+from hpc_c2g.distributed.reduction import RunningSum, TreeSum, tree_sum
+from hpc_c2g.distributed.world import World
+from hpc_c2g.errors import C2GError
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.loop import train
+from hpc_c2g.training.preemption import Preempted
+from hpc_c2g.training.results import load_run
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A short run on a random classifier: equality needs no quality."""
+    folder = tmp_path_factory.mktemp("ranks") / "classifier"
+    architecture = {"target": "mlp", "input_shape": [1, 5, 5], "classes": 4, "width": 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model(architecture).double()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    save_bundle(Bundle(model, architecture, list("abcd"), (1, 5, 5), Normalisation.constant((1, 5, 5), 0.5)), folder)
+    return TrainConfig(
+        classifier=str(folder),
+        steps=12,
+        global_batch=64,
+        device="cpu",
+        scale=ScaleConfig(pilot_steps=5),
+        log=LogConfig(every=1, progress=False),
+        checkpoint=CheckpointConfig(every=5),
+    )
+
+
+def trained(world: World | None, *configs: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    for config in configs:
+        train(config, world)
+
+
+def curve(run_dir: Path) -> Tensor:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[line[k] for k in ("loss", "stationarity", "alpha", "rho")] for line in lines])
+
+
+def weights(run_dir: Path) -> Tensor:
+    return torch.cat([p.reshape(-1) for p in load_run(run_dir).generator.module.parameters()])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, settings: TrainConfig) -> Path:
+    """``plain1``, ``plain2``, ``micro2``, ``micro4``: one process and several; ``bits1``, ``bits2``, ``bits4``: deterministic."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def config(name: str, **changes: object) -> TrainConfig:
+        return replace(settings, run_dir=str(folder / name), **changes)
+
+    trained(None, config("plain1"), config("bits1", deterministic=True))
+    on_two = [config("plain2"), config("micro2", micro_batch=5), config("bits2", deterministic=True)]
+    on_four = [config("micro4", micro_batch=16), config("bits4", deterministic=True)]
+    for count, configs in ((2, on_two), (4, on_four)):
+        results = run_ranks(count, folder / "meetings", trained, *configs)
+        assert [kind for kind, _ in results] == ["value"] * count, results
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain2", "micro2", "micro4"])
+def test_ranks_and_micro_batches_give_the_run_of_one_process(runs: Path, name: str) -> None:
+    one, several = runs / "plain1", runs / name
+    torch.testing.assert_close(curve(several)[0], curve(one)[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(curve(several), curve(one), rtol=1e-4, atol=1e-6)
+    assert float((weights(several) - weights(one)).norm() / weights(one).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bits2", "bits4"])
+def test_deterministic_runs_are_the_same_bits_on_any_number_of_ranks(runs: Path, name: str) -> None:
+    assert torch.equal(curve(runs / name), curve(runs / "bits1"))
+    assert torch.equal(weights(runs / name), weights(runs / "bits1"))
+
+
+def stopped_by_last_rank(world: World, config: TrainConfig) -> str:
+    torch.set_num_threads(1)
+    if world.rank == world.size - 1:
+        original = World.any
+
+        def late(self: World, flag: str | None) -> str | None:
+            late.calls += 1
+            if late.calls == 7:
+                os.kill(os.getpid(), signal.SIGUSR2)
+                flag = "SIGUSR2"  # the handler has set it by now, but after the loop read it
+            return original(self, flag)
+
+        late.calls = 0
+        World.any = late
+    try:
+        train(config, world)
+    except Preempted as stop:
+        return f"{stop.signal_name} {stop.step}"
+    return "ran to its end"
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_one_process_goes_on(
+    tmp_path: Path, settings: TrainConfig, runs: Path
+) -> None:
+    config = replace(settings, run_dir=str(tmp_path / "run"), deterministic=True)
+    assert run_ranks(2, tmp_path / "meetings", stopped_by_last_rank, config) == [("value", "SIGUSR2 7")] * 2
+    trained(None, config)
+    assert torch.equal(curve(tmp_path / "run"), curve(runs / "bits1"))
+    assert torch.equal(weights(tmp_path / "run"), weights(runs / "bits1"))
+
+
+def refusals(world: World, *configs: TrainConfig) -> list[str]:
+    said = []
+    for config in configs:
+        try:
+            train(config, world)
+        except C2GError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_is_refused_is_refused_on_every_rank_and_nothing_is_trained(
+    tmp_path: Path, settings: TrainConfig, runs: Path
+) -> None:
+    uneven = replace(settings, global_batch=63, run_dir=str(tmp_path / "uneven"))
+    other = replace(settings, seed=5, run_dir=str(runs / "plain1"))
+    for kind, said in run_ranks(2, tmp_path / "meetings", refusals, uneven, other):
+        assert kind == "value", said
+        assert "global_batch=63 cannot be shared by 2 processes" in said[0]
+        assert "seed=0 there, 5 now" in said[1]
+    assert not (tmp_path / "uneven" / "checkpoints").exists()
+
+
+def dies_at_a_step(world: World, config: TrainConfig) -> str:
+    if world.rank == 1:
+        original = World.any
+
+        def deadly(self: World, flag: str | None) -> str | None:
+            deadly.calls += 1
+            if deadly.calls == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, flag)
+
+        deadly.calls = 0
+        World.any = deadly
+    began = time.monotonic()
+    try:
+        train(config, world)
+    except C2GError as error:
+        return f"{time.monotonic() - began < 30} {error}"
+    return "went on"
+
+
+def test_a_killed_rank_ends_the_others_soon_and_is_named(tmp_path: Path, settings: TrainConfig) -> None:
+    config = replace(settings, run_dir=str(tmp_path / "run"))
+    survivor, dead = run_ranks(2, tmp_path / "meetings", dies_at_a_step, config)
+    assert dead == ("no answer", -signal.SIGKILL)
+    assert survivor[1].startswith("True rank 1 of 2 is gone"), survivor
+
+
+def sums(world: World, parts: Tensor) -> list[Tensor]:
+    results = []
+    for summation in (RunningSum(world), TreeSum(world)):
+        start, stop = world.share(len(parts), "parts")
+        for part in parts[start:stop]:
+            summation.add([part[:3], part[3:]])
+        results.append(torch.cat(summation.total()).tolist())
+    return results
+
+
+def test_sums_over_ranks_are_the_sum_and_the_tree_s_are_the_same_bits(tmp_path: Path) -> None:
+    parts = torch.randn(8, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kind, (running, tree) in run_ranks(2, tmp_path, sums, parts):
+        assert kind == "value"
+        torch.testing.assert_close(torch.tensor(running, dtype=torch.float64), parts.sum(0), rtol=1e-12, atol=1e-12)
+        assert tree == tree_sum(parts).tolist()
+
+
+def test_the_tree_adds_neighbours() -> None:
+    layers = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
+    assert tree_sum(layers).tolist() == [0.0]  # the ones are lost beside 1e8; another order would keep them
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    alone = LaunchEnvironment("test", 0, 3, 0, 3, f"file://{tmp_path / 'meeting'}")
+    with pytest.raises(C2GError, match="rank 1, 2 of 3 did not come within 1 s"):
+        World.start("cpu", deterministic=False, launch=alone, seconds=1)
