@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpc_c2g.distributed.environment import detect
 from hpc_c2g.training.config import GENERATORS, TrainConfig
 from hpc_c2g.training.loop import train as train_generator
 from launch.cli import run_verb
@@ -10,6 +11,8 @@ from launch.cli import run_verb
 def train(config: TrainConfig) -> None:
     """Train or resume, and say where the results are."""
     result = train_generator(config)
+    if detect().rank:
+        return  # rank 0 speaks for all
     done = "trained" if result.steps_made else "complete already, nothing to do"
     print(f"run: {result.run_dir} ({done}); next: c2g evaluate run_dir={result.run_dir}")
 

@@ -178,6 +178,7 @@ RANGES = [
     *("gates.end=0", "gates.anneal_fraction=0", "prior.box=-1", "prior.repulsion_width=0", "prior.total_variation=-1"),
     *("prior.repulsion_references=0", "latents.dimensions=0", "latents.scheme=x", "latents.bank_fraction=2"),
     *("log.every=0", "log.images_every=0", "checkpoint.every=0", "checkpoint.keep=0", "generator.codes=-1"),
+    *("virtual_shards=0", "virtual_shards=3", "scale.pilot_steps=-1", "scale.gain=0"),
     *("generator.widths=[]", "generator.embedding=0", "generator.gain=0", "generator.multiplier_widths=[0]"),
 ]
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from hpc_c2g.distributed.environment import ensure_process_group, prepare_libraries
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
@@ -22,19 +22,15 @@ LOUDNESS = (50.0, 1.0, 0.02, 1.0)
 """Factors on the surrogate, step by step: Adam forgets one common factor, but not factors that change."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _process_group():
-    prepare_libraries(CPU, deterministic=False)
-    ensure_process_group(CPU)
-
-
 def make_generator(seed: int = 0, free: bool = False):
     config = FreeImagesConfig() if free else MLPGeneratorConfig(widths=[8], embedding=4, codes=2)
     return build_generator(config, 2, CLASSES, BATCH, -torch.ones(1, 4, 4), torch.ones(1, 4, 4), seed)
 
 
 def make_engine(micro_batches: int = 1, seed: int = 0, free: bool = False, **settings) -> DeepSpeedEngine:
-    return DeepSpeedEngine(make_generator(seed, free), TrainConfig(**settings), micro_batches, CPU)
+    return DeepSpeedEngine(
+        make_generator(seed, free), TrainConfig(**settings), micro_batches, World.start("cpu", deterministic=False)
+    )
 
 
 def surrogate(module, pieces: int, piece: int, loudness: float = 1.0) -> torch.Tensor:
@@ -50,6 +46,7 @@ def engine_steps(engine: DeepSpeedEngine, micro_batches: int, factor: float = 1.
     for loudness in steps:
         for piece in range(micro_batches):
             engine.backward(surrogate(engine.module, micro_batches, piece, loudness))
+        engine.reduce()
         engine.step(factor)
 
 

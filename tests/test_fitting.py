@@ -27,6 +27,7 @@ from hpc_c2g.classifiers.fitting import (
 from hpc_c2g.classifiers.make import ClassifierConfig, NormalisationConfig, make_classifier
 from hpc_c2g.classifiers.models import CNN, MLP
 from hpc_c2g.data.config import DataConfig
+from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
@@ -239,7 +240,9 @@ def test_a_classifier_is_made_once_and_taken_again_for_equal_settings(tmp_path, 
     assert record["smallest_margin"] >= 1
     assert record["train_accuracy"] == 1
     assert 0.2 < record["held_out_accuracy"] < 1
-    assert bundle.classes == [str(i) for i in range(10)]
+    train = load_split(settings_of(tmp_path).data).train
+    assert bundle.classes == train.classes
+    assert torch.allclose(bundle.normalisation.mean, train.samples.double().mean(0), atol=1e-12)
     monkeypatch.setattr(make, "fit_margin", never)
     again, second = make_classifier(settings_of(tmp_path))
     assert again.fingerprint == bundle.fingerprint

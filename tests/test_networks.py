@@ -149,6 +149,15 @@ def test_without_codes_label_and_every_latent_matter_to_sample_and_multipliers()
             assert (got - there).abs().max().item() > 1e-4
 
 
+def test_gain_multiplies_the_latents():
+    module, drawn = build(KINDS["mlp without codes"]), latents()
+    x, _ = module(drawn)
+    module.condition.gain *= 4
+    got, _ = module(Latents(drawn.z / 4, drawn.labels, drawn.index))
+    assert torch.allclose(got, x, rtol=1e-10, atol=1e-12)
+    assert module.condition.gain == 4 * KINDS["mlp without codes"].gain
+
+
 @pytest.mark.parametrize("kind", ["mlp", "conv", "free"])
 def test_multipliers_start_neutral(kind):
     drawn = latents()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.environment import LaunchEnvironment
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig, build_generator
@@ -52,6 +54,9 @@ class PlainEngine:
         self.backwards += 1
         surrogate.backward()
 
+    def reduce(self) -> None:
+        pass
+
     def step(self, rate_factor: float) -> None:
         self.steps += 1
         self.gradients = [p.grad.clone() for p in self.module.parameters()]
@@ -76,6 +81,16 @@ def config(micro_batch: int | None = None, generator: str = "codes", **changes) 
     return dataclasses.replace(everything, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Peers(World):
+    """One process to whose sums ``reduce`` does what other ranks would."""
+
+    reduce: Callable[[list[Tensor]], None] = lambda _: None
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        self.reduce(tensors)
+
+
 def trainer(
     bundle: Bundle, settings: TrainConfig, reduce: Callable[[list[Tensor]], None] = lambda _: None, **engine
 ) -> TrainStep:
@@ -87,7 +102,8 @@ def trainer(
     if not isinstance(generator, FreeImagesConfig):
         with torch.no_grad():  # away from the start, where all multipliers are alike
             module.multiplier.apply(lambda m: m.weight.add_(0.3) if isinstance(m, nn.Embedding) else None)
-    return TrainStep(settings, objective, sampler, PlainEngine(module, **engine), reduce, CPU, ALPHA0)
+    world = Peers(LaunchEnvironment(), CPU, None, reduce)
+    return TrainStep(settings, objective, sampler, PlainEngine(module, **engine), world, ALPHA0)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -249,7 +265,7 @@ def test_every_step_reduces_the_same_tensors_and_updates_once(bundle, micro_batc
     parameters = [p.numel() for p in bundle.parameters.values()]
     assert sizes[0][: len(parameters)] == parameters
     assert sizes[:2] == sizes[2:]
-    assert [len(s) for s in sizes] == [len(parameters) + 1, 6] * 2  # (G, sums), (five terms, norms)
+    assert [len(s) for s in sizes] == [len(parameters) + 2, 7] * 2  # (G, two sums), (five terms, two norms)
     assert step.engine.steps == 2
     assert step.engine.backwards == 2 * math.ceil(BATCH / (micro_batch or BATCH))
 

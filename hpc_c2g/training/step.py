@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,11 +45,12 @@ def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
     Raises:
         C2GError: the batch or the shards cannot be shared evenly by the ranks.
     """
+    if config.deterministic:
+        first, last = world.share(config.virtual_shards, "virtual_shards")
+        edges = [config.global_batch * shard // config.virtual_shards for shard in range(first, last + 1)]
+        return list(itertools.pairwise(edges))
     start, stop = world.share(config.global_batch, "global_batch")
     size = config.micro_batch or stop - start
-    if config.deterministic:
-        world.share(config.virtual_shards, "virtual_shards")
-        size = config.global_batch // config.virtual_shards
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
