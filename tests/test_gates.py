@@ -238,3 +238,14 @@ def test_a_relu_in_place_is_seen_by_later_readers_of_its_input():
 def test_parameters_that_are_never_used_do_not_matter():
     model = Net(lambda n, x: n.b(n.a(x).relu()), idle=nn.Linear(2, 2)).double()
     assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))
+
+
+def test_tied_weights_act_wherever_they_are_used():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    swapped = Net(lambda n, x: n.b(n.a(n.second(n.first(x)).relu())), second=model[0], first=model[2]).double()
+    swapped.second.weight = swapped.first.weight  # used first under the name that was registered last
+    theta = {k: inputs(*v.shape, seed=i) for i, (k, v) in enumerate(parameters(swapped).items())}
+    assert "second.weight" in theta
+    assert "first.weight" not in theta
+    logits = GatedClassifier(swapped)(theta, {"gate0": torch.ones((), dtype=torch.float64)}, inputs(7, 5))
+    assert torch.equal(logits, functional_call(swapped, theta, (inputs(7, 5),)))
