@@ -241,8 +241,8 @@ def test_parameters_that_are_never_used_do_not_matter():
 
 
 def test_tied_weights_act_wherever_they_are_used():
-    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    swapped = Net(lambda n, x: n.b(n.a(n.second(n.first(x)).relu())), second=model[0], first=model[2]).double()
+    layers = {"second": nn.Linear(5, 5), "first": nn.Linear(5, 5)}
+    swapped = Net(lambda n, x: n.b(n.a(n.second(n.first(x)).relu())), **layers).double()
     swapped.second.weight = swapped.first.weight  # used first under the name that was registered last
     theta = {k: inputs(*v.shape, seed=i) for i, (k, v) in enumerate(parameters(swapped).items())}
     assert "second.weight" in theta

@@ -77,9 +77,8 @@ class GatedClassifier:
             ) from error
         self.gates = _replace_activations(graph)
         self.graph = graph.eval().requires_grad_(False)
-        self.known = {
-            k for k, _ in graph.named_parameters()
-        }  # tracing drops what forward never uses
+        # tracing drops what forward never uses; a tied tensor keeps all its names
+        self.known = {k for k, _ in graph.named_parameters(remove_duplicate=False)}
         self.buffers = {k: b.detach() for k, b in graph.named_buffers() if k.removesuffix(".width") not in self.gates}
 
     def __call__(self, theta: Mapping[str, Tensor], widths: Mapping[str, Tensor], x: Tensor) -> Tensor:
