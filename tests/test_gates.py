@@ -235,6 +235,12 @@ def test_a_relu_in_place_is_seen_by_later_readers_of_its_input():
     assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))
 
 
+def test_a_relu_called_by_keyword_is_replaced():
+    model = Net(lambda n, x: n.b(torch.relu(input=n.a(x)))).double()
+    assert len(GatedClassifier(model).gates) == 1
+    assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))
+
+
 def test_parameters_that_are_never_used_do_not_matter():
     model = Net(lambda n, x: n.b(n.a(x).relu()), idle=nn.Linear(2, 2)).double()
     assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))

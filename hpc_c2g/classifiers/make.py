@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -119,6 +120,10 @@ def make_classifier(
     settings = asdict(config)
     del settings["out"], settings["overwrite"]
     settings = json.loads(json.dumps(settings))
+    if (
+        isinstance(config.fit, ImportFitConfig) and Path(config.fit.state_dict).is_file()
+    ):  # the file may change under its name
+        settings["fit"]["sha256"] = hashlib.sha256(Path(config.fit.state_dict).read_bytes()).hexdigest()
     if (folder / META).exists() and not config.overwrite:
         record = read_record(folder)
         if record.get("settings") == settings:

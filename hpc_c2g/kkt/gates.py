@@ -119,15 +119,17 @@ def _replace_activations(graph: fx.GraphModule) -> list[str]:
         slope = _slope(graph, node)
         if slope is None:
             continue
+        source = node.args[0] if node.args else node.kwargs["input"]
+        assert isinstance(source, fx.Node)
         name = f"gate{len(names)}"
         graph.add_submodule(name, GatedReLU(slope))
         with graph.graph.inserting_after(node):
-            gate = graph.graph.call_module(name, (node.args[0],))
+            gate = graph.graph.call_module(name, (source,))
         node.replace_all_uses_with(gate)
         if _in_place(graph, node):  # whoever reads the input later, reads what was written into it
             order = {n: i for i, n in enumerate(graph.graph.nodes)}
-            for user in [u for u in node.args[0].users if order[u] > order[gate]]:
-                user.replace_input_with(node.args[0], gate)
+            for user in [u for u in source.users if order[u] > order[gate]]:
+                user.replace_input_with(source, gate)
         graph.graph.erase_node(node)
         names.append(name)
     graph.delete_all_unused_submodules()
