@@ -38,8 +38,9 @@ def config(tmp_path) -> TrainConfig:
 
 
 def enter(config: TrainConfig) -> None:
-    with RunDirectory(config):
-        pass
+    """A run that gets as far as a checkpoint, which binds the folder to its settings."""
+    with RunDirectory(config) as run:
+        (run.path / "checkpoints" / "step_00000001").mkdir(parents=True, exist_ok=True)
 
 
 def test_while_a_process_holds_it_no_other_enters_and_a_killed_one_holds_nothing(config):
@@ -103,6 +104,13 @@ def test_other_settings_are_refused_by_name_with_both_values(config, change, mes
     assert message in caught.value.what
     assert config.run_dir in caught.value.what
     enter(config)  # the refused one left neither its lock nor its settings
+
+
+def test_a_start_that_left_no_checkpoint_binds_nothing(config):
+    with RunDirectory(config):
+        pass
+    enter(replace(config, steps=7))
+    assert read_config(RunDirectory(config).path / "config.yaml")["steps"] == 7
 
 
 @pytest.mark.parametrize(

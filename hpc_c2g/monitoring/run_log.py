@@ -75,7 +75,7 @@ class RunLog:
 
         self.run_dir, self.config, self.steps, self.global_batch = run_dir, config, steps, global_batch
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", resumed_step)
-        purge = resumed_step + 1 if resumed_step else None
+        purge = resumed_step + 1  # also at 0: a start that left no checkpoint may have left events
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self.progress = Progress(
             TextColumn("{task.description}"),

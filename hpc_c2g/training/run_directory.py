@@ -64,10 +64,10 @@ class RunDirectory:
         self._lock.close()
 
     def _bind(self) -> None:
-        """Write ``config.yaml``, or check that the one there asks for the same run."""
+        """Write ``config.yaml``, or check that the one there asks for the same run; a start that left no checkpoint binds nothing."""
         file = self.path / "config.yaml"
         new = plain(self.config)
-        if file.exists():
+        if file.exists() and any(self.path.glob("checkpoints/step_*")):
             old = read_config(file)
             differences = [
                 f"{name}={old_value} there, {new_value} now"
