@@ -58,7 +58,7 @@ def test_it_runs_where_there_is_no_checkout(wheel, tmp_path):
     wheel.extractall(target)
     elsewhere.mkdir()
     environment = os.environ | {"PYTHONPATH": str(target)}
-    command = [sys.executable, "-P", "-c", CHILD]
+    command = [sys.executable, "-c", CHILD]  # from an empty folder: -P came with 3.11
     child = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=100)
     assert child.returncode == 0, child.stderr
     folder, *settings = child.stdout.splitlines()
