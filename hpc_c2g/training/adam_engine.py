@@ -19,11 +19,33 @@ def build_optimiser(module: Generator | FreeImages, config: OptimiserConfig) -> 
     return torch.optim.Adam(groups, lr=config.rate, betas=(config.betas[0], config.betas[1]))
 
 
-class AdamEngine:
+class OptimisedModule:
+    """What every engine has: a module, its optimiser with learning rates that follow a factor, and their state."""
+
+    module: nn.Module
+    optimiser: Any
+    base_rates: list[float]
+
+    def set_rates(self, rate_factor: float) -> None:
+        """Every group's learning rate at ``rate_factor`` times its base."""
+        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * rate_factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser state."""
+        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+class AdamEngine(OptimisedModule):
     """Adam on every rank, the gradient summed by ``summation`` and clipped to ``config.gradient_clipping`` (0: not)."""
 
     def __init__(self, module: Generator | FreeImages, config: OptimiserConfig, summation: Summation) -> None:
-        self.module: nn.Module = module
+        self.module = module
         self.summation, self.clipping = summation, config.gradient_clipping
         self.optimiser = build_optimiser(module, config)
         self.base_rates = [float(group["lr"]) for group in self.optimiser.param_groups]
@@ -42,16 +64,6 @@ class AdamEngine:
         """Update at ``rate_factor`` times the base learning rates."""
         if self.clipping:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clipping)
-        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * rate_factor
+        self.set_rates(rate_factor)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser state."""
-        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.module.load_state_dict(state["module"])
-        self.optimiser.load_state_dict(state["optimiser"])

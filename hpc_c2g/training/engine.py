@@ -7,17 +7,17 @@ import logging
 import os
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_c2g.distributed.environment import deepspeed_variables
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import FreeImages, Generator
-from hpc_c2g.training.adam_engine import build_optimiser
+from hpc_c2g.training.adam_engine import OptimisedModule, build_optimiser
 from hpc_c2g.training.config import TrainConfig
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(OptimisedModule):
     """Adam under DeepSpeed for gradients that are *sums* over samples.
 
     DeepSpeed divides by the number of accumulated micro-batches and by the number of ranks; ``backward`` undoes both, because the
@@ -65,7 +65,7 @@ class DeepSpeedEngine:
             raise C2GError(
                 f"deepspeed={config.deepspeed} asks for ZeRO, which checkpoints do not support", "drop the setting"
             )
-        self.module: nn.Module = self._engine.module
+        self.module = self._engine.module
         self._undo_averaging = micro_batches * self._engine.dp_world_size
 
     def backward(self, surrogate: Tensor) -> None:
@@ -79,15 +79,5 @@ class DeepSpeedEngine:
 
     def step(self, rate_factor: float) -> None:
         """Update with the summed gradient at ``rate_factor`` times the base learning rates."""
-        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * rate_factor
+        self.set_rates(rate_factor)
         self._engine.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser state."""
-        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.module.load_state_dict(state["module"])
-        self.optimiser.load_state_dict(state["optimiser"])
