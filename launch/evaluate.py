@@ -25,7 +25,7 @@ COLUMNS = {
 
 def table(result: dict[str, Any]) -> Table:
     """The run and its baselines, one line each."""
-    out = Table(title="uses real data, computed after training")
+    out = Table(title=f"{result['classifier']}: uses real data, computed after training")
     out.add_column("samples")
     for name in COLUMNS.values():
         out.add_column(name, justify="right")
@@ -42,8 +42,8 @@ def _cell(value: Any) -> str:
 def evaluate(config: EvaluateConfig) -> None:
     """Judge, and print the table and the paths."""
     console = Console(stderr=True)
-    result = judge_run(config, lambda text: console.print(f"evaluate: {text}"))
-    Console(width=130).print(table(result))
+    for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):
+        Console(width=130).print(table(result))
     print(
         f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import time
 import traceback
@@ -10,6 +11,8 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import torch
+
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
 
@@ -17,15 +20,21 @@ from hpc_c2g.distributed.world import World
 def _main(queue: Any, launch: LaunchEnvironment, function: Callable[..., Any], args: tuple) -> None:
     try:
         world = World.start("cpu", deterministic=False, launch=launch, seconds=60)
-        queue.put((launch.rank, "value", function(world, *args)))
+        answer = io.BytesIO()  # tensors by value: the sender may be gone when the parent reads
+        torch.save(function(world, *args), answer)
+        queue.put((launch.rank, "value", answer.getvalue()))
     except BaseException as error:
         queue.put((launch.rank, type(error).__name__, f"{error}\n{traceback.format_exc()}"))
 
 
 def run_ranks(
-    count: int, folder: Path, function: Callable[..., Any], *args: Any, seconds: float = 120
+    count: int, folder: Path, function: Callable[..., Any], *args: Any, seconds: float = 120, nodes: int = 1
 ) -> list[tuple[str, Any]]:
-    """Call ``function(world, *args)`` on ``count`` ranks; per rank ``("value", result)`` or ``(error name, text)``."""
+    """Call ``function(world, *args)`` on ``count`` ranks; per rank ``("value", result)`` or ``(error name, text)``.
+
+    ``nodes`` is how many the ranks believe that they are on.
+    """
+    local = count // nodes
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +42,7 @@ def run_ranks(
     processes = [
         context.Process(
             target=_main,
-            args=(queue, LaunchEnvironment("test", r, count, r, count, f"file://{meeting}"), function, args),
+            args=(queue, LaunchEnvironment("test", r, count, r % local, local, f"file://{meeting}"), function, args),
         )
         for r in range(count)
     ]
@@ -46,6 +55,8 @@ def run_ranks(
             dead = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0)]
             try:
                 rank, kind, value = queue.get(timeout=0.2)
+                if kind == "value":
+                    value = torch.load(io.BytesIO(value), weights_only=False)
                 results[rank] = (kind, value)
             except Empty:
                 if all(r in results or r in dead for r in range(count)):

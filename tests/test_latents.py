@@ -28,7 +28,7 @@ def same(a: Latents, b: Latents) -> bool:
 
 
 def part(latents: Latents, start: int, stop: int) -> Latents:
-    return Latents(latents.z[start:stop], latents.labels[start:stop], latents.index[start:stop])
+    return latents[start:stop]
 
 
 @quick

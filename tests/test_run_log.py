@@ -32,10 +32,10 @@ def scalars(step: int) -> dict[str, float]:
     return {"stationarity": 1 / step, "loss": 2 / step}
 
 
-def run(log: RunLog, start: int, stop: int, margins=None, multipliers=None) -> None:
+def run(log: RunLog, start: int, stop: int, bands=()) -> None:
     with log:
         for step in range(start, stop):
-            log.step(step, scalars(step), margins, multipliers)
+            log.step(step, scalars(step), bands)
 
 
 class FullDisk:
@@ -114,7 +114,7 @@ def test_quantiles_and_the_share_of_zeros_are_those_of_the_values(tmp_path):
     generator = torch.Generator().manual_seed(0)
     margins = torch.randn(501, generator=generator)
     multipliers = torch.cat([torch.zeros(30), torch.rand(70, generator=generator) + 0.1])
-    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, margins, multipliers)
+    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, [(margins, multipliers)])
     (line,) = lines(tmp_path / "metrics.jsonl")
     for name, values in (("margins", margins), ("multipliers", multipliers)):
         for q in (5, 25, 50, 75, 95):
@@ -123,7 +123,7 @@ def test_quantiles_and_the_share_of_zeros_are_those_of_the_values(tmp_path):
 
 
 def test_quantiles_of_many_values_are_those_of_an_even_sample(tmp_path):
-    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, torch.linspace(0, 1, 20_000_000))
+    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, [(torch.linspace(0, 1, 20_000_000), torch.ones(1))])
     (line,) = lines(tmp_path / "metrics.jsonl")
     assert line["margins/q05"] == pytest.approx(0.05, abs=1e-4)
     assert line["margins/q95"] == pytest.approx(0.95, abs=1e-4)
@@ -172,8 +172,8 @@ def test_tensorboard_on_a_full_disk_is_named(tmp_path, monkeypatch, what):
 
     monkeypatch.setattr(log.board, what, refuse)
     call = {
-        "add_scalar": lambda: log.step(1, scalars(1), None, None),
-        "add_image": lambda: log.images(1, torch.zeros(4, 1, 2, 2), 2),
+        "add_scalar": lambda: log.step(1, scalars(1), []),
+        "add_image": lambda: log.images(1, "samples", torch.zeros(4, 1, 2, 2), 2),
     }[what]
     with pytest.raises(C2GError, match=r"cannot write \S+tensorboard: No space left on device"), log:
         call()

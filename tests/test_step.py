@@ -10,74 +10,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from trainers import ALPHA0, BATCH, GENERATORS, config, three_bundles, trainer
 
-from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.latents import LatentConfig, LatentSampler
-from hpc_c2g.generators.networks import FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig, build_generator
 from hpc_c2g.kkt import scale
-from hpc_c2g.training.config import (
-    DualityConfig,
-    GateConfig,
-    OptimiserConfig,
-    PriorConfig,
-    ScaleConfig,
-    StationarityConfig,
-    TrainConfig,
-)
+from hpc_c2g.training.config import DualityConfig, OptimiserConfig, PriorConfig, ScaleConfig
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.schedules import gate_width, rate_factor
 from hpc_c2g.training.step import TrainStep
 
-BATCH, CLASSES, ALPHA0 = 12, 3, 0.5
+CLASSES = 3
 CPU = torch.device("cpu")
-GENERATORS = {
-    "codes": MLPGeneratorConfig(codes=2, embedding=5, widths=[9], output_scale=4.0),
-    "no codes": MLPGeneratorConfig(codes=0, embedding=5, widths=[9], multiplier_widths=[7], output_scale=4.0),
-    "free": FreeImagesConfig(name="free", start=0.1),
-}
-
-
-class PlainEngine:
-    """The least that a step needs: float64, autograd, an optimiser."""
-
-    def __init__(self, module: nn.Module, optimiser: type[torch.optim.Optimizer] = torch.optim.Adam) -> None:
-        self.module = module.double()
-        self.optimiser = optimiser(module.parameters(), lr=0.01)
-        self.backwards = self.steps = 0
-        self.gradients: list[Tensor] = []
-
-    def backward(self, surrogate: Tensor) -> None:
-        self.backwards += 1
-        surrogate.backward()
-
-    def reduce(self) -> None: ...
-
-    def step(self, rate_factor: float) -> None:
-        self.steps += 1
-        self.gradients = [p.grad.clone() for p in self.module.parameters()]
-        for group in self.optimiser.param_groups:
-            group["lr"] = 0.01 * rate_factor
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-
-
-def config(micro_batch: int | None = None, generator: str = "codes", **changes) -> TrainConfig:
-    everything = TrainConfig(
-        steps=10,
-        global_batch=BATCH,
-        micro_batch=micro_batch,
-        generator=GENERATORS[generator],
-        latents=LatentConfig(dimensions=3, bank_fraction=0.2),
-        stationarity=StationarityConfig(weight=1.3),
-        duality=DualityConfig(feasibility=0.3, slackness=0.2),
-        prior=PriorConfig(box=1.5, total_variation=0.1, repulsion=0.4, repulsion_references=7),
-        gates=GateConfig(0.5, 0.1),
-    )
-    return dataclasses.replace(everything, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,39 +36,48 @@ class Peers(World):
         self.reduce(tensors)
 
 
-def trainer(
-    bundle: Bundle, settings: TrainConfig, reduce: Callable[[list[Tensor]], None] = lambda _: None, **engine
-) -> TrainStep:
-    objective = Objective(bundle, settings, CPU, torch.float64)
-    sampler = LatentSampler(settings.latents, CLASSES, BATCH, settings.steps, settings.seed)
-    generator: GeneratorConfig = settings.generator
-    module = build_generator(generator, 3, CLASSES, BATCH, objective.lower, objective.upper, settings.seed)
-    if not isinstance(generator, FreeImagesConfig):
-        with torch.no_grad():  # away from the start, where all multipliers are alike
-            module.multiplier.apply(lambda m: m.weight.add_(0.3) if isinstance(m, nn.Embedding) else None)
-    world = Peers(LaunchEnvironment(), CPU, None, reduce)
-    return TrainStep(settings, objective, sampler, PlainEngine(module, **engine), world, ALPHA0)
+def among(reduce: Callable[[list[Tensor]], None]) -> World:
+    return Peers(LaunchEnvironment(), CPU, None, reduce)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def bundles(request):
+    """One classifier, or several of different kinds."""
+    return three_bundles()[: request.param]
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_losses_do_not_depend_on_the_micro_batch(bundle, generator):
+def test_losses_do_not_depend_on_the_micro_batch(bundles, generator):
     def curve(micro_batch: int | None) -> list[dict[str, float]]:
-        step = trainer(bundle, config(micro_batch, generator))
+        step = trainer(bundles, config(micro_batch, generator))
         return [step(i).scalars for i in range(1, 6)]
 
     whole = curve(None)
     assert whole[-1]["loss"] != whole[0]["loss"]
-    assert min(abs(v) for scalars in whole for k, v in scalars.items() if k != "box") > 1e-9  # every term is at work
+    silent = ("box", "wire/bytes", "wire/seconds", "wire/hidden")  # nothing leaves the box, nor the process
+    largest: dict[str, float] = {}
+    for name, value in [item for scalars in whole for item in scalars.items()]:
+        term = name.removeprefix(name.split("/")[0] + "/") if name.startswith("classifier") else name
+        largest[term] = max(largest.get(term, 0), abs(value))
+    assert min(value for term, value in largest.items() if not term.endswith(silent)) > 1e-9
     for micro_batch in (1, 4, 5):
         for got, expected in zip(curve(micro_batch), whole, strict=True):
             assert got == pytest.approx(expected, rel=1e-9, abs=1e-13)
 
 
 def joint_loss(step: TrainStep, number: int) -> tuple[Tensor, Tensor]:
-    """The loss of the whole batch in one graph, term by term as the method page writes it, and rho."""
-    settings, objective, alpha = step.config, step.objective, step.alpha
+    """The mean of the classifiers' losses, and the mean rho."""
+    losses = [one_loss(step, k, number) for k in range(len(step.shares))]
+    return tuple(torch.stack(parts).mean() for parts in zip(*losses, strict=True))
+
+
+def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[Tensor, Tensor]:
+    """The loss of a classifier's whole batch in one graph, term by term as the method page writes it, and rho."""
+    share = step.shares[number_of_classifier]
+    settings, objective, alpha = step.config, share.objective, step.alpha[number_of_classifier]
     ea, rates = math.exp(alpha), objective.rates
-    latents = step.sampler.batch(number, 0, BATCH)
+    BATCH, CLASSES = objective.batch, objective.classes
+    latents = share.sampler.batch(number, 0, BATCH)
     x, h = step.engine.module(latents)
     theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
     logits = objective.phi(theta, objective.widths(gate_width(settings.gates, number, settings.steps)), x)
@@ -155,8 +110,8 @@ def joint_loss(step: TrainStep, number: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(bundle, generator, micro_batch):
-    step = trainer(bundle, config(micro_batch, generator))
+def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(bundles, generator, micro_batch):
+    step = trainer(bundles, config(micro_batch, generator))
     for number in (1, 2, 3):
         loss, rho = joint_loss(step, number)
         expected = torch.autograd.grad(loss, list(step.engine.module.parameters()))
@@ -171,7 +126,7 @@ def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(bundle, g
 
 
 def test_free_images_outside_the_box_are_drawn_back(bundle):
-    step = trainer(bundle, config(4, "free"), optimiser=torch.optim.SGD)
+    step = trainer([bundle], config(4, "free"), optimiser=torch.optim.SGD)
     with torch.no_grad():
         step.engine.module.image.mul_(20)
     expected = torch.autograd.grad(joint_loss(step, 1)[0], list(step.engine.module.parameters()))
@@ -181,7 +136,7 @@ def test_free_images_outside_the_box_are_drawn_back(bundle):
 
 
 def test_terms_without_weight_are_left_out(bundle):
-    scalars = trainer(bundle, config(duality=DualityConfig(), prior=PriorConfig()))(1).scalars
+    scalars = trainer([bundle], config(duality=DualityConfig(), prior=PriorConfig()))(1).scalars
     assert not {"slackness", "repulsion", "total_variation"} & set(scalars)
     assert scalars["loss"] == pytest.approx(scalars["stationarity"] * 1.3 + scalars["feasibility"] + scalars["box"])
 
@@ -189,7 +144,7 @@ def test_terms_without_weight_are_left_out(bundle):
 @pytest.mark.parametrize("micro_batch", [None, 5])
 @pytest.mark.parametrize(("value", "part"), [(math.nan, "image"), (math.nan, "multiplier"), (math.inf, "multiplier")])
 def test_a_number_that_is_not_finite_stops_before_the_update(bundle, value, part, micro_batch):
-    step = trainer(bundle, config(micro_batch, "free"))
+    step = trainer([bundle], config(micro_batch, "free"))
     with torch.no_grad():
         getattr(step.engine.module, part).view(-1)[1] = value
     before = copy.deepcopy(step.engine.module.state_dict())
@@ -197,21 +152,21 @@ def test_a_number_that_is_not_finite_stops_before_the_update(bundle, value, part
         step(1)
     assert caught.value.mend
     assert step.engine.steps == 0
-    assert step.alpha == ALPHA0
+    assert step.alpha == [ALPHA0]
     after = step.engine.module.state_dict()
     assert all(torch.equal(v.nan_to_num(7), after[k].nan_to_num(7)) for k, v in before.items())
 
 
 @pytest.mark.parametrize("term", ["feasibility", "slackness"])
 def test_the_term_at_fault_is_named(bundle, term):
-    step = trainer(bundle, config(duality=DualityConfig(**{term: math.inf})))
+    step = trainer([bundle], config(duality=DualityConfig(**{term: math.inf})))
     with pytest.raises(C2GError, match=f"the term '{term}' is (inf|nan)"):
         step(1)
     assert step.engine.steps == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(bundle):
-    step = trainer(bundle, config())
+    step = trainer([bundle], config())
     step.engine.backward = lambda surrogate: (surrogate * math.inf).backward()
     with pytest.raises(C2GError, match=r"the term 'gradient/generator' is (inf|nan)"):
         step(1)
@@ -220,48 +175,49 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(bundle):
 
 def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
     settings = config(scale=ScaleConfig(caution=1.7))
-    objective = Objective(bundle, settings, CPU, torch.float64)
+    objective = Objective(bundle, settings, BATCH, CPU, torch.float64)
     probe = scale.probe_margin(bundle.model, objective.lower, objective.upper, 0)
     ascended = scale.ascended_margin(bundle.model, objective.lower, objective.upper, CLASSES, 0)
     start = objective.initial_alpha()
     assert math.exp(start) * math.sqrt(probe * ascended) == pytest.approx(1.7, rel=0.05)
-    assert start == Objective(bundle, settings, CPU, torch.float64).initial_alpha()
+    assert start == Objective(bundle, settings, BATCH, CPU, torch.float64).initial_alpha()
 
 
 @pytest.mark.parametrize(("start", "up"), [(ALPHA0, True), (4.0, False)])
 def test_alpha_follows_the_feedback_on_rho(bundle, start, up):
-    step = trainer(bundle, config(scale=ScaleConfig(rate=0.05, target=1.2, gain=2.0)))
-    step.alpha, step.alpha0 = start, start + 1
+    step = trainer([bundle], config(scale=ScaleConfig(rate=0.05, target=1.2, gain=2.0)))
+    step.alpha, step.alpha0 = [start], [start + 1]
     for number in (1, 2, 3):
-        alpha, result = step.alpha, step(number)
+        (alpha,), result = step.alpha, step(number)
         assert result.scalars["alpha"] == alpha
-        assert step.alpha == scale.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.2, 2.0)
-        assert (step.alpha > alpha) == up
+        assert step.alpha == [scale.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.2, 2.0)]
+        assert (step.alpha[0] > alpha) == up
 
 
 def test_a_step_restored_from_its_state_continues_alike(bundle):
-    first, second = (trainer(bundle, config(), optimiser=torch.optim.SGD) for _ in range(2))
-    first.alpha0 = 2.0
+    first, second = (trainer([bundle], config(), optimiser=torch.optim.SGD) for _ in range(2))
+    first.alpha0 = [2.0]
     for number in (1, 2):
         first(number)
     second.engine.module.load_state_dict(first.engine.module.state_dict())
     assert second.state_dict() != first.state_dict()
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == first.state_dict() == {"alpha": first.alpha, "alpha0": 2.0}
-    assert second(3).scalars == first(3).scalars
+    assert second.state_dict() == first.state_dict() == {"alpha": first.alpha, "alpha0": [2.0]}
+    told = [{k: v for k, v in step(3).scalars.items() if k != "wire/seconds"} for step in (first, second)]
+    assert told[0] == told[1]
     assert second.alpha == first.alpha
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 5])
-def test_every_step_reduces_the_same_tensors_and_updates_once(bundle, micro_batch):
+def test_every_step_sums_the_same_scalars_and_updates_once(bundle, micro_batch):
     sizes: list[list[int]] = []
-    step = trainer(bundle, config(micro_batch), reduce=lambda tensors: sizes.append([t.numel() for t in tensors]))
+    world = among(lambda tensors: sizes.append([t.numel() for t in tensors]))
+    step = trainer([bundle], config(micro_batch), world)
     step(1)
     step(2)
-    parameters = [p.numel() for p in bundle.parameters.values()]
-    assert sizes[0][: len(parameters)] == parameters
-    assert sizes[:2] == sizes[2:]
-    assert [len(s) for s in sizes] == [len(parameters) + 2, 7] * 2  # (G, two sums), (five terms, two norms)
+    gradients = [p.numel() for p in step.engine.module.parameters()]
+    scalars = len(bundle.parameters) + 5 + 4  # L_stat per tensor, five terms, two sums, two norms
+    assert sizes == [gradients, [scalars]] * 2
     assert step.engine.steps == 2
     assert step.engine.backwards == 2 * math.ceil(BATCH / (micro_batch or BATCH))
 
@@ -271,7 +227,7 @@ def test_summed_parts_of_two_ranks_are_what_the_loss_is_read_from(bundle):
         for tensor in tensors:
             tensor.mul_(2)
 
-    alone, both = trainer(bundle, config())(1).scalars, trainer(bundle, config(), reduce=double)(1).scalars
+    alone, both = trainer([bundle], config())(1).scalars, trainer([bundle], config(), among(double))(1).scalars
     assert both["rho"] == pytest.approx(alone["rho"], rel=1e-12)
     assert both["multiplier_sum"] == pytest.approx(2 * alone["multiplier_sum"], rel=1e-12)
     for term in ("feasibility", "slackness", "total_variation", "repulsion"):
@@ -280,20 +236,26 @@ def test_summed_parts_of_two_ranks_are_what_the_loss_is_read_from(bundle):
 
 def test_rate_follows_the_schedule(bundle):
     optimiser = OptimiserConfig(warmup_fraction=0.5, final_fraction=0.1)
-    step = trainer(bundle, config(optimiser=optimiser))
+    step = trainer([bundle], config(optimiser=optimiser))
     for number in (1, 2, 9):
         step(number)
         assert step.engine.optimiser.param_groups[0]["lr"] == 0.01 * rate_factor(optimiser, number, 10)
 
 
-def test_measured_margins_and_multipliers_are_those_of_the_batch(bundle):
-    step = trainer(bundle, config())
-    latents = step.sampler.batch(1, 0, BATCH)
-    x, h = step.engine.module(latents)
-    logits = bundle.model(x).detach()
-    result = step(1)
-    for i, y in enumerate(latents.labels.tolist()):
-        smallest = min(float(logits[i, y] - logits[i, j]) for j in range(CLASSES) if j != y)
-        assert float(result.margins[i]) == pytest.approx(math.exp(ALPHA0) * smallest, rel=1e-9)
-    expected = [F.softplus(h[i, j]).item() for i in range(BATCH) for j in range(CLASSES) if j != latents.labels[i]]
-    assert result.multipliers.tolist() == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_measured_margins_and_multipliers_are_those_of_the_batch(bundles, micro_batch):
+    step = trainer(bundles, config(micro_batch))
+    assert step(9).bands == []  # only where they are asked for
+    step = trainer(bundles, config(micro_batch))
+    drawn = [share.sampler.batch(1, 0, share.objective.batch) for share in step.shares]
+    outputs = [[t.detach() for t in step.engine.module(latents)] for latents in drawn]
+    bands = step(1, watch=True).bands
+    assert len(bands) == len(bundles)
+    for bundle, latents, (x, h), band in zip(bundles, drawn, outputs, bands, strict=True):
+        logits = bundle.model(x)
+        classes, labels = logits.shape[1], latents.labels.tolist()
+        for i, y in enumerate(labels):
+            smallest = min(float(logits[i, y] - logits[i, j]) for j in range(classes) if j != y)
+            assert float(band.margins[i]) == pytest.approx(math.exp(ALPHA0) * smallest, rel=1e-5)
+        expected = [F.softplus(h[i, j]).item() for i, y in enumerate(labels) for j in range(classes) if j != y]
+        assert band.multipliers.tolist() == pytest.approx(expected, rel=1e-5)

@@ -18,7 +18,7 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig, build_generator
-from hpc_c2g.generators.trained import TrainedGenerator, normalisation_from, systematic_resample
+from hpc_c2g.generators.trained import Member, TrainedGenerator, members_from, systematic_resample
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
@@ -36,8 +36,8 @@ GENERATORS = {
 
 def make(config=GENERATORS["codes"], count: int = 12) -> TrainedGenerator:
     lower, upper = (bound.float() for bound in NORMALISATION.box())
-    module = build_generator(config, 2, CLASSES, count, lower, upper, seed=0)
-    return TrainedGenerator(module, 2, ["a", "b", "c"], NORMALISATION)
+    module = build_generator(config, 2, [CLASSES], [count], lower[None], upper[None], seed=0)
+    return TrainedGenerator(module, 2, [Member(0, ["a", "b", "c"], NORMALISATION)])
 
 
 def make_free(count: int) -> TrainedGenerator:
@@ -46,7 +46,10 @@ def make_free(count: int) -> TrainedGenerator:
     with torch.no_grad():
         trained.module.image.copy_(torch.arange(count)[:, None, None, None].expand(-1, *SHAPE))
         trained.module.multiplier.copy_(torch.arange(count)[:, None].expand(-1, CLASSES))
-    return replace(trained, normalisation=Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))
+    return replace(
+        trained,
+        members=[replace(trained.members[0], normalisation=Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))],
+    )
 
 
 def shown(samples: torch.Tensor) -> torch.Tensor:
@@ -147,7 +150,9 @@ class Quarters(nn.Module):
 
 
 def test_samples_are_drawn_in_proportion_to_their_multipliers_within_each_class():
-    trained = TrainedGenerator(Quarters(), 2, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))
+    trained = TrainedGenerator(
+        Quarters(), 2, [Member(0, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))]
+    )
     for by_multipliers, wanted in ((True, [0, 1 / 6, 2 / 6, 3 / 6]), (False, [0.25] * 4)):
         samples, labels = trained.sample(3000, 0, by_multipliers)
         for c in range(CLASSES):
@@ -161,7 +166,7 @@ def test_the_weight_of_a_sample_is_the_sum_of_its_multipliers():
     with torch.no_grad():
         trained.module.multiplier.weight.normal_()
         h = trained.module(latents)[1]
-    weights = trained.draw(latents)[1]
+    weights = trained.draw(latents, trained.members[0])[1]
     for i, label in enumerate(latents.labels.tolist()):
         others = [j for j in range(CLASSES) if j != label]
         assert float(weights[i]) == pytest.approx(float(F.softplus(h[i, others]).sum()), rel=1e-5)
@@ -209,7 +214,7 @@ def test_a_run_is_read_without_its_classifier(config, bundle_dir, tmp_path):
     assert float(samples.min()) >= -1e-6
     assert float(samples.max()) <= 1 + 1e-6
     state = Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig()).latest().state
-    assert run.alpha == state["scale"]["alpha"]
+    assert run.alphas == state["scale"]["alpha"]
     for name, weights in run.generator.module.state_dict().items():
         assert torch.equal(weights, state["engine"]["module"][name].float())
     assert not any(p.requires_grad for p in run.generator.module.parameters())
@@ -233,10 +238,11 @@ def test_a_run_without_a_checkpoint_is_named(config):
 
 def test_what_a_checkpoint_keeps_gives_the_normalisation_back():
     trained = make()
-    again = normalisation_from(trained.state_dict())
+    (member,) = members_from(trained.state_dict())
+    again = member.normalisation
     for name in ("mean", "scale", "lower", "upper"):
         assert torch.equal(getattr(again, name), getattr(NORMALISATION, name))
-    assert trained.state_dict()["classes"] == ["a", "b", "c"]
+    assert member.classes == ["a", "b", "c"]
 
 
 def test_the_picture_has_a_row_of_all_classes_at_latents_that_stay():
@@ -245,4 +251,4 @@ def test_the_picture_has_a_row_of_all_classes_at_latents_that_stay():
     assert columns == CLASSES
     assert images.shape == (15, *SHAPE)
     assert torch.equal(images, trained.picture(seed=4, rows=5)[0])
-    assert torch.equal(images, trained.draw(fresh_latents(4, 15, 2, CLASSES))[0])
+    assert torch.equal(images, trained.draw(fresh_latents(4, 15, 2, CLASSES), trained.members[0])[0])

@@ -106,10 +106,10 @@ def at_step(monkeypatch, number: int, action) -> None:
     """Call ``action`` while step ``number`` runs."""
     original = TrainStep.__call__
 
-    def call(self, step):
+    def call(self, step, watch):
         if step == number:
             action()
-        return original(self, step)
+        return original(self, step, watch)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
 

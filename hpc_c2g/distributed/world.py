@@ -53,6 +53,11 @@ class World:
         prepare_libraries(place, deterministic)
         return cls(launch, place, _open_group(launch, "nccl" if place.type == "cuda" else "gloo", seconds))
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """A world of one process, whatever else it belongs to."""
+        return cls(LaunchEnvironment(), device, HashStore())
+
     @property
     def rank(self) -> int:
         """Of this process."""
@@ -68,25 +73,12 @@ class World:
         """Whether this process writes files and speaks for all."""
         return self.launch.rank == 0
 
-    def share(self, total: int, name: str) -> tuple[int, int]:
-        """This rank's part ``[start, stop)`` of ``total`` samples.
-
-        Raises:
-            C2GError: the ranks' parts would differ in size.
-        """
-        if total % self.size:
-            raise C2GError(
-                f"{name}={total} cannot be shared by {self.size} processes", f"give a multiple of {self.size}"
-            )
-        part = total // self.size
-        return self.rank * part, (self.rank + 1) * part
-
     def sum(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over ranks: one all-reduce of one flat bucket, the same bits on every rank."""
         if self.size == 1 or not tensors:
             return
         bucket = torch.cat([t.reshape(-1) for t in tensors])
-        self._guarded(lambda: dist.all_reduce(bucket))
+        self.guarded(lambda: dist.all_reduce(bucket))
         for tensor, part in zip(tensors, torch.split(bucket, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -95,7 +87,7 @@ class World:
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._guarded(lambda: dist.all_gather(parts, tensor))
+        self.guarded(lambda: dist.all_gather(parts, tensor))
         return torch.cat(parts)
 
     def any(self, flag: str | None) -> str | None:
@@ -103,11 +95,11 @@ class World:
         if self.size == 1:
             return flag
         raised = torch.tensor([1.0 if flag else 0.0], device=self.device)
-        self._guarded(lambda: dist.all_reduce(raised))
+        self.guarded(lambda: dist.all_reduce(raised))
         if not bool(raised):
             return None
         flags: list[str | None] = [None] * self.size
-        self._guarded(lambda: dist.all_gather_object(flags, flag))
+        self.guarded(lambda: dist.all_gather_object(flags, flag))
         return next((f for f in flags if f), None)
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -127,13 +119,13 @@ class World:
                 message[0] = ("error", f"rank 0 failed: {error!r}", "look at its log")
                 dist.broadcast_object_list(message, 0)
                 raise
-        self._guarded(lambda: dist.broadcast_object_list(message, 0))
+        self.guarded(lambda: dist.broadcast_object_list(message, 0))
         if message[0][0] == "error":
             raise C2GError(*message[0][1:])
         value: T = message[0][1]
         return value
 
-    def _guarded(self, collective: Callable[[], Any]) -> None:
+    def guarded(self, collective: Callable[[], Any]) -> None:
         """Run a collective; where it breaks, call the roll and name who does not answer."""
         try:
             collective()

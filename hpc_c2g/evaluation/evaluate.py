@@ -21,8 +21,10 @@ from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+from hpc_c2g.training.config import DistributedConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import Run, load_run
+from hpc_c2g.training.sharding import batch_shares
 
 PAIRS = 40
 """Training images in the side-by-side picture."""
@@ -58,36 +60,64 @@ class EvaluateConfig:
             raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
 
 
-def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Judge the run, write ``evaluation.json`` and ``nearest.png`` into it, and return the result.
+def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Judge the run and write ``evaluation.json`` and ``nearest.png`` into it.
+
+    Of a run with several classifiers each one's samples are judged against its own data (``evaluation.json`` has them under
+    ``classifiers``); returns one result per classifier.
 
     Raises:
         C2GError: no run, no data, or data that do not fit the classifier.
     """
     run_dir = Path(config.run_dir)
     run = load_run(run_dir)
-    settings, generator = run.config, run.generator
-    data = fitted_data(settings.classifier, config.data)
+    folders = run.config.classifiers
+    several = len(folders) > 1
+    if several and config.data is not None:
+        raise C2GError(
+            f"data={config.data.name} is given for {len(folders)} classifiers",
+            "leave it out: each is judged on the data that its record names",
+        )
+    results = []
+    for k, folder in enumerate(folders):
+        tell(f"classifier {k}: {folder}" if several else "judging the generator")
+        results.append(_evaluate(config, run, k, f"-classifier{k}" if several else "", tell))
+    content = {"uses_real_data": True, "classifiers": results} if several else results[0]
+    write_atomically(run_dir / "evaluation.json", json.dumps(content, indent=2).encode())
+    return results
+
+
+def _evaluate(config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    folder, generator = run.config.classifiers[k], run.generator.only(k)
+    data = fitted_data(folder, config.data)
     split = load_split(data)
     _check_fit(generator, split, data)
     samples, labels = generator.sample(config.count, config.seed)
-    tell("judging the generator")
     result: dict[str, Any] = {
         "uses_real_data": True,
+        "classifier": folder,
         **judge(samples, labels, split, config.seed),
         "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
-        "baselines": _baselines(config, run, split, tell) if config.baselines else {},
+        "baselines": _baselines(config, run, k, suffix, split, tell) if config.baselines else {},
     }
-    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=2).encode())
     if drawable(generator.input_shape):
-        save_png(side_by_side(samples, split.train.samples), run_dir / "nearest.png", zoom_for(samples.shape[-1]))
+        picture = side_by_side(samples, split.train.samples)
+        save_png(picture, Path(config.run_dir) / f"nearest{suffix}.png", zoom_for(samples.shape[-1]))
     return result
 
 
-def _baselines(config: EvaluateConfig, run: Run, split: Split, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The same figures for real images, noise, a generator without stationarity and the peers' free images."""
-
-    settings, run_dir = run.config, Path(config.run_dir)
+def _baselines(
+    config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier."""
+    settings = replace(run.config, distributed=DistributedConfig())  # in this one process
+    if len(settings.classifiers) > 1:
+        batch = batch_shares(settings.global_batch, settings.shares or [len(m.classes) for m in run.generator.members])[
+            k
+        ]
+        own = settings.classifiers[k]
+        settings = replace(settings, classifier=own, shares=[], global_batch=batch, micro_batch=None)
+    folder = Path(config.run_dir) / "baselines"
 
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         return judge(samples, labels, split, config.seed)
@@ -101,10 +131,10 @@ def _baselines(config: EvaluateConfig, run: Run, split: Split, tell: Callable[[s
     tell("baseline: a generator trained on classification alone")
     without = replace(
         settings,
-        run_dir=str(run_dir / "baselines" / "classification_only"),
+        run_dir=str(folder / f"classification_only{suffix}-{config.classification_steps}"),
         steps=min(config.classification_steps, settings.steps),
         stationarity=replace(settings.stationarity, weight=0.0),
-        scale=replace(settings.scale, start=run.alpha, rate=0.0),  # without multipliers alpha cannot be learned
+        scale=replace(settings.scale, start=run.alphas[k], rate=0.0),  # without multipliers alpha cannot be learned
     )
     train(without)
     baselines["classification_only"] = judged(
@@ -114,7 +144,7 @@ def _baselines(config: EvaluateConfig, run: Run, split: Split, tell: Callable[[s
     count = 2 * -(-len(split.train) // classes) * classes
     free = replace(
         settings,
-        run_dir=str(run_dir / "baselines" / "free_images"),
+        run_dir=str(folder / f"free_images{suffix}-{config.free_steps}"),
         steps=config.free_steps,
         global_batch=count,
         micro_batch=None,

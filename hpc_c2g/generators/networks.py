@@ -1,12 +1,14 @@
-"""Image generators (z, y) -> x and the multiplier network (z, y) -> h, in one trainable module.
+"""Image generators (z, y, k) -> x and the multiplier network (z, y, k) -> h, in one trainable module; k is the classifier.
 
-No network uses batch statistics: a sample must not depend on which others share its micro-batch.
+Each classifier has its own label space, its own embeddings and its own input box; all share the decoder. No network uses
+batch statistics: a sample must not depend on which others share its micro-batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +84,7 @@ class ConvGeneratorConfig(GeneratorConfig):
 
 @dataclass
 class FreeImagesConfig(GeneratorConfig):
-    """No generator: ``global_batch`` free images and multipliers, the method of the reconstruction peers."""
+    """No generator: a free image and multipliers for each sample of the batch, the method of the reconstruction peers."""
 
     name: str = "free"
     start: float = 0.01
@@ -93,8 +95,13 @@ class FreeImagesConfig(GeneratorConfig):
             raise C2GError(f"generator.start={self.start}", "give a positive standard deviation")
 
 
+def _of(table: Tensor, classifier: Tensor) -> Tensor:
+    """Each sample's row of ``[K, ...]``; one classifier's row is left to broadcast."""
+    return table[classifier] if len(table) > 1 else table
+
+
 class Box(nn.Module):
-    """Maps an unbounded ``t`` into the box of the normalised input space: centre + half tanh(t), started at x near ``start``."""
+    """Maps an unbounded ``t`` into the box of the classifier's normalised input space: centre + half tanh(t + offset)."""
 
     centre: Tensor
     half_range: Tensor
@@ -108,9 +115,10 @@ class Box(nn.Module):
         # t = 0 is x = 0, the mean of the normalised space, unless that lies at the edge, where tanh has no slope
         self.register_buffer("offset", torch.atanh((-centre / half).clamp(-0.8, 0.8)))
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Normalised inputs of the shape of ``t``, ``[B, *S]``."""
-        x: Tensor = self.centre + self.half_range * torch.tanh(t + self.offset)
+    def forward(self, t: Tensor, classifier: Tensor) -> Tensor:
+        """Inputs ``[B, *S]``, each in the normalised space of its classifier."""
+        centre, half_range, offset = (_of(b, classifier) for b in (self.centre, self.half_range, self.offset))
+        x: Tensor = centre + half_range * torch.tanh(t + offset)
         return x
 
 
@@ -163,22 +171,25 @@ class ConvImage(nn.Module):
 
 
 class Condition(nn.Module):
-    """(z, y) to features: the class embedding beside z, or one of the class's learned codes, selected by z_0, beside the rest of z."""
+    """(z, y, k) to features: the class's embedding beside z, or one of its learned codes, selected by z_0, beside the rest of z."""
 
-    def __init__(self, config: GeneratorConfig, dimensions: int, classes: int) -> None:
+    first: Tensor
+
+    def __init__(self, config: GeneratorConfig, dimensions: int, classes: Sequence[int]) -> None:
         super().__init__()
         self.codes, self.gain = config.codes, config.gain
-        self.table = nn.Embedding(classes * max(1, config.codes), config.embedding)
+        self.table = nn.Embedding(sum(classes) * max(1, config.codes), config.embedding)
         self.features = config.embedding + dimensions - (1 if config.codes else 0)
+        self.register_buffer("first", first_rows(classes))
 
     def rows(self, latents: Latents) -> Tensor:
         """Row of the table per sample, ``[B]``."""
+        labels: Tensor = _of(self.first, latents.classifier) + latents.labels
         if not self.codes:
-            return latents.labels
+            return labels
         quantile: Tensor = torch.special.ndtr(latents.z[:, 0].double())
         code = (quantile * self.codes).long().clamp(0, self.codes - 1)
-        row: Tensor = latents.labels * self.codes + code
-        return row
+        return labels * self.codes + code
 
     def forward(self, latents: Latents) -> Tensor:
         """Features ``[B, features]``."""
@@ -186,19 +197,39 @@ class Condition(nn.Module):
         return torch.cat([self.gain * z.to(self.table.weight), self.table(self.rows(latents))], 1)
 
 
+def first_rows(counts: Sequence[int]) -> Tensor:
+    """Where each classifier's rows begin in a table that holds ``counts`` rows for them in turn; int64 ``[K]``."""
+    return torch.tensor([0, *itertools.accumulate(counts)][:-1])
+
+
+def neutral_logits(classes: Sequence[int]) -> Tensor:
+    """The neutral multiplier logit per classifier, ``[K, 1]``."""
+    return torch.tensor([[neutral_logit(count)] for count in classes])
+
+
 class Generator(nn.Module):
-    """Conditional generator of images, and multipliers over the same condition."""
+    """Conditional generator of images, and multipliers over the same condition.
+
+    Args:
+        config: which and how large.
+        dimensions: of the latents.
+        classes: C_k of each classifier.
+        lower: of the normalised boxes, ``[K, *S]``.
+        upper: of the normalised boxes, ``[K, *S]``.
+    """
+
+    neutral: Tensor
 
     def __init__(
         self,
         config: MLPGeneratorConfig | ConvGeneratorConfig,
         dimensions: int,
-        classes: int,
+        classes: Sequence[int],
         lower: Tensor,
         upper: Tensor,
     ) -> None:
         super().__init__()
-        shape = tuple(lower.shape)
+        shape = tuple(lower.shape[1:])
         self.condition = Condition(config, dimensions, classes)
         features = self.condition.features
         if isinstance(config, ConvGeneratorConfig):
@@ -208,23 +239,18 @@ class Generator(nn.Module):
                 perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
             )
         self.box = Box(lower, upper)
-        self.neutral = neutral_logit(classes)
+        self.register_buffer("neutral", neutral_logits(classes))
         if config.codes:
-            self.multiplier: nn.Module = nn.Embedding(classes * config.codes, classes)
+            self.multiplier: nn.Module = nn.Embedding(sum(classes) * config.codes, max(classes))
             nn.init.zeros_(self.multiplier.weight)
         else:
-            self.multiplier = perceptron([features, *config.multiplier_widths, classes], 1.0)
-
-    def images(self, latents: Latents) -> Tensor:
-        """x ``[B, *S]`` in the classifier's normalised space."""
-        x: Tensor = self.box(self.image(self.condition(latents)))
-        return x
+            self.multiplier = perceptron([features, *config.multiplier_widths, max(classes)], 1.0)
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
-        """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
+        """x ``[B, *S]`` in each classifier's normalised space, and the multiplier logits h ``[B, max C_k]``."""
         features = self.condition(latents)
         h = self.multiplier(self.condition.rows(latents) if self.condition.codes else features)
-        return self.box(self.image(features)), h + self.neutral
+        return self.box(self.image(features), latents.classifier), h + _of(self.neutral, latents.classifier)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, codes, multipliers."""
@@ -236,29 +262,47 @@ class Generator(nn.Module):
 
 
 class FreeImages(nn.Module):
-    """One free image and one row of multiplier logits per sample index."""
+    """One free image and one row of multiplier logits per sample of the batch.
 
-    def __init__(self, config: FreeImagesConfig, count: int, classes: int, lower: Tensor, upper: Tensor) -> None:
+    Args:
+        config: how they start.
+        counts: B_k, images of each classifier.
+        classes: C_k of each classifier.
+        shape: ``[*S]``.
+
+    Raises:
+        C2GError: fewer images than classes.
+    """
+
+    first: Tensor
+    count: Tensor
+    whole: Tensor
+
+    def __init__(
+        self, config: FreeImagesConfig, counts: Sequence[int], classes: Sequence[int], shape: Sequence[int]
+    ) -> None:
         super().__init__()
-        if count < classes:
-            raise C2GError(
-                f"global_batch={count} is too small for generator=free", f"give an image per class, at least {classes}"
-            )
-        self.image = nn.Parameter(config.start * torch.randn(count, *lower.shape))
-        self.multiplier = nn.Parameter(torch.full((count, classes), neutral_logit(classes)))
-
-    def images(self, latents: Latents) -> Tensor:
-        """x ``[B, *S]``."""
-        return self.image[self._places(latents.index)]
-
-    def _places(self, index: Tensor) -> Tensor:
-        """Indices beyond the count start again at 0, after as many images of each class."""
-        count, classes = self.multiplier.shape
-        return torch.where(index < count, index, index % (count - count % classes))
+        for count, most in zip(counts, classes, strict=True):
+            if count < most:
+                raise C2GError(
+                    f"global_batch={sum(counts)} is too small for generator=free: {count} images for {most} classes",
+                    "give an image per class of every classifier",
+                )
+        self.counts = list(counts)
+        self.image = nn.Parameter(config.start * torch.randn(sum(counts), *shape))
+        neutral = neutral_logits(classes).repeat_interleave(torch.tensor(counts), 0)
+        self.multiplier = nn.Parameter(neutral.expand(-1, max(classes)).clone())
+        self.register_buffer("first", first_rows(counts))
+        # indices beyond the count start again at 0, after as many images of each class
+        self.register_buffer("whole", torch.tensor([n - n % c for n, c in zip(counts, classes, strict=True)]))
+        self.register_buffer("count", torch.tensor(self.counts))
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
-        """x ``[B, *S]`` and the multiplier logits h ``[B, C]``."""
-        return self.images(latents), self.multiplier[self._places(latents.index)]
+        """x ``[B, *S]`` and the multiplier logits h ``[B, max C_k]``."""
+        k, index = latents.classifier, latents.index
+        index = torch.where(index < _of(self.count, k), index, index % _of(self.whole, k))
+        places = _of(self.first, k) + index
+        return self.image[places], self.multiplier[places]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, multipliers."""
@@ -266,23 +310,29 @@ class FreeImages(nn.Module):
 
 
 def build_generator(
-    config: GeneratorConfig, dimensions: int, classes: int, count: int, lower: Tensor, upper: Tensor, seed: int
+    config: GeneratorConfig,
+    dimensions: int,
+    classes: Sequence[int],
+    counts: Sequence[int],
+    lower: Tensor,
+    upper: Tensor,
+    seed: int,
 ) -> Generator | FreeImages:
     """The network that ``config`` names, initialised from ``seed`` without touching the global generator.
 
     Args:
         config: which and how large.
         dimensions: of the latents.
-        classes: C.
-        count: number of free images.
-        lower: of the normalised box, ``[*S]``.
-        upper: of the normalised box, ``[*S]``.
+        classes: C_k of each classifier.
+        counts: number of free images of each.
+        lower: of the normalised boxes, ``[K, *S]``.
+        upper: of the normalised boxes, ``[K, *S]``.
         seed: of the initial weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(config, FreeImagesConfig):
-            return FreeImages(config, count, classes, lower, upper)
+            return FreeImages(config, counts, classes, lower.shape[1:])
         if isinstance(config, (MLPGeneratorConfig, ConvGeneratorConfig)):
             return Generator(config, dimensions, classes, lower, upper)
     raise C2GError(f"generator.name={config.name!r} is unknown", "choose generator=mlp, conv or free")

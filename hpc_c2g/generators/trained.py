@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,81 +21,121 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True)
+class Member:
+    """What a generator knows of one of its classifiers.
+
+    Attributes:
+        index: of the classifier within the generator.
+        classes: names.
+        normalisation: maps the generator's outputs for it to raw values.
+    """
+
+    index: int
+    classes: list[str]
+    normalisation: Normalisation
+
+
+@dataclass(frozen=True)
 class TrainedGenerator:
     """Samples raw images.
 
     Attributes:
         module: generator and multiplier network.
         dimensions: of its latents.
-        classes: names.
-        normalisation: maps its outputs to raw values.
+        members: the classifiers it was born from.
     """
 
     module: Generator | FreeImages
     dimensions: int
-    classes: list[str]
-    normalisation: Normalisation
+    members: list[Member]
 
     @classmethod
-    def of(cls, bundle: Bundle, module: Generator | FreeImages, dimensions: int) -> TrainedGenerator:
-        """For a generator in training against ``bundle``."""
-        return cls(module, dimensions, bundle.classes, bundle.normalisation)
+    def of(cls, bundles: Sequence[Bundle], module: Generator | FreeImages, dimensions: int) -> TrainedGenerator:
+        """For a generator in training against ``bundles``."""
+        return cls(module, dimensions, [Member(k, b.classes, b.normalisation) for k, b in enumerate(bundles)])
+
+    def only(self, classifier: int) -> TrainedGenerator:
+        """The part of the generator that belongs to one classifier."""
+        return replace(self, members=[self.members[classifier]])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of all classes; classifiers that name a class alike mean the same one."""
+        return list(dict.fromkeys(name for member in self.members for name in member.classes))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """``[*S]`` of one sample."""
-        return tuple(self.normalisation.mean.shape)
+        return tuple(self.members[0].normalisation.mean.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
-        norm = {k: getattr(self.normalisation, k) for k in ("mean", "scale", "lower", "upper")}
-        return {"classes": list(self.classes), "dimensions": self.dimensions, "normalisation": norm}
+        names = ("mean", "scale", "lower", "upper")
+        members = [
+            {"classes": list(m.classes), "normalisation": {k: getattr(m.normalisation, k) for k in names}}
+            for m in self.members
+        ]
+        return {"dimensions": self.dimensions, "members": members}
 
     @torch.no_grad()
-    def draw(self, latents: Latents) -> tuple[Tensor, Tensor]:
-        """Raw samples ``[n, *S]`` and their total relative multipliers sum_j softplus(h_ij) ``[n]``, on the CPU in float32."""
+    def draw(self, latents: Latents, member: Member) -> tuple[Tensor, Tensor]:
+        """Raw samples ``[n, *S]`` for one classifier and their relative multipliers sum_j softplus(h_ij) ``[n]``, on the CPU in float32."""
         device = next(self.module.parameters()).device
         images, weights = [], []
         for start in range(0, len(latents.labels), CHUNK):
-            piece = Latents(*(t[start : start + CHUNK].to(device) for t in (latents.z, latents.labels, latents.index)))
+            piece = latents[start : start + CHUNK].to(device)
             x, h = self.module(piece)
-            mu = F.softplus(h.float()) * other_classes(piece.labels, h.shape[1])
-            images.append(self.normalisation.denormalise(x.float().cpu()))
+            h = h[:, : len(member.classes)].float()
+            mu = F.softplus(h) * other_classes(piece.labels, h.shape[1])
+            images.append(member.normalisation.denormalise(x.float().cpu()))
             weights.append(mu.sum(1).cpu())
         return torch.cat(images), torch.cat(weights)
 
     def sample(self, count: int, seed: int, by_multipliers: bool = True) -> tuple[Tensor, Tensor]:
-        """Fresh raw samples ``[count, *S]`` with labels ``[count]`` cycling through the classes.
+        """Fresh raw samples ``[count, *S]`` with labels ``[count]`` (indices into ``classes``) that cycle through the classes.
 
         At a KKT point the sum over training samples is the expectation over the generator *weighted by its multipliers*: a
         sample without multipliers satisfies nothing. So samples are drawn in proportion to their multipliers, by importance
         resampling within the class from ``OVERSAMPLING`` times as many; ``by_multipliers=False`` draws plainly.
         """
-        classes = len(self.classes)
-        factor = OVERSAMPLING if by_multipliers else 1
-        if isinstance(self.module, FreeImages):  # a finite set: every candidate once
-            total = len(self.module.image) if by_multipliers else count
-        else:
-            total = factor * -(-count // classes) * classes
-        latents = fresh_latents(seed, total, self.dimensions, classes)
-        images, weights = self.draw(latents)
-        labels = torch.arange(count) % classes
-        if not by_multipliers:
-            return images[:count], labels
+        classes = self.classes
+        drawn = [self._candidates(member, count, seed, by_multipliers) for member in self.members]
+        images, weights, candidate_labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        labels = torch.arange(count) % len(classes)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.empty(count, dtype=torch.long)
-        for label in range(min(classes, count)):
-            candidates = torch.nonzero(latents.labels == label)[:, 0]
+        for label in range(min(len(classes), count)):
+            candidates = torch.nonzero(candidate_labels == label)[:, 0]
             wanted = torch.nonzero(labels == label)[:, 0]
-            drawn = systematic_resample(weights[candidates], len(wanted), generator)
-            chosen[wanted] = candidates[drawn]
+            if by_multipliers:
+                picked = systematic_resample(weights[candidates], len(wanted), generator)
+            else:
+                picked = torch.arange(len(wanted)) % len(candidates)
+                if len(self.members) > 1:  # candidates come classifier by classifier: take some of each
+                    picked = torch.randperm(len(candidates), generator=generator)[picked]
+            chosen[wanted] = candidates[picked]
         return images[chosen], labels
 
+    def _candidates(self, member: Member, count: int, seed: int, by_multipliers: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One classifier's samples, relative multipliers and labels in the common label space."""
+        classes = len(member.classes)
+        factor = OVERSAMPLING if by_multipliers else 1
+        total = factor * -(-count // len(self.classes)) * classes
+        if isinstance(self.module, FreeImages):  # a finite set: every candidate once
+            total = self.module.counts[member.index]
+        latents = fresh_latents(seed, total, self.dimensions, classes, classifier=member.index)
+        common = torch.tensor([self.classes.index(name) for name in member.classes])
+        return *self.draw(latents, member), common[latents.labels]
+
     def picture(self, seed: int, rows: int = 10) -> tuple[Tensor, int]:
-        """Raw samples for a grid, one column per class at latents that never change, and the number of columns."""
-        columns = len(self.classes)
-        images, _ = self.draw(fresh_latents(seed, rows * columns, self.dimensions, columns))
-        return images, columns
+        """Raw samples for a grid at latents that never change: a column per class, classifier by classifier; and the columns' number."""
+        parts = []
+        for member in self.members:
+            columns = len(member.classes)
+            latents = fresh_latents(seed, rows * columns, self.dimensions, columns, classifier=member.index)
+            parts.append(self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape))
+        images = torch.cat(parts, 1)
+        return images.flatten(0, 1), images.shape[1]
 
 
 def systematic_resample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -107,6 +147,8 @@ def systematic_resample(weights: Tensor, count: int, generator: torch.Generator)
     return drawn[torch.randperm(count, generator=generator)]
 
 
-def normalisation_from(state: Mapping[str, Any]) -> Normalisation:
-    """The normalisation that ``TrainedGenerator.state_dict`` kept."""
-    return Normalisation(**state["normalisation"])
+def members_from(state: Mapping[str, Any]) -> list[Member]:
+    """The members that ``TrainedGenerator.state_dict`` kept."""
+    return [
+        Member(k, kept["classes"], Normalisation(**kept["normalisation"])) for k, kept in enumerate(state["members"])
+    ]

@@ -14,6 +14,7 @@ so G is summed over micro-batches (and ranks) without a graph, and the cotangent
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -69,6 +70,7 @@ def kkt_sum(
     labels: Tensor,
     multipliers: Tensor,
     keep_graph: bool = False,
+    on_ready: Callable[[str, Tensor], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Margins and G_k = sum_ij mu_ij grad_k m_ij of one micro-batch.
 
@@ -79,11 +81,15 @@ def kkt_sum(
         labels: ``[B]``.
         multipliers: mu ``[B, C]``, zero at j = y_i.
         keep_graph: keep the graph of both results with respect to x and mu (one pass), else they are detached.
+        on_ready: called with (name, G_k) as soon as the backward has G_k, last layers first; never for a tensor that phi does not use.
 
     Returns:
         margins ``[B, C]`` and G, one tensor per parameter.
     """
     leaves = {k: t.detach().requires_grad_() for k, t in theta.items()}
+    if on_ready is not None:
+        for k, leaf in leaves.items():
+            leaf.register_hook(functools.partial(on_ready, k))  # type: ignore[no-untyped-call]
     if not keep_graph:
         x, multipliers = x.detach(), multipliers.detach()
     with torch.enable_grad():

@@ -6,7 +6,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -109,10 +109,16 @@ class RunLog:
 
     def due(self, step: int) -> bool:
         """Whether scalars are written at ``step``."""
-        return step % self.config.every == 0 or step in (1, self.steps)
+        return due(step, self.config.every, self.steps)
 
-    def step(self, step: int, scalars: dict[str, float], margins: Tensor | None, multipliers: Tensor | None) -> None:
-        """Log one step: ``scalars``, and quantiles of scaled margins ``[b]`` and relative multipliers ``[m]``."""
+    def step(self, step: int, scalars: dict[str, float], bands: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Log one step.
+
+        Args:
+            step: counted from 1.
+            scalars: by name.
+            bands: per classifier its scaled margins ``[B]`` and relative multipliers ``[m]``, of which quantiles are written.
+        """
         self.progress.update(self._task, completed=step, residual=f"{scalars['stationarity']:.4f}")
         if not self.due(step):
             return
@@ -120,24 +126,25 @@ class RunLog:
         rate = (step - self._since_step) * self.global_batch / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         scalars = {**scalars, "samples_per_second": rate, "memory/peak_gib": _peak_memory()}
-        if margins is not None:
-            scalars |= _quantiles("margins", margins)
-        if multipliers is not None:
-            scalars |= _quantiles("multipliers", multipliers)
-            scalars["multipliers/share_of_zeros"] = float((multipliers < 1e-3 * multipliers.mean()).float().mean())
+        for k, (margins, multipliers) in enumerate(bands):
+            prefix = f"classifier{k}/" if len(bands) > 1 else ""
+            zeros = (multipliers < 1e-3 * multipliers.mean()).float().mean()
+            scalars |= _quantiles(f"{prefix}margins", margins)
+            scalars |= _quantiles(f"{prefix}multipliers", multipliers)
+            scalars[f"{prefix}multipliers/share_of_zeros"] = float(zeros)
         self.metrics.write({"step": step, **scalars})
         with _writing(self.run_dir / "tensorboard"):
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
 
     def images_due(self, step: int) -> bool:
-        """Whether an image grid is drawn at ``step``."""
-        return step % self.config.images_every == 0 or step in (1, self.steps)
+        """Whether image grids are drawn at ``step``."""
+        return due(step, self.config.images_every, self.steps)
 
-    def images(self, step: int, images: Tensor, columns: int) -> None:
+    def images(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""
         with _writing(self.run_dir / "tensorboard"):
-            self.board.add_image("samples", grid(images, columns), step)
+            self.board.add_image(name, grid(images, columns), step)
 
 
 @contextlib.contextmanager
@@ -148,21 +155,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-class SilentLog(contextlib.AbstractContextManager["SilentLog"]):
-    """The log of every rank but the first: says and writes nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def step(self, step: int, scalars: dict[str, float], margins: Tensor | None, multipliers: Tensor | None) -> None:
-        """Nothing."""
-
-    def images_due(self, step: int) -> bool:
-        """Never."""
-        return False
-
-    def images(self, step: int, images: Tensor, columns: int) -> None:
-        """Nothing."""
+def due(step: int, every: int, steps: int) -> bool:
+    """Every so many steps, at the first and at the last."""
+    return step % every == 0 or step in (1, steps)
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from hpc_c2g.distributed.reduction import Summation
 from hpc_c2g.generators.networks import FreeImages, Generator
@@ -31,6 +32,10 @@ class OptimisedModule:
         for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate_factor
 
+    def weights(self) -> dict[str, Tensor]:
+        """The module's state in full."""
+        return self.module.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser state."""
         return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -49,21 +54,26 @@ class AdamEngine(OptimisedModule):
         self.summation, self.clipping = summation, config.gradient_clipping
         self.optimiser = build_optimiser(module, config)
         self.base_rates = [float(group["lr"]) for group in self.optimiser.param_groups]
-        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.parameters = dict(module.named_parameters())
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples."""
-        self.summation.add(list(torch.autograd.grad(surrogate, self.parameters, materialize_grads=True)))
+        grads = torch.autograd.grad(surrogate, list(self.parameters.values()), materialize_grads=True)
+        self.summation.add(dict(zip(self.parameters, grads, strict=True)))
 
     def reduce(self) -> None:
         """Make every parameter's ``grad`` the sum over all micro-batches and ranks."""
-        for parameter, grad in zip(self.parameters, self.summation.total(), strict=True):
-            parameter.grad = grad
+        for name, grad in self.summation.total().items():
+            self.parameters[name].grad = grad
+
+    def gradient_norm(self) -> Tensor:
+        """Of the reduced gradient."""
+        return get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def step(self, rate_factor: float) -> None:
         """Update at ``rate_factor`` times the base learning rates."""
         if self.clipping:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clipping)
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clipping)
         self.set_rates(rate_factor)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpc_c2g.distributed.wire import WIRES
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
@@ -164,15 +165,38 @@ class CheckpointConfig:
 
 
 @dataclass
-class TrainConfig:
-    """A generator from a classifier bundle.
+class DistributedConfig:
+    """How several processes share the work; none of it changes the result beyond rounding, ``wire: bfloat16`` excepted.
 
     Attributes:
-        classifier: folder of the bundle.
+        groups: of processes, each with its own part of the classifiers; None takes as many as divide both.
+        hierarchical: G is summed inside each node first, then across nodes.
+        wire: what G travels as, ``float32`` or ``bfloat16`` (half the bytes, its rounding errors fed back).
+        bucket_mib: a bucket of G leaves when it holds as much, while the backward goes on.
+    """
+
+    groups: int | None = None
+    hierarchical: bool = False
+    wire: str = "float32"
+    bucket_mib: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require(self.groups is None or self.groups >= 1, "distributed.groups", self.groups, "give >= 1, or null")
+        _require(self.wire in WIRES, "distributed.wire", self.wire, f"choose {' or '.join(WIRES)}")
+        _require(self.bucket_mib > 0, "distributed.bucket_mib", self.bucket_mib, "give a size > 0")
+
+
+@dataclass
+class TrainConfig:
+    """A generator from one classifier bundle or from several.
+
+    Attributes:
+        classifier: folder of the bundle, or a list of folders.
         run_dir: where everything is written; the same folder resumes.
         steps: optimiser steps.
-        global_batch: B, samples in one KKT sum.
-        micro_batch: samples whose graph is held at once; None holds the whole batch (one pass).
+        global_batch: B, samples of a step over all classifiers and processes.
+        micro_batch: samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
+        shares: of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
         seed: of weights, latents and probes.
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -181,11 +205,12 @@ class TrainConfig:
         virtual_shards: a power of two, at most ``global_batch``.
     """
 
-    classifier: str = "???"
+    classifier: Any = "???"
     run_dir: str = "???"
     steps: int = 3000
     global_batch: int = 200
-    micro_batch: int | None = None
+    micro_batch: int | str | None = None
+    shares: list[float] = field(default_factory=list)
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
@@ -201,17 +226,28 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, "give at least one step")
         _require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        size = self.micro_batch
         _require(
-            self.micro_batch is None or 1 <= self.micro_batch <= self.global_batch,
+            size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),
             "micro_batch",
-            self.micro_batch,
-            f"give a number from 1 to global_batch={self.global_batch}, or null for the whole batch",
+            size,
+            f"give a number from 1 to global_batch={self.global_batch}, auto, or null for the whole batch",
         )
+        folders = self.classifiers
+        _require(
+            bool(folders) and all(isinstance(f, str) and f for f in folders),
+            "classifier",
+            self.classifier,
+            "give the folder of a bundle, or a list of them such as 'classifier=[a,b]'",
+        )
+        _require(len(set(folders)) == len(folders), "classifier", self.classifier, "name each bundle once")
+        _require(all(s > 0 for s in self.shares), "shares", self.shares, "give positive shares")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         shards = self.virtual_shards
         _require(shards >= 1 and shards & (shards - 1) == 0, "virtual_shards", shards, "give a power of two")
@@ -223,6 +259,11 @@ class TrainConfig:
         )
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+
+    @property
+    def classifiers(self) -> list[str]:
+        """Folders of the bundles."""
+        return list(self.classifier) if isinstance(self.classifier, (list, tuple)) else [self.classifier]
 
 
 GENERATORS: dict[str, type[GeneratorConfig]] = {

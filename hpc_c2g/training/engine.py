@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from hpc_c2g.distributed.environment import deepspeed_variables
 from hpc_c2g.distributed.world import World
@@ -76,6 +77,10 @@ class DeepSpeedEngine(OptimisedModule):
 
     def reduce(self) -> None:
         """Nothing is left to do: DeepSpeed sums the gradient over ranks within the last backward."""
+
+    def gradient_norm(self) -> Tensor:
+        """Of the reduced gradient."""
+        return get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def step(self, rate_factor: float) -> None:
         """Update with the summed gradient at ``rate_factor`` times the base learning rates."""

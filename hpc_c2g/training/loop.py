@@ -1,4 +1,4 @@
-"""A generator training run from its configuration to its last checkpoint. Sees a classifier bundle and no data."""
+"""A generator training run from its configuration to its last checkpoint. Sees classifier bundles and no data."""
 
 from __future__ import annotations
 
@@ -7,26 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hpc_c2g.classifiers.bundle import Bundle, load_bundle
-from hpc_c2g.distributed.reduction import TreeSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.latents import LatentSampler
-from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.generators.trained import TrainedGenerator
-from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
-from hpc_c2g.monitoring.run_log import RunLog, SilentLog
-from hpc_c2g.training.adam_engine import AdamEngine
-from hpc_c2g.training.checkpoints import Checkpoints
+from hpc_c2g.monitoring.images import grid, save_png, zoom_for
+from hpc_c2g.monitoring.run_log import RunLog, due
+from hpc_c2g.training.assembly import Assembly, Parts
+from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.engine import DeepSpeedEngine
-from hpc_c2g.training.objective import Objective
-from hpc_c2g.training.pilot import pilot_alpha
+from hpc_c2g.training.pilot import pilot_alphas
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
-from hpc_c2g.training.step import TrainStep, micro_batches
 
 
 @dataclass(frozen=True)
@@ -51,22 +41,23 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
         Preempted: a signal asked to stop; a checkpoint was published.
     """
     world = world or World.start(config.device, config.deterministic)
-    bundle = load_bundle(config.classifier)
-    with contextlib.ExitStack() as held:
+    assembly = Assembly.of(config, world)
+    with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
 
         def hold() -> None:
             held.enter_context(RunDirectory(config))
 
         world.from_first(hold)
-        return _train(config, bundle, Path(config.run_dir), world)
+        return _train(config, assembly, preemption)
 
 
-def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, world: World) -> RunResult:
+def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) -> RunResult:
+    world, run_dir = assembly.world, Path(config.run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     resumed = world.from_first(lambda: getattr(checkpoints.latest(), "step", 0))
     checkpoint = checkpoints.at(resumed) if resumed else None
-    fingerprint = bundle.fingerprint
-    if checkpoint and checkpoint.state["classifier"] != fingerprint:
+    fingerprints = [bundle.fingerprint for bundle in assembly.bundles]
+    if checkpoint and checkpoint.state["classifiers"] != fingerprints:
         raise C2GError(
             f"run_dir={run_dir} holds a run of another classifier than classifier={config.classifier}",
             "choose another run_dir, or the classifier that the run began with",
@@ -74,59 +65,58 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, world: World) -> 
     if resumed >= config.steps:
         return RunResult(run_dir, 0)
 
-    lower, upper = (bound.float() for bound in bundle.normalisation.box())
-    classes = len(bundle.classes)
-    generator = build_generator(
-        config.generator, config.latents.dimensions, classes, config.global_batch, lower, upper, config.seed
-    )
-    objective = Objective(bundle, config, world.device, torch.float32)
-    sampler = LatentSampler(config.latents, classes, config.global_batch, config.steps, config.seed)
-    pieces = micro_batches(config, world)
-    engine: DeepSpeedEngine | AdamEngine
-    if config.deterministic:
-        engine = AdamEngine(generator.to(world.device), config.optimiser, TreeSum(world))
-    else:
-        engine = DeepSpeedEngine(generator, config, len(pieces), world)
-    # a resumed run brings its own alpha
-    alpha0 = world.from_first(lambda: pilot_alpha(objective, config, world)) if checkpoint is None else 0.0
-    train_step = TrainStep(config, objective, sampler, engine, world, alpha0)
-    if checkpoint is not None:
-        engine.load_state_dict(checkpoint.state["engine"])
-        train_step.load_state_dict(checkpoint.state["scale"])
+    def asked_to_stop() -> str | None:
+        return world.any(preemption.signal_name)  # read once: a signal may come at any moment, to any rank
 
-    trained = TrainedGenerator.of(bundle, generator, config.latents.dimensions)
+    def boundary() -> None:
+        if stop := asked_to_stop():
+            raise Preempted(stop, 0)
+
+    parts = _started(config, assembly, checkpoint, boundary)
 
     def state() -> dict[str, Any]:
-        return {
-            "engine": engine.state_dict(),
-            "scale": train_step.state_dict(),
-            "trained": trained.state_dict(),
-            "classifier": fingerprint,
-        }
+        return {**parts.state_dict(), "classifiers": fingerprints}
 
-    with (
-        PreemptionFlag() as preemption,
-        _log(config, run_dir, resumed, world) as log,
-    ):
+    with contextlib.ExitStack() as open_files:
+        log = open_files.enter_context(_log(config, resumed)) if world.is_first else None
         for step in range(resumed + 1, config.steps + 1):
-            result = train_step(step)
-            log.step(step, result.scalars, result.margins, result.multipliers)
-            if log.images_due(step) and drawable(bundle.input_shape):
-                log.images(step, *trained.picture(config.seed))
-            if (
-                step == config.steps and world.is_first and drawable(bundle.input_shape)
-            ):  # before the last checkpoint: complete means all
-                images, columns = trained.picture(config.seed)
-                save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
-            stop = world.any(preemption.signal_name)  # read once: it may come at any moment, to any rank
+            watched = due(step, config.log.every, config.steps)
+            result = parts.step(step, watched)
+            if log:
+                log.step(step, result.scalars, [(b.margins, b.multipliers) for b in result.bands])
+            if due(step, config.log.images_every, config.steps):
+                _draw(parts, log, step, config)
+            stop = asked_to_stop()
             if checkpoints.due(step, config.steps) or stop:
-                world.from_first(lambda step=step: checkpoints.publish(step, state()))  # type: ignore[misc]
+                kept = state()  # every rank has its part in it
+                world.from_first(lambda step=step, kept=kept: checkpoints.publish(step, kept))  # type: ignore[misc]
             if stop and step < config.steps:
                 raise Preempted(stop, step)
     return RunResult(run_dir, config.steps - resumed)
 
 
-def _log(config: TrainConfig, run_dir: Path, resumed: int, world: World) -> RunLog | SilentLog:
-    if not world.is_first:
-        return SilentLog()
-    return RunLog(run_dir, config.log, config.steps, config.global_batch, resumed)
+def _started(config: TrainConfig, assembly: Assembly, checkpoint: Checkpoint | None, boundary: Any) -> Parts:
+    """The parts at the checkpoint, or at the beginning."""
+    if checkpoint is None:
+        return assembly.parts(pilot_alphas(assembly.bundles, config, assembly.world, boundary))
+    parts = assembly.parts([0.0] * len(assembly.bundles))
+    parts.load_state_dict(checkpoint.state)
+    return parts
+
+
+def _log(config: TrainConfig, resumed: int) -> RunLog:
+    return RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
+
+
+def _draw(parts: Parts, log: RunLog | None, step: int, config: TrainConfig) -> None:
+    """Grids of samples; at the last step samples.png too, before the last checkpoint: complete means all."""
+    trained = parts.trained()
+    if log is None or trained is None:
+        return
+    several = len(trained.members) > 1
+    for member in trained.members if several else []:
+        log.images(step, f"classifier{member.index}/samples", *trained.only(member.index).picture(config.seed))
+    images, columns = trained.picture(config.seed)
+    log.images(step, "samples", images, columns)
+    if step == config.steps:
+        save_png(grid(images, columns), Path(config.run_dir) / "samples.png", zoom_for(images.shape[-1]))

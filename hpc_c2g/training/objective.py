@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,16 @@ def verified_rates(bundle: Bundle) -> dict[str, float]:
     return rates.parameters
 
 
+def loss_terms(config: TrainConfig, is_image: bool) -> list[str]:
+    """Names of what ``Objective.sample_losses`` returns, in its order."""
+    optional = {
+        "slackness": config.duality.slackness,
+        "total_variation": config.prior.total_variation and is_image,
+        "repulsion": config.prior.repulsion,
+    }
+    return ["feasibility", "box", *(name for name, there in optional.items() if there)]
+
+
 @dataclass(frozen=True)
 class Residual:
     """The global residual: L_stat per tensor, and the direction v that turns it into cotangents."""
@@ -49,6 +59,7 @@ class Objective:
     Args:
         bundle: the classifier.
         config: of the run.
+        batch: B_k, samples in its KKT sum.
         device: where the KKT sums are computed.
         dtype: of the KKT sums, float32 or float64.
 
@@ -56,8 +67,10 @@ class Objective:
         C2GError: the classifier has no rates (not quasi-homogeneous) or no margin on probes.
     """
 
-    def __init__(self, bundle: Bundle, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(
+        self, bundle: Bundle, config: TrainConfig, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.batch = config, batch
         self.classes = len(bundle.classes)
         self.rates = verified_rates(bundle)
         self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
@@ -67,10 +80,10 @@ class Objective:
         self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024))
         self.is_image = len(bundle.input_shape) == 3
 
-    def for_config(self, config: TrainConfig) -> Objective:
+    def under(self, config: TrainConfig, batch: int) -> Objective:
         """The same classifier under other settings (batch, weights of the terms)."""
         other = copy.copy(self)
-        other.config = config
+        other.config, other.batch = config, batch
         return other
 
     def _probes(self, count: int) -> Tensor:
@@ -100,7 +113,13 @@ class Objective:
         return stationarity.multiplier_scale(self.theta, self.rates, self.left_side, alpha)
 
     def kkt_sum(
-        self, gamma: float, x: Tensor, labels: Tensor, multipliers: Tensor, keep_graph: bool
+        self,
+        gamma: float,
+        x: Tensor,
+        labels: Tensor,
+        multipliers: Tensor,
+        keep_graph: bool,
+        on_ready: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Margins and G of one micro-batch; see ``stationarity.kkt_sum``."""
         widths = self.widths(gamma)
@@ -108,7 +127,7 @@ class Objective:
         def phi(theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
             return self.phi(theta, widths, inputs)
 
-        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph)
+        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
         """L_stat's terms and direction from the *global* G."""
@@ -130,7 +149,7 @@ class Objective:
         alpha: float,
         reference: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Weighted terms that are plain sums over samples: duality and priors, divided by the global batch.
+        """Weighted terms that are plain sums over samples: duality and priors, divided by the batch.
 
         Args:
             margins: ``[b, C]``.
@@ -140,8 +159,8 @@ class Objective:
             alpha: the scale.
             reference: samples and labels that repel, None without repulsion.
         """
-        config, batch = self.config, self.config.global_batch
-        terms = {
+        config, batch = self.config, self.batch
+        terms = {  # in the order of ``loss_terms``
             "feasibility": config.duality.feasibility * duality.feasibility(margins, labels, alpha, batch),
             "box": config.prior.box * priors.box_excess(x, self.lower, self.upper, batch),
         }

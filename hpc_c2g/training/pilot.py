@@ -6,59 +6,92 @@ worse optimum. A few hundred cheap steps on free images bring alpha close, from 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from hpc_c2g.distributed.environment import LaunchEnvironment
+from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImages, FreeImagesConfig
+from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine
 from hpc_c2g.training.config import OptimiserConfig, PriorConfig, TrainConfig
-from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.sharding import shard
 from hpc_c2g.training.step import TrainStep
 
 IMAGES_PER_CLASS = 20
 RATE = 0.01
 
 
-def pilot_alpha(objective: Objective, config: TrainConfig, world: World) -> float:
-    """Where alpha starts: ``scale.start`` if given, else after ``scale.pilot_steps`` steps on free images (0: from probes alone)."""
+def pilot_alphas(
+    bundles: Sequence[Bundle], config: TrainConfig, world: World, boundary: Callable[[], None]
+) -> list[float]:
+    """Where each classifier's alpha starts: ``scale.start`` if given, else after a pilot, each run by one rank for all; collective.
+
+    Args:
+        bundles: all classifiers.
+        config: of the run.
+        world: the ranks.
+        boundary: called by every rank equally often, between steps; may raise on all of them.
+    """
     if config.scale.start is not None:
-        return config.scale.start
-    steps = config.scale.pilot_steps
-    if not steps:
-        return objective.initial_alpha()
-    count = IMAGES_PER_CLASS * objective.classes
-    pilot = replace(
-        config,
-        steps=steps,
-        global_batch=count,
-        micro_batch=None,
-        generator=FreeImagesConfig(),
-        latents=LatentConfig(dimensions=1),
-        stationarity=replace(config.stationarity, weight=1.0),
-        prior=replace(config.prior, repulsion=PriorConfig.repulsion),
-        optimiser=OptimiserConfig(rate=RATE, multiplier_rate=RATE),
-        deterministic=False,
-    )
-    alone = replace(world, launch=LaunchEnvironment())  # one rank runs it for all
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        images = FreeImages(FreeImagesConfig(), count, objective.classes, objective.lower, objective.upper).to(
-            world.device
+        return [config.scale.start] * len(bundles)
+    alphas = torch.zeros(len(bundles), dtype=torch.float64, device=world.device)
+    rounds = -(-len(bundles) // world.size)
+    for number in range(rounds):
+        k = number * world.size + world.rank
+        pilot = None
+        if k < len(bundles):
+            pilot = _Pilot(Objective(bundles[k], config, config.global_batch, world.device, torch.float32), config)
+        for step in range(1, config.scale.pilot_steps + 1):
+            boundary()
+            if pilot is not None:
+                pilot.step(step)
+        if pilot is not None:
+            alphas[k] = pilot.step.alpha[0]
+    world.sum([alphas])
+    return [float(alpha) for alpha in alphas]
+
+
+class _Pilot:
+    """Free images under the run's own objective, in one process."""
+
+    def __init__(self, objective: Objective, config: TrainConfig) -> None:
+        classes, device = objective.classes, objective.lower.device
+        count = IMAGES_PER_CLASS * classes
+        steps = max(1, config.scale.pilot_steps)
+        pilot = replace(
+            config,
+            steps=steps,
+            global_batch=count,
+            shares=[],
+            micro_batch=None,
+            generator=FreeImagesConfig(),
+            latents=LatentConfig(dimensions=1),
+            stationarity=replace(config.stationarity, weight=1.0),
+            prior=replace(config.prior, repulsion=PriorConfig.repulsion),
+            optimiser=OptimiserConfig(rate=RATE, multiplier_rate=RATE),
+            deterministic=False,
         )
-    sampler = LatentSampler(pilot.latents, objective.classes, count, steps, config.seed)
-    train_step = TrainStep(
-        pilot,
-        objective.for_config(pilot),
-        sampler,
-        AdamEngine(images, pilot.optimiser, RunningSum(alone)),
-        alone,
-        objective.initial_alpha(),
-    )
-    for step in range(1, steps + 1):
-        train_step(step)
-    return train_step.alpha
+        alone = World.alone(device)
+        mesh = Mesh.over(alone, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            images = FreeImages(FreeImagesConfig(), [count], [classes], objective.lower.shape).to(device)
+        terms = loss_terms(pilot, objective.is_image)
+        self.step = TrainStep(
+            pilot,
+            {0: objective.under(pilot, count)},
+            {0: LatentSampler(pilot.latents, classes, count, steps, config.seed)},
+            [classes],
+            Account([list(objective.theta)], [terms], RunningSum(alone), device),
+            AdamEngine(images, pilot.optimiser, RunningSum(alone)),
+            mesh,
+            shard(pilot, [classes], mesh, None),
+            [objective.initial_alpha()],
+        )

@@ -6,21 +6,24 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.generators.trained import TrainedGenerator, normalisation_from
+from hpc_c2g.generators.trained import TrainedGenerator, members_from
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig, config_from
 from hpc_c2g.training.run_directory import read_config
+from hpc_c2g.training.sharding import batch_shares
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has come to so far: its settings, its generator, its alpha, the step of its newest checkpoint."""
+    """What a run has come to so far: its settings, its generator, each classifier's alpha, the step of its newest checkpoint."""
 
     config: TrainConfig
     generator: TrainedGenerator
-    alpha: float
+    alphas: list[float]
     step: int
 
 
@@ -36,12 +39,13 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     if checkpoint is None:
         raise C2GError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
     kept = checkpoint.state["trained"]
-    normalisation = normalisation_from(kept)
-    lower, upper = (bound.float() for bound in normalisation.box())
-    module = build_generator(
-        config.generator, kept["dimensions"], len(kept["classes"]), config.global_batch, lower, upper, config.seed
-    )
+    members = members_from(kept)
+    classes = [len(member.classes) for member in members]
+    bounds = [member.normalisation.box() for member in members]
+    lower, upper = (torch.stack([b[side].float() for b in bounds]) for side in (0, 1))
+    counts = batch_shares(config.global_batch, config.shares or classes)
+    module = build_generator(config.generator, kept["dimensions"], classes, counts, lower, upper, config.seed)
     module.load_state_dict(checkpoint.state["engine"]["module"])
     module.eval().requires_grad_(False)
-    generator = TrainedGenerator(module.float(), kept["dimensions"], kept["classes"], normalisation)
+    generator = TrainedGenerator(module.float(), kept["dimensions"], members)
     return Run(config, generator, checkpoint.state["scale"]["alpha"], checkpoint.step)

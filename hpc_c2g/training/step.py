@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from hpc_c2g.distributed.reduction import RunningSum, Summation, TreeSum
-from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.distributed.lane import Lane
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.distributed.reduction import Arrival, ResidualSum, TreeSum
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import duality, scale
-from hpc_c2g.kkt.margins import other_classes, smallest_margins
 from hpc_c2g.kkt.stationarity import cotangents
+from hpc_c2g.training.account import BALANCE, Account, rho
+from hpc_c2g.training.bands import BandCollector, Bands
 from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.objective import Objective, Residual
 from hpc_c2g.training.schedules import gate_width, rate_factor
+from hpc_c2g.training.sharding import Range, Sharding
 
 
 class Engine(Protocol):
@@ -33,25 +32,32 @@ class Engine(Protocol):
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
 
     def reduce(self) -> None:
-        """Make every parameter's ``grad`` the sum over all micro-batches and ranks."""
+        """Make the generator's gradient the sum over all micro-batches and ranks."""
+
+    def gradient_norm(self) -> Tensor:
+        """Of the reduced gradient, before it is used; the same on every rank."""
 
     def step(self, rate_factor: float) -> None:
         """Update the generator with the summed gradient and clear it."""
 
 
-def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
-    """This rank's micro-batches as ranges of global sample indices; in deterministic mode the virtual shards.
+@dataclass(frozen=True)
+class Share:
+    """One classifier's part of the work of this rank.
 
-    Raises:
-        C2GError: the batch or the shards cannot be shared evenly by the ranks.
+    Attributes:
+        classifier: its index.
+        objective: its frozen side.
+        sampler: of its part of the global batch.
+        pieces: micro-batches, as ranges within that part.
+        G: its KKT sum over this rank's data group.
     """
-    if config.deterministic:
-        first, last = world.share(config.virtual_shards, "virtual_shards")
-        edges = [config.global_batch * shard // config.virtual_shards for shard in range(first, last + 1)]
-        return list(itertools.pairwise(edges))
-    start, stop = world.share(config.global_batch, "global_batch")
-    size = config.micro_batch or stop - start
-    return [(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+    classifier: int
+    objective: Objective
+    sampler: LatentSampler
+    pieces: list[Range]
+    G: ResidualSum | TreeSum
 
 
 @dataclass(frozen=True)
@@ -67,157 +73,180 @@ class MicroBatch:
     G: dict[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
-    """What a step measured (Python numbers), and the tensors that quantiles are read from.
+    """What a step measured, on every rank: its scalars, and where they were asked for the bands of each classifier."""
 
-    Attributes:
-        scalars: losses, alpha, rho, gradient norms.
-        margins: scaled runner-up margins e^a min_j m_ij of the last micro-batch.
-        multipliers: mu_ij B / S of the last micro-batch, j != y_i.
-    """
-
-    scalars: dict[str, float] = field(default_factory=dict)
-    margins: Tensor | None = None
-    multipliers: Tensor | None = None
+    scalars: dict[str, float]
+    bands: list[Bands]
 
 
 class TrainStep:
-    """Carries alpha from step to step; everything else is a function of (step, weights)."""
+    """Carries each classifier's alpha from step to step; everything else is a function of (step, weights).
+
+    Args:
+        config: of the run.
+        objectives: of this rank's classifiers, by index.
+        samplers: by index.
+        classes: C_k of every classifier.
+        account: of every classifier's scalars, of those too that other ranks work on.
+        engine: owns the generator.
+        mesh: the ranks.
+        sharding: this rank's part.
+        alpha0: where each classifier's alpha starts.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        objective: Objective,
-        sampler: LatentSampler,
+        objectives: Mapping[int, Objective],
+        samplers: Mapping[int, LatentSampler],
+        classes: Sequence[int],
+        account: Account,
         engine: Engine,
-        world: World,
-        alpha0: float,
+        mesh: Mesh,
+        sharding: Sharding,
+        alpha0: list[float],
     ) -> None:
-        self.config, self.objective, self.sampler, self.engine = config, objective, sampler, engine
-        self.world, self.device = world, world.device
-        self.alpha = self.alpha0 = alpha0
-        self.slices = micro_batches(config, world)
-        self.summation: Summation = TreeSum(world) if config.deterministic else RunningSum(world)
+        self.config, self.account, self.engine, self.mesh = config, account, engine, mesh
+        self.alpha, self.alpha0 = list(alpha0), list(alpha0)
+        self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
+        self.lane = Lane(mesh.world.device)
+        settings = config.distributed
+        bucket_bytes = int(settings.bucket_mib * 2**20)
+        self.shares = [
+            Share(
+                k,
+                objectives[k],
+                samplers[k],
+                sharding.pieces[k],
+                TreeSum(mesh.world)
+                if config.deterministic
+                else ResidualSum(objectives[k].theta, mesh, self.lane, settings.wire, bucket_bytes),
+            )
+            for k in mesh.mine
+        ]
 
-    def state_dict(self) -> dict[str, float]:
-        """alpha and where it started."""
-        return {"alpha": self.alpha, "alpha0": self.alpha0}
+    def state_dict(self) -> dict[str, Any]:
+        """Every alpha and where it started."""
+        return {"alpha": list(self.alpha), "alpha0": list(self.alpha0)}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.alpha, self.alpha0 = state["alpha"], state["alpha0"]
+        self.alpha, self.alpha0 = list(state["alpha"]), list(state["alpha0"])
 
-    def __call__(self, step: int) -> StepResult:
-        """Train on the global batch of ``step`` (counted from 1)."""
-        config, objective, alpha = self.config, self.objective, self.alpha
+    def __call__(self, step: int, watch: bool = False) -> StepResult:
+        """Train on the global batch of ``step`` (counted from 1); ``watch`` collects bands too.
+
+        Raises:
+            C2GError: a term is not finite; on every rank, before the update.
+        """
+        config = self.config
         gamma = gate_width(config.gates, step, config.steps)
-        S = objective.multiplier_scale(alpha)
-        one_pass = len(self.slices) == 1
+        scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
+        bands = BandCollector(self.batches, self.classes, self.mesh.world) if watch else None
+        kept: dict[int, MicroBatch] = {}
 
-        for piece in self.slices:
-            micro = self._micro_batch(step, piece, gamma, S, keep_graph=one_pass)
-            self.summation.add([*micro.G.values(), *duality.weighted_margin_sums(micro.margins, micro.multipliers)])
-        *parts, mu_m, mu = self.summation.total()
-        G = dict(zip(objective.theta, parts, strict=True))
+        for share, S in zip(self.shares, scales, strict=True):
+            for piece in share.pieces:
+                on_ready = share.G.micro_batch(last=piece == share.pieces[-1])
+                micro = _micro_batch(share, self.engine.module, step, piece, gamma, S, self.one_pass, on_ready)
+                share.G.add(micro.G)
+                if self.one_pass:
+                    kept[share.classifier] = micro
 
-        residual = objective.residual(G, alpha)
-        reference = self._reference(step, micro.x if one_pass and self.world.size == 1 else None)
-        for piece in self.slices:
-            if not one_pass:
-                micro = self._micro_batch(step, piece, gamma, S, keep_graph=True)
-            losses = objective.sample_losses(
-                micro.margins, micro.multipliers_leaf, micro.x_leaf, micro.latents.labels, alpha, reference
-            )
-            gx, gmu = cotangents(
-                micro.G,
-                residual.direction,
-                [micro.x_leaf, micro.multipliers_leaf],
-                torch.stack(list(losses.values())).sum(),
-            )
-            self.engine.backward((micro.x * gx).sum() + (micro.multipliers * gmu).sum())
-            self.summation.add([*losses.values(), gx.square().sum(), gmu.square().sum()])
+        for share, S in zip(self.shares, scales, strict=True):
+            k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
+            residual = objective.residual(share.G.total(), alpha)
+            reference = self._reference(share, step)
+            for piece in share.pieces:
+                micro = (
+                    kept.pop(k) if k in kept else _micro_batch(share, self.engine.module, step, piece, gamma, S, True)
+                )
+                losses = objective.sample_losses(
+                    micro.margins, micro.multipliers_leaf, micro.x_leaf, micro.latents.labels, alpha, reference
+                )
+                gx, gmu = cotangents(
+                    micro.G,
+                    residual.direction,
+                    [micro.x_leaf, micro.multipliers_leaf],
+                    torch.stack(list(losses.values())).sum(),
+                )
+                # the loss of several classifiers is the mean of theirs
+                self.engine.backward(((micro.x * gx).sum() + (micro.multipliers * gmu).sum()) / self.mesh.classifiers)
+                self._count(share, piece, residual, losses, micro, S, gx, gmu)
+                if bands is not None:
+                    bands.note(k, piece[0], micro.margins, micro.multipliers, alpha, objective.batch / S)
         self.engine.reduce()
-        *values, gx2, gmu2 = self.summation.total()
-        terms = dict(zip(losses, values, strict=True))
 
-        result = self._result(step, residual.terms, terms, torch.stack([mu_m, mu, gx2, gmu2]), micro, S)
+        figures, norm = self.account.close(step, self.engine.gradient_norm())
+        scalars = self.account.tell(figures, self.alpha, norm, config.stationarity.weight)
         self.engine.step(rate_factor(config.optimiser, step, config.steps))
-        settings = config.scale
-        self.alpha = scale.feedback(
-            alpha, self.alpha0, result.scalars["rho"], settings.rate, settings.target, settings.gain
-        )
-        return result
+        self._follow(figures)
+        return StepResult({**scalars, **self._wire()}, bands.close() if bands else [])
 
-    def _micro_batch(self, step: int, piece: tuple[int, int], gamma: float, S: float, keep_graph: bool) -> MicroBatch:
-        latents = self._latents(step, *piece)
-        with torch.set_grad_enabled(keep_graph):
-            x, h = self.engine.module(latents)
-            x, h = x.to(self.objective.lower), h.to(self.objective.lower)
-            mu = duality.multipliers_from(h, latents.labels, S, self.config.global_batch)
-        x_leaf, mu_leaf = x.detach().requires_grad_(), mu.detach().requires_grad_()
-        margins, G = self.objective.kkt_sum(gamma, x_leaf, latents.labels, mu_leaf, keep_graph)
-        return MicroBatch(latents, x, mu, x_leaf, mu_leaf, margins, G)
-
-    def _latents(self, step: int, start: int, stop: int) -> Latents:
-        drawn = self.sampler.batch(step, start, stop)
-        return Latents(drawn.z.to(self.device), drawn.labels.to(self.device), drawn.index.to(self.device))
-
-    def _reference(self, step: int, x: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The samples that repel: the first of the global batch, drawn again where they are not at hand."""
+    def _reference(self, share: Share, step: int) -> tuple[Tensor, Tensor] | None:
+        """The samples that repel: the first of the classifier's batch, drawn again because they may be another rank's."""
         if not self.config.prior.repulsion:
             return None
-        count = min(self.config.prior.repulsion_references, self.config.global_batch)
-        latents = self._latents(step, 0, count)
-        if x is None:
-            with torch.no_grad():
-                x = self.engine.module.images(latents).to(self.objective.lower)  # type: ignore[operator]
-        return x.detach()[:count], latents.labels
+        count = min(self.config.prior.repulsion_references, share.objective.batch)
+        latents = share.sampler.batch(step, 0, count).to(self.mesh.world.device)
+        with torch.no_grad():
+            x = self.engine.module(latents)[0].to(share.objective.lower)
+        return x, latents.labels
 
-    def _result(
+    def _count(
         self,
-        step: int,
-        stationarity: dict[str, Tensor],
-        terms: dict[str, Tensor],
-        sums: Tensor,
+        share: Share,
+        piece: Range,
+        residual: Residual,
+        losses: Mapping[str, Tensor],
         micro: MicroBatch,
         S: float,
-    ) -> StepResult:
-        """Bring the numbers to the host, and stop before the update where one of them is not finite."""
-        names = (
-            [f"stationarity/{k}" for k in stationarity]
-            + list(terms)
-            + ["gradient/generator", "mu_m", "mu", "gx", "gmu"]
-        )
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        values = torch.stack([*stationarity.values(), *terms.values(), get_total_norm(gradients).to(sums)]).to(sums)
-        numbers = dict(zip(names, torch.cat([values, sums]).tolist(), strict=True))
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise C2GError(
-                    f"step {step}: the term {name!r} is {value}; the generator was not updated",
-                    "train in another run_dir with a lower optimiser.rate, or look at the classifier's weights",
-                )
-        gradient_x, gradient_mu = math.sqrt(numbers.pop("gx")), math.sqrt(numbers.pop("gmu"))
-        total_mu, mu_m = numbers.pop("mu"), numbers.pop("mu_m")
-        residual = sum(v for k, v in numbers.items() if k.startswith("stationarity/"))
-        dual = numbers["feasibility"] + numbers.get("slackness", 0.0)
-        weight = self.config.stationarity.weight
-        scaled_margins = math.exp(self.alpha) * micro.margins.detach()
-        labels = micro.latents.labels
-        others = other_classes(labels, scaled_margins.shape[1])
-        return StepResult(
-            {
-                "loss": weight * residual + sum(numbers[name] for name in terms),
-                "stationarity": residual,
-                "duality": dual,
-                "alpha": self.alpha,
-                "rho": math.exp(self.alpha) * mu_m / max(total_mu, 1e-300),
-                "multiplier_sum": total_mu / S,
-                "gradient/x": gradient_x,
-                "gradient/multipliers": gradient_mu,
-                **numbers,
-            },
-            smallest_margins(scaled_margins, labels),
-            micro.multipliers.detach()[others] * self.config.global_batch / S,
-        )
+        gx: Tensor,
+        gmu: Tensor,
+    ) -> None:
+        """Hand the micro-batch's scalars to the account."""
+        once = residual.terms if piece[0] == 0 else {}  # L_stat is known to every rank, and counts once
+        mu_m, mu = duality.weighted_margin_sums(micro.margins, micro.multipliers)
+        values = {
+            **{f"stationarity/{name}": term for name, term in once.items()},
+            **losses,
+            **dict(zip(BALANCE, (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum()), strict=True)),
+        }
+        self.account.add(share.classifier, values)
+
+    def _follow(self, figures: list[dict[str, float]]) -> None:
+        """Every alpha follows its rho, on every rank."""
+        settings = self.config.scale
+        self.alpha = [
+            scale.feedback(alpha, start, rho(own, alpha), settings.rate, settings.target, settings.gain)
+            for alpha, start, own in zip(self.alpha, self.alpha0, figures, strict=True)
+        ]
+
+    def _wire(self) -> dict[str, float]:
+        """What the residual all-reduce of this rank sent and took, and the share of its time that hid behind the computation."""
+        busy, exposed = self.lane.seconds()
+        sent = sum(share.G.take_bytes() for share in self.shares)
+        return {"wire/bytes": float(sent), "wire/seconds": busy, "wire/hidden": 1 - exposed / busy if busy else 0.0}
+
+
+def _micro_batch(
+    share: Share,
+    module: nn.Module,
+    step: int,
+    piece: Range,
+    gamma: float,
+    S: float,
+    keep_graph: bool,
+    on_ready: Arrival | None = None,
+) -> MicroBatch:
+    objective = share.objective
+    latents = share.sampler.batch(step, *piece).to(objective.lower.device)
+    with torch.set_grad_enabled(keep_graph):
+        x, h = module(latents)
+        x, h = x.to(objective.lower), h[:, : objective.classes].to(objective.lower)
+        mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
+    x_leaf, mu_leaf = x.detach().requires_grad_(), mu.detach().requires_grad_()
+    margins, G = objective.kkt_sum(gamma, x_leaf, latents.labels, mu_leaf, keep_graph, on_ready)
+    return MicroBatch(latents, x, mu, x_leaf, mu_leaf, margins, G)

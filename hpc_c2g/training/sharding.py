@@ -1,0 +1,109 @@
+"""Which samples of the global batch belong to which classifier, rank and micro-batch: a function of sample indices alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.errors import C2GError
+from hpc_c2g.training.config import TrainConfig
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """One rank's part of the work.
+
+    Attributes:
+        batches: B_k, samples of the global batch that each classifier gets; they do not depend on the ranks.
+        pieces: this rank's micro-batches of each of its classifiers, as ranges within the classifier's batch.
+        one_pass: the whole part is held at once, so that its graph is kept and nothing is computed twice. The same on every rank.
+    """
+
+    batches: list[int]
+    pieces: dict[int, list[Range]]
+    one_pass: bool
+
+    @property
+    def micro_batches(self) -> int:
+        """Of this rank; the same number on every rank, because ZeRO communicates within each."""
+        return sum(map(len, self.pieces.values()))
+
+
+def batch_shares(global_batch: int, shares: Sequence[float]) -> list[int]:
+    """``global_batch`` in whole samples in proportion to ``shares``, the largest remainders rounded up.
+
+    Raises:
+        C2GError: a classifier would get no sample.
+    """
+    exact = [global_batch * share / sum(shares) for share in shares]
+    batches = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: batches[k] - exact[k])
+    for k in by_remainder[: global_batch - sum(batches)]:
+        batches[k] += 1
+    if min(batches) < 1:
+        raise C2GError(
+            f"global_batch={global_batch} with shares {list(shares)} gives classifier {batches.index(0)} no sample",
+            "give a larger global_batch or other shares",
+        )
+    return batches
+
+
+def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: int | None) -> Sharding:
+    """This rank's part.
+
+    Args:
+        config: of the run.
+        classes: C_k; without ``config.shares`` a classifier's share of the batch is in proportion to its classes.
+        mesh: the ranks.
+        micro_batch: samples whose graph is held at once, None for no limit.
+
+    Raises:
+        C2GError: a classifier or a rank would be left without samples.
+    """
+    if config.shares and len(config.shares) != len(classes):
+        raise C2GError(
+            f"shares={config.shares} names {len(config.shares)} shares for {len(classes)} classifiers",
+            "give one share per classifier",
+        )
+    batches = batch_shares(config.global_batch, config.shares or classes)
+    data, each = mesh.data, mesh.classifiers // mesh.groups
+    if config.deterministic:
+        if config.virtual_shards % data.size or mesh.groups > 1:
+            raise C2GError(
+                f"virtual_shards={config.virtual_shards} cannot be shared by {data.size} processes"
+                f" in {mesh.groups} groups of classifiers",
+                "deterministic=true needs virtual_shards that the processes divide, and distributed.groups=1",
+            )
+        counts = dict.fromkeys(mesh.mine, config.virtual_shards // data.size)
+    else:
+        size = micro_batch or config.global_batch
+        needed = [-(-_largest(batch, data.size) // size) for batch in batches]
+        # where groups have classifiers of their own, each rank must still go through as many micro-batches as any other
+        counts = {k: min(needed[k], max(1, batches[k] // data.size)) for k in mesh.mine}
+        if mesh.groups > 1:
+            counts = dict.fromkeys(mesh.mine, max(needed))
+    pieces = {k: _pieces(batches[k], data.rank, data.size, count, k) for k, count in counts.items()}
+    held = max(sum(_largest(b, data.size) for b in batches[g : g + each]) for g in range(0, len(batches), each))
+    one_pass = all(count == 1 for count in counts.values()) and held <= (micro_batch or held)
+    return Sharding(batches, pieces, one_pass)
+
+
+def _largest(batch: int, ranks: int) -> int:
+    """The largest rank's share of a batch."""
+    return -(-batch // ranks)
+
+
+def _pieces(batch: int, rank: int, ranks: int, count: int, classifier: int) -> list[Range]:
+    """Rank ``rank``'s ``count`` ranges of ``batch``: the same edges as when one rank had them all, where the numbers divide."""
+    whole = ranks * count
+    if batch < whole:
+        raise C2GError(
+            f"global_batch gives classifier {classifier} {batch} samples for {whole} micro-batches ({ranks} ranks x {count})",
+            "give a larger global_batch, other shares, a larger micro_batch, or fewer ranks",
+        )
+    edges = [batch * i // whole for i in range(rank * count, (rank + 1) * count + 1)]
+    return list(itertools.pairwise(edges))

@@ -1,0 +1,126 @@
+"""Training steps in float64 for tests: one classifier or several, in one process or on ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from hpc_c2g.classifiers.bundle import Bundle, build_model
+from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.distributed.reduction import RunningSum
+from hpc_c2g.distributed.world import World
+from hpc_c2g.generators.latents import LatentConfig, LatentSampler
+from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
+from hpc_c2g.training.account import Account
+from hpc_c2g.training.assembly import boxes, class_counts
+from hpc_c2g.training.config import DualityConfig, GateConfig, PriorConfig, StationarityConfig, TrainConfig
+from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.sharding import shard
+from hpc_c2g.training.step import TrainStep
+
+BATCH, ALPHA0 = 12, 0.5
+GENERATORS = {
+    "codes": MLPGeneratorConfig(codes=2, embedding=5, widths=[9], output_scale=4.0),
+    "no codes": MLPGeneratorConfig(codes=0, embedding=5, widths=[9], multiplier_widths=[7], output_scale=4.0),
+    "free": FreeImagesConfig(name="free", start=0.1),
+}
+
+
+class PlainEngine:
+    """The least that a step needs: float64, autograd, an optimiser, a sum over ranks."""
+
+    def __init__(
+        self, module: nn.Module, world: World, optimiser: type[torch.optim.Optimizer] = torch.optim.Adam
+    ) -> None:
+        self.module, self.world = module.double(), world
+        self.optimiser = optimiser(module.parameters(), lr=0.01)
+        self.backwards = self.steps = 0
+        self.gradients: list[Tensor] = []
+
+    def backward(self, surrogate: Tensor) -> None:
+        self.backwards += 1
+        surrogate.backward()
+
+    def reduce(self) -> None:
+        self.world.sum([p.grad for p in self.module.parameters()])
+
+    def gradient_norm(self) -> Tensor:
+        return get_total_norm([p.grad for p in self.module.parameters()])
+
+    def step(self, rate_factor: float) -> None:
+        self.steps += 1
+        self.gradients = [p.grad.clone() for p in self.module.parameters()]
+        for group in self.optimiser.param_groups:
+            group["lr"] = 0.01 * rate_factor
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=False)
+
+
+def three_bundles() -> list[Bundle]:
+    """Classifiers with different architectures, class sets, label spaces and normalisations, and one input shape."""
+    shape = [1, 4, 4]
+    kinds = [
+        ({"target": "mlp", "input_shape": shape, "classes": 3, "width": 12, "bias": "first"}, "abc", 0.4),
+        ({"target": "cnn", "input_shape": shape, "classes": 2, "width": 4, "depth": 2, "bias": "all"}, "bd", 0.5),
+        ({"target": "mlp", "input_shape": shape, "classes": 4, "width": 9, "depth": 3, "bias": "none"}, "efgh", 0.3),
+    ]
+    bundles = []
+    generator = torch.Generator().manual_seed(0)
+    for architecture, classes, mean in kinds:
+        model = build_model(architecture).double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        normalisation = Normalisation.constant(tuple(shape), mean=mean)
+        bundles.append(Bundle(model, architecture, list(classes), tuple(shape), normalisation))
+    return bundles
+
+
+def config(micro_batch: int | None = None, generator: str = "codes", **changes) -> TrainConfig:
+    """Every term at work."""
+    everything = TrainConfig(
+        steps=10,
+        global_batch=BATCH,
+        micro_batch=micro_batch,
+        generator=GENERATORS[generator],
+        latents=LatentConfig(dimensions=3, bank_fraction=0.2),
+        stationarity=StationarityConfig(weight=1.3),
+        duality=DualityConfig(feasibility=0.3, slackness=0.2),
+        prior=PriorConfig(box=1.5, total_variation=0.1, repulsion=0.4, repulsion_references=7),
+        gates=GateConfig(0.5, 0.1),
+    )
+    return dataclasses.replace(everything, **changes)
+
+
+def trainer(bundles: Sequence[Bundle], settings: TrainConfig, world: World | None = None, **engine) -> TrainStep:
+    """A step in float64 over ``world``, with a generator away from its start, where all multipliers are alike."""
+    world = world or World.alone(torch.device("cpu"))
+    classes = class_counts(bundles)
+    mesh = Mesh.over(world, len(bundles), settings.distributed.groups, settings.distributed.hierarchical)
+    sharding = shard(settings, classes, mesh, settings.micro_batch)
+    lower, upper = boxes(bundles)
+    dimensions = settings.latents.dimensions
+    module = build_generator(settings.generator, dimensions, classes, sharding.batches, lower, upper, settings.seed)
+    if not isinstance(settings.generator, FreeImagesConfig):
+        with torch.no_grad():
+            module.multiplier.apply(lambda m: m.weight.add_(0.3) if isinstance(m, nn.Embedding) else None)
+    objectives = {
+        k: Objective(bundles[k], settings, sharding.batches[k], world.device, torch.float64) for k in mesh.mine
+    }
+    samplers = {
+        k: LatentSampler(settings.latents, classes[k], sharding.batches[k], settings.steps, settings.seed, k)
+        for k in mesh.mine
+    }
+    account = Account(
+        [list(b.parameters) for b in bundles],
+        [loss_terms(settings, True) for _ in bundles],
+        RunningSum(world),
+        world.device,
+    )
+    plain = PlainEngine(module, world, **engine)
+    return TrainStep(settings, objectives, samplers, classes, account, plain, mesh, sharding, [ALPHA0] * len(bundles))
