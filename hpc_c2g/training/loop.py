@@ -94,7 +94,10 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, world: World) -> 
         engine.load_state_dict(checkpoint.state["engine"])
         train_step.load_state_dict(checkpoint.state["scale"])
 
-    trained = TrainedGenerator.of(bundle, generator, config.latents.dimensions)
+    drawn = build_generator(
+        config.generator, config.latents.dimensions, classes, config.global_batch, lower, upper, config.seed
+    )  # a whole copy on the CPU: the engine may have shared out its own
+    trained = TrainedGenerator.of(bundle, drawn, config.latents.dimensions)
 
     def state() -> dict[str, Any]:
         return {
@@ -111,19 +114,25 @@ def _train(config: TrainConfig, bundle: Bundle, run_dir: Path, world: World) -> 
         for step in range(resumed + 1, config.steps + 1):
             result = train_step(step)
             log.step(step, result.scalars, result.margins, result.multipliers)
-            if log.images_due(step) and drawable(bundle.input_shape):
-                log.images(step, *trained.picture(config.seed))
-            if (
-                step == config.steps and world.is_first and drawable(bundle.input_shape)
-            ):  # before the last checkpoint: complete means all
-                images, columns = trained.picture(config.seed)
-                save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
+            if _images_due(config, step) and drawable(bundle.input_shape):
+                drawn.load_state_dict(engine.weights())  # by every rank
+                if world.is_first:
+                    images, columns = trained.picture(config.seed)
+                    log.images(step, images, columns)
+                    if step == config.steps:  # before the last checkpoint: complete means all
+                        save_png(grid(images, columns), run_dir / "samples.png", zoom_for(images.shape[-1]))
             stop = world.any(preemption.signal_name)  # read once: it may come at any moment, to any rank
             if checkpoints.due(step, config.steps) or stop:
-                world.from_first(lambda step=step: checkpoints.publish(step, state()))  # type: ignore[misc]
+                content = state()  # by every rank
+                world.from_first(lambda step=step, content=content: checkpoints.publish(step, content))  # type: ignore[misc]
             if stop and step < config.steps:
                 raise Preempted(stop, step)
     return RunResult(run_dir, config.steps - resumed)
+
+
+def _images_due(config: TrainConfig, step: int) -> bool:
+    """As ``RunLog.images_due``, on every rank."""
+    return step % config.log.images_every == 0 or step in (1, config.steps)
 
 
 def _log(config: TrainConfig, run_dir: Path, resumed: int, world: World) -> RunLog | SilentLog:

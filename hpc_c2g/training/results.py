@@ -11,6 +11,7 @@ from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator, normalisation_from
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig, config_from
+from hpc_c2g.training.engine_state import check_fit
 from hpc_c2g.training.run_directory import read_config
 
 
@@ -28,7 +29,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     """Read a run; needs neither the classifier nor data.
 
     Raises:
-        C2GError: no run there, no checkpoint yet, or all damaged.
+        C2GError: no run there, no checkpoint yet, all damaged, or of another network or format.
     """
     folder = Path(run_dir)
     config = config_from(read_config(folder / "config.yaml"))
@@ -41,7 +42,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     module = build_generator(
         config.generator, kept["dimensions"], len(kept["classes"]), config.global_batch, lower, upper, config.seed
     )
-    module.load_state_dict(checkpoint.state["engine"]["module"])
+    check_fit(checkpoint.state["engine"], {name: tensor.shape for name, tensor in module.state_dict().items()})
+    module.load_state_dict(checkpoint.state["engine"]["weights"])
     module.eval().requires_grad_(False)
     generator = TrainedGenerator(module.float(), kept["dimensions"], kept["classes"], normalisation)
     return Run(config, generator, checkpoint.state["scale"]["alpha"], checkpoint.step)

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from hpc_c2g.distributed.reduction import RunningSum, Summation, TreeSum
 from hpc_c2g.distributed.world import World
@@ -33,7 +32,10 @@ class Engine(Protocol):
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
 
     def reduce(self) -> None:
-        """Make every parameter's ``grad`` the sum over all micro-batches and ranks."""
+        """Finish the sum over all micro-batches and ranks."""
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the reduced gradient, the same on every rank; collective."""
 
     def step(self, rate_factor: float) -> None:
         """Update the generator with the summed gradient and clear it."""
@@ -171,7 +173,7 @@ class TrainStep:
         latents = self._latents(step, 0, count)
         if x is None:
             with torch.no_grad():
-                x = self.engine.module.images(latents).to(self.objective.lower)  # type: ignore[operator]
+                x = self.engine.module(latents)[0].to(self.objective.lower)
         return x.detach()[:count], latents.labels
 
     def _result(
@@ -189,8 +191,7 @@ class TrainStep:
             + list(terms)
             + ["gradient/generator", "mu_m", "mu", "gx", "gmu"]
         )
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        values = torch.stack([*stationarity.values(), *terms.values(), get_total_norm(gradients).to(sums)]).to(sums)
+        values = torch.stack([*stationarity.values(), *terms.values(), self.engine.gradient_norm().to(sums)]).to(sums)
         numbers = dict(zip(names, torch.cat([values, sums]).tolist(), strict=True))
         for name, value in numbers.items():
             if not math.isfinite(value):
