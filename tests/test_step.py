@@ -56,6 +56,9 @@ class PlainEngine:
 
     def reduce(self) -> None: ...
 
+    def gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters()])
+
     def step(self, rate_factor: float) -> None:
         self.steps += 1
         self.gradients = [p.grad.clone() for p in self.module.parameters()]

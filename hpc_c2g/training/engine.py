@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class DeepSpeedEngine(OptimisedModule):
     """
 
     def __init__(self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, world: World) -> None:
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # build messages of a first import
+        with _silenced():  # build messages of a first import
             import deepspeed
         # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -54,7 +54,7 @@ class DeepSpeedEngine(OptimisedModule):
         elements = sum(p.numel() for p in module.parameters())
         settings = laid_over(deepspeed_settings(config, micro_batches, elements), config.deepspeed)
         try:
-            with deepspeed_variables(world.launch):
+            with deepspeed_variables(world.launch), _silenced():  # the bfloat16 optimiser reports its memory
                 self._engine, self.optimiser, _, _ = deepspeed.initialize(
                     model=module.to(world.device), optimizer=adam, config=settings, dist_init_required=False
                 )
@@ -121,6 +121,12 @@ def laid_over(settings: Mapping[str, Any], free: Mapping[str, Any]) -> dict[str,
         old = result.get(key)
         result[key] = laid_over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
 
 
 def _run_with_variables(module: nn.Module, launch: LaunchEnvironment) -> None:
