@@ -27,7 +27,8 @@ from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train
 
-STEPS, EVERY = 50, 10
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs, and the machine may be busy
+STEPS, EVERY, SHORT = 50, 10, 20  # bfloat16 runs are short
 DTYPES = ("float32", "bfloat16")
 STAGES = (0, 1, 2, 3)
 BATCH, CLIP = 24, 5.0  # between the gradient norms of the loud and the quiet steps
@@ -68,10 +69,9 @@ def bare_engine(kind: str, stage: int | None, pieces: int, world: World):
     box = torch.ones(1, 3, 3)
     module = build_generator(GENERATORS[kind], 3, 3, BATCH, -box, box, 0)
     config = TrainConfig(zero_stage=stage or 0, optimiser=OptimiserConfig(gradient_clipping=CLIP))
-    if stage is None:
-        engine = AdamEngine(module, config.optimiser, RunningSum(world))
-    else:
-        engine = DeepSpeedEngine(module, config, pieces, world)
+    adam = stage is None
+    engine = AdamEngine(module, config.optimiser, RunningSum(world)) if adam else None
+    engine = engine or DeepSpeedEngine(module, config, pieces, world)
     latents, target = fresh_latents(0, BATCH, 3, 3), torch.linspace(-0.5, 0.5, 9).view(1, 3, 3)
     start, stop = world.share(BATCH, "BATCH")
     size, norms = (stop - start) // pieces, []
@@ -93,20 +93,20 @@ def job(world: World, folder: Path) -> list[str]:
     torch.set_num_threads(1)
     n, refused = world.size, []
     for stage in STAGES:
-        micro = (None, 4)[(stage + n // 2) % 2]  # so that every stage is seen in one pass and in several
+        micro = (None, 16 // n)[(stage + n // 2) % 2]  # so that every stage is seen in one pass and in two
         run_of(folder, f"float32-{stage}-{n}", world, zero_stage=stage, micro_batch=micro)
-        if n == 4:
+        if n != 2:
             continue
-        run_of(folder, f"bfloat16-{stage}-{n}", world, zero_stage=stage, dtype="bfloat16", micro_batch=micro)
-        for dtype in DTYPES:
+        run_of(folder, f"bfloat16-{stage}-{n}", world, dtype="bfloat16", steps=SHORT, zero_stage=stage, micro_batch=8)
+        for dtype, steps in zip(DTYPES, (STEPS, SHORT), strict=True):
             name = f"{dtype}-{stage}-{n}"
-            world.from_first(lambda name=name: cut(folder, name, f"{name}-again", 3 * EVERY))
-            run_of(folder, f"{name}-again", world, zero_stage=stage, dtype=dtype, micro_batch=micro)
-        if n == 2:
-            refused.append(poisoned(world, folder, stage))
+            world.from_first(lambda name=name, steps=steps: cut(folder, name, f"{name}-again", steps - EVERY))
+            pieces = micro if dtype == "float32" else 8
+            run_of(folder, f"{name}-again", world, dtype=dtype, steps=steps, zero_stage=stage, micro_batch=pieces)
+        refused.append(poisoned(world, folder, stage))
     if n > 1:
         run_of(folder, "hops", world, zero_stage={2: 3, 4: 2}[n])
-    for kind in GENERATORS:
+    for kind in GENERATORS if n != 2 else ():
         for stage in STAGES:
             norms, engine = bare_engine(kind, stage, 1 + stage % 2, world)
             state = engine.state_dict()
@@ -150,6 +150,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bundle(bundle, folder / "classifier")
     alone = World.start("cpu", deterministic=False)
     job(alone, folder)
+    run_of(folder, "float32-short", alone, steps=SHORT)
     for kind in GENERATORS:
         norms, engine = bare_engine(kind, None, 1, alone)
         torch.save([norms, engine.state_dict()], folder / f"bare-{kind}.pt")
@@ -169,13 +170,15 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(run_dir: Path) -> Tensor:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] in ([*range(1, STEPS + 1)], [*range(1, SHORT + 1)])
     names = ("loss", "stationarity", "alpha", "rho", "gradient/generator")
     return torch.tensor([[line[name] for name in names] for line in lines], dtype=torch.float64)
 
 
-def engine_state(run_dir: Path, step: int = STEPS) -> dict:
-    return torch.load(run_dir / "checkpoints" / f"step_{step:08d}" / "state.pt", weights_only=True)["engine"]
+def engine_state(run_dir: Path, step: int | None = None) -> dict:
+    last = max((run_dir / "checkpoints").iterdir())
+    folder = last if step is None else last.with_name(f"step_{step:08d}")
+    return torch.load(folder / "state.pt", weights_only=True)["engine"]
 
 
 def flat(state: dict, what: str = "weights") -> Tensor:
@@ -205,11 +208,10 @@ def test_the_run_of_one_process_is_that_of_plain_adam(done: Path) -> None:
     assert engine_state(done / "adam")["updates"] == engine_state(done / "float32-0-1")["updates"] == STEPS
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_killed_run_goes_on_bitwise(done: Path, dtype: str, stage: int, ranks: int) -> None:
-    whole, again = done / f"{dtype}-{stage}-{ranks}", done / f"{dtype}-{stage}-{ranks}-again"
+def test_a_killed_run_goes_on_bitwise(done: Path, dtype: str, stage: int) -> None:
+    whole, again = done / f"{dtype}-{stage}-2", done / f"{dtype}-{stage}-2-again"
     assert torch.equal(curve(again), curve(whole))
     for what in ("weights", "exp_avg", "exp_avg_sq"):
         assert torch.equal(flat(engine_state(again), what), flat(engine_state(whole), what))
@@ -224,12 +226,12 @@ def test_a_run_goes_over_other_ranks_and_stages(done: Path) -> None:
     assert_same_run(done / "hops", done / "float32-0-1")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: int, ranks: int) -> None:
-    low, full = done / f"bfloat16-{stage}-{ranks}", done / "float32-0-1"
+def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: int) -> None:
+    low, full = done / f"bfloat16-{stage}-2", done / "float32-short"
     assert bool(torch.isfinite(curve(low)).all())
-    assert float((curve(low)[:, 0] / curve(full)[:, 0] - 1).abs().max()) < 0.05
+    assert float((curve(low)[:, 0] / curve(full)[:, 0] - 1).abs().max()) < 0.01
+    assert float((curve(low)[0] / curve(full)[0] - 1).abs().max()) < 0.01  # the gradient's norm among them
     state = engine_state(low)
     assert all(t.dtype == torch.float32 for t in state["weights"].values())
     assert not torch.equal(flat(state), flat(state).bfloat16().float())
@@ -237,7 +239,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: i
         assert torch.equal(state["weights"][name], engine_state(full)["weights"][name])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_norm_clipping_and_moments_are_those_of_plain_adam(done: Path, kind: str, stage: int, ranks: int) -> None:
