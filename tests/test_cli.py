@@ -91,8 +91,8 @@ MISTAKES = {
     "syntax": ("train classifier={classifier} run_dir=r steps=[1", "steps=[1"),
     "added key": ("train classifier={classifier} run_dir=r +colour=red", "'colour'"),
     "bad deepspeed": (
-        "train classifier={classifier} run_dir=r +deepspeed.zero_optimization.stage=7",
-        "deepspeed={{'zero_optimization': {{'stage': 7}}}}",
+        "train classifier={classifier} run_dir=r +deepspeed.zero_optimization=7",
+        "deepspeed={{'zero_optimization': 7}}",
     ),
     "no classifier": ("train run_dir=r", "classifier is not given", "classifier=VALUE"),
     "no run_dir": ("sample out=o.png", "run_dir is not given"),

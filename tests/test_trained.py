@@ -216,7 +216,7 @@ def test_a_run_is_read_without_its_classifier(config, bundle_dir, tmp_path):
     state = Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig()).latest().state
     assert run.alphas == state["scale"]["alpha"]
     for name, weights in run.generator.module.state_dict().items():
-        assert torch.equal(weights, state["engine"]["module"][name].float())
+        assert torch.equal(weights, state["engine"]["weights"][name].float())
     assert not any(p.requires_grad for p in run.generator.module.parameters())
 
 

@@ -221,8 +221,8 @@ def test_micro_batches_do_not_change_the_result(base, tmp_path, micro_batch):
     train(whole)
     train(replace(whole, run_dir=str(tmp_path / "pieces"), micro_batch=micro_batch))
     a, b = (newest(tmp_path / name).state for name in ("whole", "pieces"))
-    for name, weights in a["engine"]["module"].items():
-        assert_close_to_the_way(b["engine"]["module"][name], weights)
+    for name, weights in a["engine"]["weights"].items():
+        assert_close_to_the_way(b["engine"]["weights"][name], weights)
     assert b["scale"]["alpha"] == pytest.approx(a["scale"]["alpha"], abs=1e-6)
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "pieces"), strict=True):
         for name in (k for k in one if "/q" not in k and "share" not in k):  # those look at the last micro-batch alone
@@ -235,7 +235,7 @@ def test_a_run_may_go_on_with_other_micro_batches(base, tmp_path):
     train(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
     assert train(replace(config, micro_batch=None)).steps_made == 2
-    a, b = (newest(tmp_path / name).state["engine"]["module"] for name in ("whole", "run"))
+    a, b = (newest(tmp_path / name).state["engine"]["weights"] for name in ("whole", "run"))
     for name, weights in a.items():
         assert_close_to_the_way(b[name], weights)
 
@@ -263,7 +263,7 @@ KINDS = {
 def test_every_kind_of_run_trains_and_resumes_bitwise(base, tmp_path, kind):
     config = short(base, tmp_path / "whole", **KINDS[kind])
     assert train(config).steps_made == 4
-    weights = newest(tmp_path / "whole").state["engine"]["module"]
+    weights = newest(tmp_path / "whole").state["engine"]["weights"]
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
@@ -277,7 +277,7 @@ def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(base, tm
     with pytest.raises(C2GError, match=r"step 2: the term 'stationarity/\S+' is (nan|inf); the generator was not"):
         train(config)
     assert published(tmp_path) == [1]
-    assert all(bool(torch.isfinite(t).all()) for t in newest(tmp_path).state["engine"]["module"].values())
+    assert all(bool(torch.isfinite(t).all()) for t in newest(tmp_path).state["engine"]["weights"].values())
 
 
 @pytest.mark.parametrize("what", ["step_00000004", "samples.png"])

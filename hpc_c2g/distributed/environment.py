@@ -141,11 +141,11 @@ def prepare_libraries(device: torch.device, deterministic: bool) -> None:
 
 
 @contextlib.contextmanager
-def deepspeed_variables(launch: LaunchEnvironment) -> Iterator[None]:
+def deepspeed_variables(launch: LaunchEnvironment, device: torch.device) -> Iterator[None]:
     """What DeepSpeed reads from the environment while an engine is made; taken back, since children must not inherit it."""
     wanted = {
         "RANK": launch.rank,
-        "LOCAL_RANK": launch.local_rank,
+        "LOCAL_RANK": launch.local_rank if device.index is None else device.index,  # it takes the GPU of this number
         "WORLD_SIZE": launch.world_size,
         "LOCAL_SIZE": launch.local_world_size,
     }

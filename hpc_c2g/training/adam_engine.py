@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from hpc_c2g.distributed.reduction import Summation
 from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.training.config import OptimiserConfig
+from hpc_c2g.training.engine_state import EngineState, Layout, buffers_of
+from hpc_c2g.training.zero_state import whole_layout
 
 
 def build_optimiser(module: Generator | FreeImages, config: OptimiserConfig) -> torch.optim.Adam:
@@ -21,29 +22,44 @@ def build_optimiser(module: Generator | FreeImages, config: OptimiserConfig) -> 
 
 
 class OptimisedModule:
-    """What every engine has: a module, its optimiser with learning rates that follow a factor, and their state."""
+    """What every engine has: a module, its optimiser with learning rates that follow a factor, and their state.
+
+    The methods that read or restore the state, and ``gradient_norm``, are collective: every rank calls them.
+    """
 
     module: nn.Module
     optimiser: Any
     base_rates: list[float]
+    layout: Layout
+    full_state: EngineState
+    updates: int = 0
 
     def set_rates(self, rate_factor: float) -> None:
         """Every group's learning rate at ``rate_factor`` times its base."""
         for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate_factor
 
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the summed gradient, float64 scalar, the same on every rank; between ``reduce`` and ``step``. Collective."""
+        return self.layout.gradient_norm()
+
     def weights(self) -> dict[str, Tensor]:
-        """The module's state in full."""
-        return self.module.state_dict()
+        """The module's ``state_dict`` in full, float32 masters for parameters, on the CPU of every rank. Collective."""
+        return self.full_state.weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser state."""
-        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+        """On every rank the layout-free state ``{"weights": {name: tensor}, "moments": {parameter: {"exp_avg": tensor,
+        "exp_avg_sq": tensor}}, "updates": int}``: any engine on any number of ranks goes on from it. Collective.
+        """
+        return self.full_state.state_dict(self.updates)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.module.load_state_dict(state["module"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        """Restore what any engine's ``state_dict`` returned. Collective.
+
+        Raises:
+            C2GError: the state is of another network or format.
+        """
+        self.updates = self.full_state.load_state_dict(self.module, state)
 
 
 class AdamEngine(OptimisedModule):
@@ -55,6 +71,8 @@ class AdamEngine(OptimisedModule):
         self.optimiser = build_optimiser(module, config)
         self.base_rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.parameters = dict(module.named_parameters())
+        self.layout = whole_layout(module, self.parameters)
+        self.full_state = EngineState(list(module.state_dict()), buffers_of(module), self.layout, self.optimiser)
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples."""
@@ -66,10 +84,6 @@ class AdamEngine(OptimisedModule):
         for name, grad in self.summation.total().items():
             self.parameters[name].grad = grad
 
-    def gradient_norm(self) -> Tensor:
-        """Of the reduced gradient."""
-        return get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-
     def step(self, rate_factor: float) -> None:
         """Update at ``rate_factor`` times the base learning rates."""
         if self.clipping:
@@ -77,3 +91,4 @@ class AdamEngine(OptimisedModule):
         self.set_rates(rate_factor)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        self.updates += 1

@@ -203,6 +203,9 @@ class TrainConfig:
         deterministic: the same bits on every number of ranks that divides ``virtual_shards``: these are the micro-batches
             then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs.
         virtual_shards: a power of two, at most ``global_batch``.
+        zero_stage: what DeepSpeed shares out among the ranks: 0 nothing, 1 Adam's state, 2 gradients too, 3 weights too. The result
+            is the same to rounding.
+        deepspeed: settings laid over those that the engine makes for DeepSpeed.
     """
 
     classifier: Any = "???"
@@ -227,6 +230,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    zero_stage: int = 0
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -259,6 +263,21 @@ class TrainConfig:
         )
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        _require(
+            not (self.deterministic and self.zero_stage),
+            "zero_stage",
+            self.zero_stage,
+            "deterministic=true runs without DeepSpeed: give zero_stage=0, or deterministic=false",
+        )
+        zero = self.deepspeed.get("zero_optimization")
+        stage = zero.get("stage", self.zero_stage) if isinstance(zero, Mapping) else self.zero_stage
+        _require(
+            stage == self.zero_stage,
+            "deepspeed.zero_optimization.stage",
+            stage,
+            f"it contradicts zero_stage={self.zero_stage}: give the stage by zero_stage alone",
+        )
 
     @property
     def classifiers(self) -> list[str]:

@@ -13,6 +13,7 @@ from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator, members_from
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig, config_from
+from hpc_c2g.training.engine_state import check_fit
 from hpc_c2g.training.run_directory import read_config
 from hpc_c2g.training.sharding import batch_shares
 
@@ -45,7 +46,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     lower, upper = (torch.stack([b[side].float() for b in bounds]) for side in (0, 1))
     counts = batch_shares(config.global_batch, config.shares or classes)
     module = build_generator(config.generator, kept["dimensions"], classes, counts, lower, upper, config.seed)
-    module.load_state_dict(checkpoint.state["engine"]["module"])
+    check_fit(checkpoint.state["engine"], {name: tensor.shape for name, tensor in module.state_dict().items()})
+    module.load_state_dict(checkpoint.state["engine"]["weights"])
     module.eval().requires_grad_(False)
     generator = TrainedGenerator(module.float(), kept["dimensions"], members)
     return Run(config, generator, checkpoint.state["scale"]["alpha"], checkpoint.step)

@@ -19,7 +19,7 @@ from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.training.config import TrainConfig
 
 # what may differ when a run is resumed: it does not change the result
-FREE_TO_CHANGE = ("run_dir", "classifier", "device", "micro_batch", "log", "checkpoint")
+FREE_TO_CHANGE = ("run_dir", "classifier", "device", "micro_batch", "zero_stage", "log", "checkpoint")
 
 
 class RunDirectory:
