@@ -105,7 +105,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 def test_deepspeed_s_variables_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "kept")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with deepspeed_variables(LaunchEnvironment("test", 1, 2, 1, 2)):
+    with deepspeed_variables(LaunchEnvironment("test", 1, 2, 1, 2), torch.device("cpu")):
         assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("1", "1")
     assert os.environ["RANK"] == "kept"
     assert "LOCAL_RANK" not in os.environ

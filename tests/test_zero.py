@@ -148,7 +148,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs; ``hops`` went 1 -> 2 -> 4 -> 1 ranks through stages 0, 3, 2, 1."""
     folder = tmp_path_factory.mktemp("zero")
     for bundle, path in zip(three_bundles(), several(folder, 3), strict=True):
-        save_bundle(bundle, path)
+        save_bundle(bundle, Path(path))
     alone = World.start("cpu", deterministic=False)
     for count in (1, 2, 3):
         run_of(folder, f"{count}-alone", alone, classifier=several(folder, count))
