@@ -10,7 +10,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Trial:
 
 
 def random_plan(chance: random.Random, after: int = 0) -> Plan:
-    """A random kill of a run that goes on from step ``after``."""
+    """A random kill, at a step after ``after`` where the run was killed there before."""
     moment = chance.choice(MOMENTS if not after else MOMENTS[2:])
     first, last = (1, EVERY - 2) if moment == "early" else (after + 1, STEPS - 2)
     delay = chance.uniform(0, 8) if moment == "start" else chance.choice((0.0, chance.uniform(0, 0.01)))
@@ -122,36 +122,51 @@ def _has_come(run: LaunchedRun, plan: Plan) -> bool:
     return run.logged_step() >= plan.step and (plan.moment != "publishing" or run.is_publishing())
 
 
-def survive(trials: int, seed: int, scratch: Path, settings: Sequence[str] = SETTINGS) -> Iterator[Trial]:
-    """Run the trials one after the other, in folders of ``scratch``; every third run is killed twice.
+def attempt(
+    start: Callable[[Path], LaunchedRun], plans: Sequence[Plan], run_dir: Path, undisturbed: Path
+) -> Trial | None:
+    """Start a run, kill it by each plan in turn, resume it to its end; None where it was faster than a kill.
 
     Raises:
-        RuntimeError: the undisturbed run failed.
+        RuntimeError: the run failed by itself.
+    """
+    kills = []
+    for plan in plans:
+        with start(run_dir) as run:
+            killed = kill(run, plan)
+        if killed is None:
+            return None
+        kills.append(killed)
+    with start(run_dir) as run:
+        finished = run.finish()
+    return Trial(tuple(kills), finished, tuple(differences(undisturbed, run_dir)) if finished else ("unfinished",))
+
+
+def survive(trials: int, seed: int, scratch: Path) -> Iterator[Trial]:
+    """Make the trials one after the other, in folders of ``scratch``; every third run is killed twice.
+
+    Raises:
+        RuntimeError: a run failed by itself.
     """
     chance = random.Random(seed)
     classifier = random_classifier(scratch / "classifier")
-    undisturbed = scratch / "undisturbed"
 
     def start(run_dir: Path) -> LaunchedRun:
-        return LaunchedRun(RANKS, run_dir, [f"classifier={classifier}", *settings])
+        return LaunchedRun(RANKS, run_dir, [f"classifier={classifier}", *SETTINGS])
 
+    undisturbed = scratch / "undisturbed"
     with start(undisturbed) as run:
         if not run.finish():
             raise RuntimeError(f"the undisturbed run failed:\n{run.output()}")
     for number in range(1, trials + 1):
-        run_dir = scratch / f"trial{number}"
-        kills: list[Killed] = []
-        while len(kills) < (1 if number % 3 else 2):
-            with start(run_dir) as run:
-                killed = kill(run, random_plan(chance, kills[-1].checkpoint if kills else 0))
-            if killed:
-                kills.append(killed)
-            else:  # the run was faster than the kill: another run, other plans
-                run_dir = run_dir.with_name(f"{run_dir.name}again")
-                kills.clear()
-        with start(run_dir) as run:
-            finished = run.finish()
-        yield Trial(tuple(kills), finished, tuple(differences(undisturbed, run_dir)) if finished else ("unfinished",))
+        trial, run_dir = None, scratch / f"trial{number}"
+        while trial is None:
+            plans = [random_plan(chance)]
+            if number % 3 == 0:
+                plans.append(random_plan(chance, plans[0].step))
+            trial = attempt(start, plans, run_dir, undisturbed)
+            run_dir = run_dir.with_name(f"{run_dir.name}again")
+        yield trial
 
 
 def row(number: int, trial: Trial) -> dict[str, Any]:

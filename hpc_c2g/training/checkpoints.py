@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -105,38 +106,43 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         blob = buffer.getbuffer()
-        meta = {"step": step, "sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
+        meta = json.dumps(_description(step, blob)).encode()
         try:
             self._sweep()
             temporary.mkdir(parents=True)
-            for name, content in ((STATE, blob), (META, json.dumps(meta).encode())):
+            for name, content in ((STATE, blob), (META, meta)):
                 with open(temporary / name, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            if (
-                target.exists()
-            ):  # a damaged one that was passed over, mostly; it may be whole, so it stays until its heir is there
+            if target.exists():  # mostly one passed over as damaged; it may be whole: it stays until its heir is there
                 os.replace(target, _aside(target))
             os.replace(temporary, target)
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise cannot_write(target, error) from error
-        shutil.rmtree(_aside(target), ignore_errors=True)
+        self._remove(_aside(target))
         # a later one was passed over as damaged: counted, it would crowd out the one just written
         for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
-            shutil.rmtree(self._target(old), ignore_errors=True)
+            self._remove(self._target(old))
 
     def _sweep(self) -> None:
         """Mend what a process left that was killed while it wrote."""
         for stale in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
-        for step in self.steps():
-            target = self._target(step)
-            if not target.exists():
-                os.replace(_aside(target), target)
-            shutil.rmtree(_aside(target), ignore_errors=True)
+        for aside in self.folder.glob("step_*.old"):
+            if aside.with_suffix("").exists():
+                self._remove(aside)
+            else:
+                os.replace(aside, aside.with_suffix(""))
+
+    def _remove(self, path: Path) -> None:
+        """Take a checkpoint's name away first: what bears one is whole, also if the process is killed in between."""
+        doomed = self.folder / f".{path.name}.{os.getpid()}.tmp"
+        with contextlib.suppress(OSError):
+            os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, ascending."""
@@ -166,7 +172,7 @@ class Checkpoints:
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of ``step``; any exception where it is damaged."""
-        return Checkpoint(step, _read(self._path(step)), self._path(step))
+        return Checkpoint(step, _read(self._path(step), step), self._path(step))
 
     def _path(self, step: int) -> Path:
         """Where the checkpoint is: aside, if a process was killed between moving it there and putting the new one in its place."""
@@ -197,10 +203,14 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(state, memo)  # whatever is no tensor, with its attributes
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, step: int) -> dict[str, Any]:
     meta = json.loads((path / META).read_text())
     blob = (path / STATE).read_bytes()
-    if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
+    if meta != _description(step, blob):
         raise ValueError(f"checksum mismatch, {len(blob)} of {meta['bytes']} bytes")
     state: dict[str, Any] = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     return state
+
+
+def _description(step: int, blob: bytes | memoryview) -> dict[str, Any]:
+    return {"step": step, "sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
