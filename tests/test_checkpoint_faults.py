@@ -204,6 +204,21 @@ def test_killed_at_any_call(tmp_path: Path, processes: Any, how: str, step: int)
     assert number > 12  # the calls of a publication and its removals
 
 
+def test_what_was_left_aside_is_a_checkpoint_until_there_is_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = made(tmp_path)
+    os.replace(tmp_path / "step_00000001", tmp_path / "step_00000001.old")  # killed between two renames
+    assert whole_step(checkpoints) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: disk_full())
+        with pytest.raises(C2GError):
+            publish(checkpoints, "publish", 2)
+    assert whole_step(checkpoints) == 1
+    publish(checkpoints, "publish", 2)
+    assert names(checkpoints) == ["step_00000002"]
+
+
 def publishes_for_ever(folder: Path, how: str, reports: Any) -> None:
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
     newest = checkpoints.latest()

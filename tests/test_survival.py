@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from benchmarks.common import random_classifier
 from benchmarks.launched import LaunchedRun
 from benchmarks.survival import ENDED_WITHIN, RANKS, SETTINGS, Plan, attempt
-from omegaconf import OmegaConf
-
 from hpc_c2g.training.config import config_from
 from hpc_c2g.training.loop import train
 
