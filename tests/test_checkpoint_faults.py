@@ -196,6 +196,7 @@ def test_killed_at_any_call(tmp_path: Path, processes: Any, how: str, step: int)
         child.start()
         child.join(60)
         assert whole_step(checkpoints, 0.0, 1.0) in (1, step)
+        assert all(checkpoints.at(published) for published in checkpoints.steps())  # also what was being removed
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
