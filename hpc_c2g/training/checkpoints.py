@@ -48,9 +48,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
-        self._thread = ThreadPoolExecutor(
-            1, "checkpoint"
-        )  # starts with its first work; the interpreter's exit waits for it
+        # starts with its first work; the interpreter's exit waits for it
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
