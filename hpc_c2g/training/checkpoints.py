@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, sync_folder
@@ -37,53 +44,111 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder``."""
+    """The checkpoints of one run, in ``folder``; as a context it ends what it began to write."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
+        # starts with its first work; the interpreter's exit waits for it
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.finish()
+        except C2GError:
+            if kind is None:  # else the first failure is the one to tell
+                raise
 
     def due(self, step: int, last: int) -> bool:
         """Every so many steps and after the last one."""
         return step % self.config.every == 0 or step == last
 
     def publish(self, step: int, state: dict[str, Any]) -> None:
-        """Write ``state``; a failure leaves every earlier checkpoint as it was.
+        """Write ``state``, and return when it is there; a failure leaves every earlier checkpoint as it was.
 
         Raises:
-            C2GError: the file system refused.
+            C2GError: the file system refused, now or what ``publish_later`` began.
         """
-        target = self.folder / f"step_{step:08d}"
+        self.finish()
+        self._write(step, state)
+
+    def publish_later(self, step: int, state: dict[str, Any]) -> None:
+        """Copy ``state`` and return: a thread writes the copy, which takes as much host memory as the state.
+
+        Waits for the checkpoint before this one.
+
+        Raises:
+            C2GError: the file system refused the one before; what happens to this one, the next call tells.
+        """
+        self.finish()
+        self._under_way = self._thread.submit(self._write, step, snapshot(state))
+
+    def finish(self) -> None:
+        """Wait until what ``publish_later`` began is there.
+
+        Raises:
+            C2GError: the file system refused it.
+        """
+        if self._under_way is not None:
+            wait([self._under_way])
+            done, self._under_way = self._under_way, None  # told once
+            done.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        target = self._target(step)
         temporary = self.folder / f".{target.name}.{os.getpid()}.tmp"
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        blob = buffer.getvalue()
-        meta = {"step": step, "sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
+        blob = buffer.getbuffer()
+        meta = json.dumps(_description(step, blob)).encode()
         try:
-            for stale in self.folder.glob(".step_*.tmp"):  # of a process that was killed while it wrote
-                shutil.rmtree(stale, ignore_errors=True)
+            self._sweep()
             temporary.mkdir(parents=True)
-            for name, content in ((STATE, blob), (META, json.dumps(meta).encode())):
+            for name, content in ((STATE, blob), (META, meta)):
                 with open(temporary / name, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            if target.exists():  # written before an interruption that came between step and log
-                shutil.rmtree(target)
+            if target.exists():  # mostly one passed over as damaged; it may be whole: it stays until its heir is there
+                os.replace(target, _aside(target))
             os.replace(temporary, target)
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise cannot_write(target, error) from error
-        for old in self.steps()[: -self.config.keep]:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+        self._remove(_aside(target))
+        # a later one was passed over as damaged: counted, it would crowd out the one just written
+        for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
+            self._remove(self._target(old))
+
+    def _sweep(self) -> None:
+        """Mend what a process left that was killed while it wrote."""
+        for stale in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for aside in self.folder.glob("step_*.old"):
+            if aside.with_suffix("").exists():
+                self._remove(aside)
+            else:
+                os.replace(aside, aside.with_suffix(""))
+
+    def _remove(self, path: Path) -> None:
+        """Take a checkpoint's name away first: what bears one is whole, also if the process is killed in between."""
+        doomed = self.folder / f".{path.name}.{os.getpid()}.tmp"
+        with contextlib.suppress(OSError):
+            os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
-        return sorted(
-            int(p.name[5:]) for p in self.folder.iterdir() if p.name.startswith("step_") and p.name[5:].isdigit()
-        )
+        names = (re.fullmatch(r"step_(\d+)(?:\.old)?", p.name, re.ASCII) for p in self.folder.iterdir())
+        return sorted({int(name[1]) for name in names if name})
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; a damaged one is passed over with a warning.
@@ -106,16 +171,45 @@ class Checkpoints:
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of ``step``; any exception where it is damaged."""
-        return Checkpoint(step, _read(self._path(step)), self._path(step))
+        return Checkpoint(step, _read(self._path(step), step), self._path(step))
 
     def _path(self, step: int) -> Path:
+        """Where the checkpoint is: aside, if a process was killed between moving it there and putting the new one in its place."""
+        target = self._target(step)
+        return _aside(target) if not target.exists() and _aside(target).exists() else target
+
+    def _target(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")
+
+
+def snapshot(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU that shares nothing with ``state``; tensors that share memory do so in the copy, and so in the file."""
+    storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+    memo: dict[int, Any] = {}
+    for tensor in tree_leaves(state):
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            key = (storage.device, storage.data_ptr())
+            if key not in storages:
+                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                storages[key] = whole.to("cpu", copy=True).untyped_storage()
+            layout = (tensor.storage_offset(), tensor.size(), tensor.stride())
+            memo[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(storages[key], *layout)
+    return copy.deepcopy(state, memo)  # whatever is no tensor, with its attributes
+
+
+def _read(path: Path, step: int) -> dict[str, Any]:
     meta = json.loads((path / META).read_text())
     blob = (path / STATE).read_bytes()
-    if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
+    if meta != _description(step, blob):
         raise ValueError(f"checksum mismatch, {len(blob)} of {meta['bytes']} bytes")
     state: dict[str, Any] = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     return state
+
+
+def _description(step: int, blob: bytes | memoryview) -> dict[str, Any]:
+    return {"step": step, "sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
