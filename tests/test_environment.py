@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from hpc_c2g.distributed.environment import PORTS, LaunchEnvironment, deepspeed_variables, detect, first_host
 from hpc_c2g.errors import C2GError

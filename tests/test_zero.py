@@ -159,7 +159,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save([norms, engine.state_dict()], folder / f"bare-{kind}.pt")
     cut(folder, "float32-0-1", "hops", EVERY)
     for count in (2, 4):
-        results = run_ranks(count, folder / "meetings", job, folder, seconds=200)
+        results = run_ranks(count, folder / "meetings", job, folder, seconds=400)
         assert [kind for kind, _ in results] == ["value"] * count, results
         (folder / f"refused-{count}.json").write_text(json.dumps([said for _, said in results]))
         shutil.move(folder / "hops", folder / f"hops-{count}")

@@ -34,6 +34,8 @@ GENERATORS = {
 class PlainEngine:
     """The least that a step needs: float64, autograd, an optimiser, a sum over ranks."""
 
+    gathers_in_forward = False
+
     def __init__(
         self, module: nn.Module, world: World, optimiser: type[torch.optim.Optimizer] = torch.optim.Adam
     ) -> None:

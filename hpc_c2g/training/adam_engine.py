@@ -33,6 +33,7 @@ class OptimisedModule:
     layout: Layout
     full_state: EngineState
     updates: int = 0
+    gathers_in_forward: bool = False
 
     def set_rates(self, rate_factor: float) -> None:
         """Every group's learning rate at ``rate_factor`` times its base."""

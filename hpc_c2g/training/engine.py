@@ -69,17 +69,20 @@ class DeepSpeedEngine(OptimisedModule):
                 f"deepspeed={config.deepspeed} is refused: {reason}", "correct or drop the setting"
             ) from error
         self.module = self._engine.module
-        if config.zero_stage == 3:
+        self.gathers_in_forward = config.zero_stage == 3
+        if self.gathers_in_forward:
             _run_with_variables(self.module, world)
         self.layout = zero_layout(self._engine, world)
         self.full_state = EngineState(names, buffers, self.layout, adam)
+        self._guarded = world.guarded
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's; at stages 2 and 3 collective."""
         if self._engine.zero_optimization():
             # the engine's forward, which the step does not use, would do this; without it stage 3 forgets earlier micro-batches
             self._engine.optimizer.clear_backward_seen_flag()
-        self._engine.backward(surrogate * self._engine.dp_world_size, scale_wrt_gas=False)
+        scaled = surrogate * self._engine.dp_world_size
+        self._guarded(lambda: self._engine.backward(scaled, scale_wrt_gas=False))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
@@ -89,7 +92,7 @@ class DeepSpeedEngine(OptimisedModule):
     def step(self, rate_factor: float) -> None:
         """Update with the summed gradient at ``rate_factor`` times the base learning rates."""
         self.set_rates(rate_factor)
-        self._engine.step()
+        self._guarded(self._engine.step)
         self.updates += 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) 
     def state() -> dict[str, Any]:
         return {**parts.state_dict(), "classifiers": fingerprints}
 
-    with contextlib.ExitStack() as open_files:
+    with contextlib.ExitStack() as open_files, checkpoints:
         log = open_files.enter_context(_log(config, resumed)) if world.is_first else None
         for step in range(resumed + 1, config.steps + 1):
             watched = due(step, config.log.every, config.steps)
@@ -88,10 +89,11 @@ def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) 
                 _draw(parts, log, step, config)
             stop = asked_to_stop()
             if checkpoints.due(step, config.steps) or stop:
-                kept = state()  # every rank has its part in it
-                world.from_first(lambda step=step, kept=kept: checkpoints.publish(step, kept))  # type: ignore[misc]
+                publish = checkpoints.publish if stop else checkpoints.publish_later
+                world.from_first(functools.partial(publish, step, state()))  # every rank has its part in the state
             if stop and step < config.steps:
                 raise Preempted(stop, step)
+        world.from_first(checkpoints.finish)
     return RunResult(run_dir, config.steps - resumed)
 
 

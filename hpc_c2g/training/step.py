@@ -27,6 +27,8 @@ class Engine(Protocol):
     """What a step needs of the engine that owns the generator."""
 
     module: nn.Module
+    gathers_in_forward: bool
+    """Whether the module's forward is collective."""
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
@@ -149,6 +151,8 @@ class TrainStep:
 
         for share, S in zip(self.shares, scales, strict=True):
             for piece in share.pieces:
+                if self.engine.gathers_in_forward:  # two collectives at once could meet in another order on another rank
+                    self.mesh.world.guarded(self.lane.wait)
                 on_ready = share.G.micro_batch(last=piece == share.pieces[-1])
                 micro = _micro_batch(share, self.engine.module, step, piece, gamma, S, self.one_pass, on_ready)
                 share.G.add(micro.G)
