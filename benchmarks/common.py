@@ -57,14 +57,22 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-def random_classifier(folder: Path, size: int = 5, width: int = 24, classes: int = 4, seed: int = 0) -> Path:
+def random_classifier(
+    folder: Path, size: int = 5, width: int = 24, classes: int = 4, seed: int = 0, depth: int = 2
+) -> Path:
     """Save the bundle of an MLP with random weights: what is timed or compared needs no quality.
 
     Raises:
         C2GError: the folder cannot be written.
     """
     shape = (1, size, size)
-    architecture = {"target": "mlp", "input_shape": list(shape), "classes": classes, "width": width}
+    architecture = {
+        "target": "mlp",
+        "input_shape": list(shape),
+        "classes": classes,
+        "width": width,
+        "depth": depth,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_model(architecture).double()

@@ -23,7 +23,7 @@ from hpc_c2g.training.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 FINISH_WITHIN = 300.0
-TIMED = ("samples_per_second", "memory/peak_gib")  # what differs between equal runs
+TIMED = ("samples_per_second", "memory/peak_gib", "wire/seconds", "wire/hidden")  # what differs between equal runs
 
 
 class LaunchedRun:

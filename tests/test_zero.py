@@ -196,7 +196,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def assert_same_run(run_dir: Path, other: Path, tolerance: float = 1e-4) -> None:
     mine, theirs = curve(run_dir), curve(other)
-    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-7)  # rho is near 0
     torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=1e-7)
     assert difference(flat(engine_state(run_dir)), flat(engine_state(other))) < tolerance
 
@@ -235,7 +235,8 @@ def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: i
     low, full = done / f"bfloat16-{stage}-2", done / "float32-short"
     assert bool(torch.isfinite(curve(low)).all())
     assert float((curve(low)[:, 0] / curve(full)[:, 0] - 1).abs().max()) < 0.01
-    assert float((curve(low)[0] / curve(full)[0] - 1).abs().max()) < 0.01  # the gradient's norm among them
+    # the gradient's norm among them
+    torch.testing.assert_close(curve(low)[0], curve(full)[0], rtol=0.01, atol=0.01)
     state = engine_state(low)
     assert all(t.dtype == torch.float32 for t in state["weights"].values())
     assert not torch.equal(flat(state), flat(state).bfloat16().float())

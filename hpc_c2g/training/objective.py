@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.rates import find_rates, verify_rates
 from hpc_c2g.errors import C2GError
-from hpc_c2g.kkt import duality, priors, scale, stationarity
+from hpc_c2g.kkt import directional, duality, priors, scale, stationarity
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.training.config import TrainConfig
 
@@ -128,6 +128,17 @@ class Objective:
             return self.phi(theta, widths, inputs)
 
         return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
+
+    def directional_sum(
+        self, gamma: float, residual: Residual, x: Tensor, labels: Tensor, multipliers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``."""
+        widths = self.widths(gamma)
+
+        def phi(theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+            return self.phi(theta, widths, inputs)
+
+        return directional.directional_sum(phi, self.theta, residual.direction, x, labels, multipliers)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
         """L_stat's terms and direction from the *global* G."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpc_c2g.distributed.lane import Lane
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.reduction import Arrival, ResidualSum, TreeSum
+from hpc_c2g.distributed.reduction import ResidualSum, TreeSum
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import duality, scale
 from hpc_c2g.kkt.stationarity import cotangents
@@ -63,16 +63,14 @@ class Share:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one micro-batch, with what the KKT sum knows of them. Leaves carry the cotangents to the generator."""
+class Samples:
+    """A micro-batch of the generator. The leaves carry the cotangents of x and mu back to it."""
 
     latents: Latents
     x: Tensor
     multipliers: Tensor
     x_leaf: Tensor
     multipliers_leaf: Tensor
-    margins: Tensor
-    G: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -147,40 +145,53 @@ class TrainStep:
         gamma = gate_width(config.gates, step, config.steps)
         scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
         bands = BandCollector(self.batches, self.classes, self.mesh.world) if watch else None
-        kept: dict[int, MicroBatch] = {}
+        kept: dict[int, tuple[Samples, Tensor, dict[str, Tensor]]] = {}
 
         for share, S in zip(self.shares, scales, strict=True):
             for piece in share.pieces:
-                if self.engine.gathers_in_forward:  # two collectives at once could meet in another order on another rank
-                    self.mesh.world.guarded(self.lane.wait)
+                samples = self._draw(share, step, piece, S, keep_graph=self.one_pass)
                 on_ready = share.G.micro_batch(last=piece == share.pieces[-1])
-                micro = _micro_batch(share, self.engine.module, step, piece, gamma, S, self.one_pass, on_ready)
-                share.G.add(micro.G)
+                margins, G = share.objective.kkt_sum(
+                    gamma,
+                    samples.x_leaf,
+                    samples.latents.labels,
+                    samples.multipliers_leaf,
+                    keep_graph=self.one_pass,
+                    on_ready=on_ready,
+                )
+                share.G.add(G)
                 if self.one_pass:
-                    kept[share.classifier] = micro
+                    kept[share.classifier] = samples, margins, G
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
             residual = objective.residual(share.G.total(), alpha)
             reference = self._reference(share, step)
             for piece in share.pieces:
-                micro = (
-                    kept.pop(k) if k in kept else _micro_batch(share, self.engine.module, step, piece, gamma, S, True)
-                )
+                if k in kept:
+                    samples, margins, products = kept.pop(k)
+                    seeds = residual.direction
+                else:  # <v, G> alone is cheaper than G
+                    samples = self._draw(share, step, piece, S, keep_graph=True)
+                    margins, product = objective.directional_sum(
+                        gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf
+                    )
+                    products, seeds = {"<v, G>": product}, {"<v, G>": torch.ones_like(product)}
                 losses = objective.sample_losses(
-                    micro.margins, micro.multipliers_leaf, micro.x_leaf, micro.latents.labels, alpha, reference
+                    margins, samples.multipliers_leaf, samples.x_leaf, samples.latents.labels, alpha, reference
                 )
                 gx, gmu = cotangents(
-                    micro.G,
-                    residual.direction,
-                    [micro.x_leaf, micro.multipliers_leaf],
+                    products,
+                    seeds,
+                    [samples.x_leaf, samples.multipliers_leaf],
                     torch.stack(list(losses.values())).sum(),
                 )
                 # the loss of several classifiers is the mean of theirs
-                self.engine.backward(((micro.x * gx).sum() + (micro.multipliers * gmu).sum()) / self.mesh.classifiers)
-                self._count(share, piece, residual, losses, micro, S, gx, gmu)
+                surrogate = (samples.x * gx).sum() + (samples.multipliers * gmu).sum()
+                self.engine.backward(surrogate / self.mesh.classifiers)
+                self.account.add(k, _scalars(piece, residual, losses, margins, samples.multipliers, S, gx, gmu))
                 if bands is not None:
-                    bands.note(k, piece[0], micro.margins, micro.multipliers, alpha, objective.batch / S)
+                    bands.note(k, piece[0], margins, samples.multipliers, alpha, objective.batch / S)
         self.engine.reduce()
 
         figures, norm = self.account.close(step, self.engine.gradient_norm())
@@ -188,6 +199,18 @@ class TrainStep:
         self.engine.step(rate_factor(config.optimiser, step, config.steps))
         self._follow(figures)
         return StepResult({**scalars, **self._wire()}, bands.close() if bands else [])
+
+    def _draw(self, share: Share, step: int, piece: Range, S: float, keep_graph: bool) -> Samples:
+        """The samples of one micro-batch and their multipliers."""
+        objective = share.objective
+        if self.engine.gathers_in_forward:  # two collectives at once could meet in another order on another rank
+            self.mesh.world.guarded(self.lane.wait)
+        latents = share.sampler.batch(step, *piece).to(self.mesh.world.device)
+        with torch.set_grad_enabled(keep_graph):
+            x, h = self.engine.module(latents)
+            x, h = x.to(objective.lower), h[:, : objective.classes].to(objective.lower)
+            mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
+        return Samples(latents, x, mu, x.detach().requires_grad_(), mu.detach().requires_grad_())
 
     def _reference(self, share: Share, step: int) -> tuple[Tensor, Tensor] | None:
         """The samples that repel: the first of the classifier's batch, drawn again because they may be another rank's."""
@@ -198,27 +221,6 @@ class TrainStep:
         with torch.no_grad():
             x = self.engine.module(latents)[0].to(share.objective.lower)
         return x, latents.labels
-
-    def _count(
-        self,
-        share: Share,
-        piece: Range,
-        residual: Residual,
-        losses: Mapping[str, Tensor],
-        micro: MicroBatch,
-        S: float,
-        gx: Tensor,
-        gmu: Tensor,
-    ) -> None:
-        """Hand the micro-batch's scalars to the account."""
-        once = residual.terms if piece[0] == 0 else {}  # L_stat is known to every rank, and counts once
-        mu_m, mu = duality.weighted_margin_sums(micro.margins, micro.multipliers)
-        values = {
-            **{f"stationarity/{name}": term for name, term in once.items()},
-            **losses,
-            **dict(zip(BALANCE, (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum()), strict=True)),
-        }
-        self.account.add(share.classifier, values)
 
     def _follow(self, figures: list[dict[str, float]]) -> None:
         """Every alpha follows its rho, on every rank."""
@@ -235,22 +237,22 @@ class TrainStep:
         return {"wire/bytes": float(sent), "wire/seconds": busy, "wire/hidden": 1 - exposed / busy if busy else 0.0}
 
 
-def _micro_batch(
-    share: Share,
-    module: nn.Module,
-    step: int,
+def _scalars(
     piece: Range,
-    gamma: float,
+    residual: Residual,
+    losses: Mapping[str, Tensor],
+    margins: Tensor,
+    multipliers: Tensor,
     S: float,
-    keep_graph: bool,
-    on_ready: Arrival | None = None,
-) -> MicroBatch:
-    objective = share.objective
-    latents = share.sampler.batch(step, *piece).to(objective.lower.device)
-    with torch.set_grad_enabled(keep_graph):
-        x, h = module(latents)
-        x, h = x.to(objective.lower), h[:, : objective.classes].to(objective.lower)
-        mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
-    x_leaf, mu_leaf = x.detach().requires_grad_(), mu.detach().requires_grad_()
-    margins, G = objective.kkt_sum(gamma, x_leaf, latents.labels, mu_leaf, keep_graph, on_ready)
-    return MicroBatch(latents, x, mu, x_leaf, mu_leaf, margins, G)
+    gx: Tensor,
+    gmu: Tensor,
+) -> dict[str, Tensor]:
+    """What a micro-batch has for the account."""
+    once = residual.terms if piece[0] == 0 else {}  # L_stat is known to every rank, and counts once
+    mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
+    balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
+    return {
+        **{f"stationarity/{name}": term for name, term in once.items()},
+        **losses,
+        **dict(zip(BALANCE, balance, strict=True)),
+    }

@@ -1,0 +1,100 @@
+"""What the benchmarks of one process time: our training step, and the joint graph over the whole batch that it replaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common import random_classifier
+from hpc_c2g.classifiers.bundle import Bundle, load_bundle
+from hpc_c2g.distributed.environment import pick_device
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.distributed.reduction import RunningSum
+from hpc_c2g.distributed.world import World
+from hpc_c2g.generators.latents import LatentSampler
+from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
+from hpc_c2g.training.account import Account
+from hpc_c2g.training.adam_engine import AdamEngine, build_optimiser
+from hpc_c2g.training.assembly import boxes, class_counts
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.sharding import shard
+from hpc_c2g.training.step import TrainStep
+
+ALPHA = -1.0
+Step = Callable[[int], object]
+
+
+def classifier(size: int = 28, width: int = 1000, depth: int = 3, classes: int = 10) -> Bundle:
+    """784-1000-1000-10 with random weights, unless told otherwise."""
+    with TemporaryDirectory() as folder:
+        return load_bundle(random_classifier(Path(folder) / "classifier", size, width, classes, depth=depth))
+
+
+def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:
+    """The training step as ``c2g train`` makes it, with plain Adam: DeepSpeed's own work is not what is compared."""
+    device = pick_device(config.device)
+    world = World.alone(device)
+    mesh = Mesh.over(world, 1)
+    classes = class_counts([bundle])
+    sharding = shard(config, classes, mesh, config.micro_batch)  # type: ignore[arg-type]
+    module = build_generator(
+        config.generator, config.latents.dimensions, classes, sharding.batches, *boxes([bundle]), config.seed
+    ).to(device)
+    batch = sharding.batches[0]
+    return TrainStep(
+        config,
+        {0: Objective(bundle, config, batch, device, torch.float32)},
+        {0: LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)},
+        classes,
+        Account([list(bundle.parameters)], [loss_terms(config, True)], RunningSum(world), device),
+        AdamEngine(module, config.optimiser, RunningSum(world)),
+        mesh,
+        sharding,
+        [ALPHA],
+    )
+
+
+def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
+    """The same step with one graph over the whole batch, as the reconstruction peers do it."""
+    device = pick_device(config.device)
+    batch = config.global_batch
+    objective = Objective(bundle, config, batch, device, torch.float32)
+    classes = class_counts([bundle])
+    module = build_generator(
+        config.generator, config.latents.dimensions, classes, [batch], *boxes([bundle]), config.seed
+    ).to(device)
+    sampler = LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)
+    optimiser = build_optimiser(module, config.optimiser)
+    theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
+    rates, ea = objective.rates, math.exp(ALPHA)
+    left = {k: ea ** rates[k] * t for k, t in objective.theta.items()}
+    whole = sum(float(t.square().sum()) for t in left.values())
+    S, widths = objective.multiplier_scale(ALPHA), objective.widths(config.gates.start)
+    half = (objective.upper - objective.lower) / 2
+
+    def step(number: int) -> float:
+        latents = sampler.batch(number, 0, batch).to(device)
+        x, h = module(latents)
+        margins = pairwise_margins(objective.phi(theta, widths, x), latents.labels)
+        others = latents.labels[:, None] != torch.arange(classes[0], device=device)
+        mu = S / batch * F.softplus(h) * others
+        G = torch.autograd.grad((mu * margins).sum(), list(theta.values()), create_graph=True)
+        residual = sum((left[k] - ea ** (1 - rates[k]) * g).square().sum() for k, g in zip(theta, G, strict=True))
+        dual = (1 - ea * smallest_margins(margins, latents.labels)).relu().square().mean()
+        excess = ((x - objective.upper).relu() + (objective.lower - x).relu()) / half
+        loss = residual / whole + config.duality.feasibility * dual + config.prior.box * excess.square().sum() / batch
+        optimiser.zero_grad()
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        return float(loss.detach())
+
+    return step

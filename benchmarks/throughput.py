@@ -1,0 +1,64 @@
+"""``python -m benchmarks.throughput [--quick]``: our step against the joint graph at equal batch, interleaved in one run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from benchmarks.common import show, write_result
+from benchmarks.subject import Step, classifier, joint_step, our_step
+from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
+
+BATCH = 1024
+
+
+def timed(step: Step, number: int) -> float:
+    """Seconds of one step."""
+    began = time.perf_counter()
+    step(number)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the table and write ``results/throughput.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a narrow net and few rounds: see that it works")
+    quick = parser.parse_args().quick
+    rounds, width = (3, 50) if quick else (30, 1000)
+    bundle = classifier(width=width)
+    # alpha and the gates' width stand still, so that every step costs and gives the same
+    config = TrainConfig(
+        steps=10**6, global_batch=BATCH, scale=ScaleConfig(rate=0.0), gates=GateConfig(anneal_fraction=1.0)
+    )
+    ways: dict[str, Step] = {"joint graph": joint_step(bundle, config), "one pass": our_step(bundle, config)}
+    for micro_batch in (512, 256):
+        two = TrainConfig(**{**vars(config), "micro_batch": micro_batch})
+        ways[f"two passes of {micro_batch}"] = our_step(bundle, two)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(1, rounds + 3):
+        for name, step in ways.items():
+            took = timed(step, number)
+            if number > 2:  # the first two warm up
+                seconds[name].append(took)
+    joint = seconds["joint graph"]
+    rows = [
+        {
+            "step": name,
+            "median ms": 1e3 * statistics.median(took),
+            "samples/s": BATCH / statistics.median(took),
+            "x joint graph": statistics.median(a / b for a, b in zip(joint, took, strict=True)),
+        }
+        for name, took in seconds.items()
+    ]
+    show(f"784-{width}-{width}-10, batch {BATCH}, {rounds} rounds", rows)
+    settings = {"quick": quick, "width": width, "batch": BATCH, "rounds": rounds}
+    print(f"written: {write_result('throughput', settings, rows=rows)}")
+
+
+if __name__ == "__main__":
+    main()
