@@ -14,8 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.environment import LaunchEnvironment
@@ -24,7 +23,7 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.training.adam_engine import build_optimiser
-from hpc_c2g.training.config import OptimiserConfig, PriorConfig, TrainConfig
+from hpc_c2g.training.config import OptimiserConfig, TrainConfig
 from hpc_c2g.training.meter import Meter, Product, Work
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.step import TrainStep
@@ -211,10 +210,9 @@ class _Rehearsal:
         """DeepSpeed sums the gradient in one flat bucket."""
         self.mark()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        bucket = _flatten_dense_tensors(gradients)
-        bucket.div_(1.0)
-        for gradient, part in zip(gradients, _unflatten_dense_tensors(bucket, gradients), strict=True):
-            gradient.copy_(part)
+        bucket = torch.cat([g.reshape(-1) for g in gradients]).div_(1.0)
+        for gradient, part in zip(gradients, torch.split(bucket, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def step(self, rate_factor: float) -> None:
         """Adam; the gradients stay, as they are no working memory."""

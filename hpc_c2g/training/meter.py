@@ -59,17 +59,17 @@ class Product:
     """One matrix product or convolution: enough to call it again with other numbers.
 
     Attributes:
-        operator: such as ``aten.mm.default``.
+        operator: name below ``torch.ops``, such as ``aten.mm.default``.
         arguments: tensors as ``TensorShape``, lists as tuples.
         flops: of one call.
     """
 
-    operator: Any
+    operator: str
     arguments: tuple[Any, ...]
     flops: float
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts work and live bytes of all operators called inside ``with meter:``.
 
     Tensors on the meta device have no numbers. Where the program asks for one, to log or to scale with it, it gets 1; a boolean
@@ -82,7 +82,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reset()
 
     def reset(self) -> None:
@@ -122,7 +122,7 @@ class Meter(TorchDispatchMode):
         if packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
             self.work += Work(flops, _nbytes([*inputs, *outputs]), 0, 1)
-            self.products[Product(func, _frozen(args), flops)] += 1
+            self.products[Product(str(func), _frozen(args), flops)] += 1
         elif not outputs or packet in _UNWRITTEN or not (made or func._schema.is_mutable):  # the last: views
             self.work += Work(calls=1)
         elif packet in _GATHERING:
