@@ -2,8 +2,10 @@
 
     python -m benchmarks.plan [--quick]        writes benchmarks/results/plan.json
 
-Every round first measures the machine's rates (products, copies, calls, all-reduces: nothing of a training step) in the very processes
-that then train, so that both see the same neighbours. The verdict is the median over rounds of prediction / measurement.
+Every round first measures the machine's rates (operators one by one, calls, all-reduces: no training step) in the very processes
+that then train. Operators are timed by their thread's own clock, so that other programs on the machine do not count; training is timed by
+the same clock (`computation`, which waits for nobody) and by the wall's (`step`, which is only fair on a quiet machine). The verdict is
+the median over rounds of prediction / measurement.
 """
 
 from __future__ import annotations
@@ -55,15 +57,15 @@ def random_bundle(architecture: dict[str, Any], folder: Path) -> None:
     save_bundle(Bundle(model, architecture, names, shape, Normalisation.constant(shape, 0.5)), folder)
 
 
-def trained_seconds(config: TrainConfig, world: World) -> float:
-    """Mean seconds per step of a training run, from the start of one step to the start of the next."""
+def trained_seconds(config: TrainConfig, world: World) -> tuple[float, float]:
+    """Mean seconds per step of a training run, of the wall and of the thread, from the start of one step to the start of the next."""
     from hpc_c2g.training.loop import train
 
-    starts: list[float] = []
+    starts: list[tuple[float, float]] = []
     original = TrainStep.__call__
 
     def timed(self: TrainStep, step: int) -> Any:
-        starts.append(time.perf_counter())
+        starts.append((time.perf_counter(), time.thread_time()))
         return original(self, step)
 
     TrainStep.__call__ = timed  # type: ignore[method-assign]
@@ -71,10 +73,13 @@ def trained_seconds(config: TrainConfig, world: World) -> float:
         train(config, world)
     finally:
         TrainStep.__call__ = original  # type: ignore[method-assign]
-    return (starts[-1] - starts[2]) / (len(starts) - 3)
+    wall, thread = ((last - first) / (len(starts) - 3) for first, last in zip(starts[2], starts[-1], strict=True))
+    return wall, thread
 
 
-def rounds(world: World, config: TrainConfig, cost: MicroBatchCost, count: int) -> list[tuple[Rates, float, Rates]]:
+def rounds(
+    world: World, config: TrainConfig, cost: MicroBatchCost, count: int
+) -> list[tuple[Rates, tuple[float, float], Rates]]:
     """(rates, seconds per step, rates again) per round."""
     torch.set_num_threads(1)
     active = min(world.size, len(os.sched_getaffinity(0)))
@@ -102,7 +107,7 @@ def mean_rates(one: Rates, other: Rates) -> Rates:
     return replace(
         one,
         products=(one.products + other.products) / 2,
-        bandwidth=2 / (1 / one.bandwidth + 1 / other.bandwidth) if one.bandwidth else 0.0,
+        moves=(one.moves + other.moves) / 2,
         call=(one.call + other.call) / 2,
         sums=tuple((b, (s + t) / 2) for (b, s), (_, t) in pairs),
     )
@@ -128,9 +133,19 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
     times = []
     for together in zip(*per_rank, strict=True):
         profile = profile_of([mean_rates(before, after) for before, _, after in together], ranks)
-        measured = statistics.mean(seconds for _, seconds, _ in together)
+        wall, thread = (statistics.mean(seconds[i] for _, seconds, _ in together) for i in (0, 1))
         predicted = step_time(cost, profile, 1, share)
-        times.append({"predicted": asdict(predicted) | {"total": predicted.total}, "measured": measured})
+        times.append(
+            {
+                "predicted": asdict(predicted) | {"total": predicted.total},
+                "measured": wall,
+                "ratio": predicted.total / wall,
+                "computation_measured": thread,
+                "computation_ratio": predicted.computation
+                * profile.share
+                / thread,  # its own time, not its neighbours'
+            }
+        )
     file_bytes = float(sum(t.numel() * t.element_size() for t in bundle.model.state_dict().values()))
     bytes_predicted, bytes_measured = memory(cost, profile, "float32", 0, ranks, file_bytes).total, max(peaks)
     return {
@@ -141,7 +156,9 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
         "rounds": times,
         "seconds_predicted": statistics.median(t["predicted"]["total"] for t in times),
         "seconds_measured": statistics.median(t["measured"] for t in times),
-        "time_ratio": statistics.median(t["predicted"]["total"] / t["measured"] for t in times),
+        "computation_measured": statistics.median(t["computation_measured"] for t in times),
+        "time_ratio": statistics.median(t["ratio"] for t in times),
+        "computation_ratio": statistics.median(t["computation_ratio"] for t in times),
         "bytes_predicted": bytes_predicted,
         "bytes_measured": bytes_measured,
         "memory_ratio": bytes_predicted / bytes_measured,
@@ -167,7 +184,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     for column in columns:
         out.add_column(column, justify="right")
     for r in results:
-        ratios = [t["predicted"]["total"] / t["measured"] for t in r["rounds"]]
+        ratios, own = ([t[k] for t in r["rounds"]] for k in ("ratio", "computation_ratio"))
         out.add_row(
             r["net"],
             str(r["ranks"]),
@@ -176,6 +193,8 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{r['seconds_predicted'] * 1e3:.1f} ms",
             f"{r['seconds_measured'] * 1e3:.1f} ms",
             f"{r['time_ratio']:.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
+            f"{r['computation_measured'] * 1e3:.1f} ms",
+            f"{r['computation_ratio']:.2f} ({min(own):.2f}..{max(own):.2f})",
             f"{r['bytes_predicted'] / GIB:.3f}",
             f"{r['bytes_measured'] / GIB:.3f}",
             f"{r['memory_ratio']:.2f}",
@@ -195,12 +214,9 @@ def main() -> None:
             random_bundle(architecture, Path(name) / net)
             for ranks, micro in CASES[::2] if quick else CASES:
                 results.append(compare(net, Path(name), ranks, micro, count, steps))
-                last = results[-1]
-                print(
-                    f"{net} on {ranks}: time x {last['time_ratio']:.2f}, memory x {last['memory_ratio']:.2f}",
-                    flush=True,
-                )
-    Console(width=140).print(table(results))
+                ratios = {k: round(results[-1][f"{k}_ratio"], 2) for k in ("time", "computation", "memory")}
+                print(f"{net} on {ranks}, micro-batch {micro}: prediction / measurement {ratios}", flush=True)
+    Console(width=170).print(table(results))
     load = os.getloadavg()
     print(f"load of the machine: {load[0]:.1f}, {load[1]:.1f}, {load[2]:.1f} on {len(os.sched_getaffinity(0))} cores")
     write_atomically(RESULT, json.dumps({"load": load, "quick": quick, "cases": results}, indent=2).encode())

@@ -1,13 +1,15 @@
-"""The profile of the machine that runs this, measured in some seconds: products, copies, operator calls and all-reduces.
+"""The profile of the machine that runs this, measured in some seconds: operators, operator calls and all-reduces.
 
-Nothing here trains: the numbers are independent of the step that they predict. The sizes are the step's own, because rates depend
-on them. As many processes compute at once as there are cores, since neighbours share caches and memory.
+Nothing here trains: operators run one by one on numbers of their own, so that the profile is independent of the step that it
+predicts. Their sizes are the step's, because rates depend on them. As many processes compute at once as there are cores, since
+neighbours share caches and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import resource
 import statistics
@@ -27,7 +29,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.planning.profile import GIB, ClusterProfile, Here
 from hpc_c2g.training.dry_run import MicroBatchCost
-from hpc_c2g.training.meter import Meter, Product, TensorShape
+from hpc_c2g.training.meter import Meter, Operator, TensorShape
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Rates:
     """What one process measured: seconds and bytes.
 
     Attributes:
-        products: seconds of all products of a step, each as often as the step calls it.
+        products: seconds of a step's matrix products, each as often as the step calls it.
         flops: of those.
-        bandwidth: bytes per second.
+        moves: seconds of the memory-bound operators that move most of a step's bytes.
+        moved: bytes of those.
         call: seconds per operator.
         sums: (bytes, seconds) of all-reduces.
         runtime: bytes of the process before it computed.
@@ -45,7 +48,8 @@ class Rates:
 
     products: float
     flops: float
-    bandwidth: float
+    moves: float
+    moved: float
     call: float
     sums: tuple[tuple[int, float], ...]
     runtime: float
@@ -77,7 +81,7 @@ def profile_of(rates: Sequence[Rates], ranks: int) -> ClusterProfile:
     """The profile of a machine from what its processes measured; ``ranks`` of them will train."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores, count = len(os.sched_getaffinity(0)), len(rates)
-    computing = [r for r in rates if r.bandwidth]
+    computing = [r for r in rates if r.moved]
     latency, bandwidth = fit_ring(rates[0].sums, count) if count > 1 else (0.0, 1e15)
     memory = torch.cuda.mem_get_info()[1] if gpus else _available_memory()
     link = {"gb_per_s": bandwidth / 1e9, "us": latency * 1e6}
@@ -87,7 +91,7 @@ def profile_of(rates: Sequence[Rates], ranks: int) -> ClusterProfile:
         memory_gib=memory / GIB,
         runtime_gib=statistics.mean(r.runtime for r in computing) / GIB,
         matrix_tflops=sum(r.flops for r in computing) / max(1e-9, sum(r.products for r in computing)) / 1e12,
-        memory_gb_per_s=statistics.mean(r.bandwidth for r in computing) / 1e9,
+        memory_gb_per_s=sum(r.moved for r in computing) / sum(r.moves for r in computing) / 1e9,
         operation_us=statistics.mean(r.call for r in computing) * 1e6,
         asynchronous=bool(gpus),
         cores=0 if gpus else cores,
@@ -129,58 +133,58 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
     torch.ones(8, 8, device=world.device) @ torch.ones(8, 8, device=world.device)
     runtime = _runtime_bytes(world.device)
     sums = _sums(world, cost, seconds)
-    products = flops = bandwidth = call = 0.0
+    measured = {"products": 0.0, "flops": 0.0, "moves": 0.0, "moved": 0.0, "call": 0.0}
     if world.size > 1:
         dist.barrier()
     if world.rank < active:
-        call = _call_seconds(world.device, seconds / 4)
-        bandwidth = _bandwidth(world.device, cost, seconds / 4)
-        products = _product_seconds(world.device, cost, seconds)
-        flops = sum(p.flops * n for p, n in cost.products)
+        products = [(o, n) for o, n in cost.operators if o.flops]
+        moves = _most_of([(o, n) for o, n in cost.operators if not o.flops])
+        measured = {
+            "products": _replay(products, world.device, cost.working_bytes, seconds),
+            "flops": sum(o.flops * n for o, n in products),
+            "moves": _replay(moves, world.device, cost.working_bytes, seconds),
+            "moved": sum(o.nbytes * n for o, n in moves),
+            "call": _call_seconds(world.device, seconds / 4),
+        }
     if world.size > 1:
         dist.barrier()
-    return Rates(products, flops, bandwidth, call, sums, runtime)
+    return Rates(**measured, sums=sums, runtime=runtime)
 
 
-def _product_seconds(device: torch.device, cost: MicroBatchCost, seconds: float) -> float:
-    """All matrix products of a step, each called again on numbers of its own."""
-    total = sum(p.flops * n for p, n in cost.products)
+def _most_of(operators: Sequence[tuple[Operator, int]], part: float = 0.9) -> list[tuple[Operator, int]]:
+    """Those that move ``part`` of all the bytes, the largest movers first."""
+    ordered = sorted(operators, key=lambda pair: -pair[0].nbytes * pair[1])
+    wanted, moved, kept = part * sum(o.nbytes * n for o, n in operators), 0.0, []
+    for operator, count in ordered:
+        if moved < wanted:
+            kept.append((operator, count))
+        moved += operator.nbytes * count
+    return kept
+
+
+def _replay(operators: Sequence[tuple[Operator, int]], device: torch.device, memory: int, seconds: float) -> float:
+    """Seconds of all the calls. Operands take turns through as much memory as a step has in use: caches are as cold as there."""
     result = 0.0
-    for product, count in cost.products:
-        operands = _operands(product, device)
-        share = seconds * product.flops * count / max(total, 1)
-        operator = operator_of(product)
-        result += count * _seconds(lambda f=operator, o=operands: f(*o), device, share)  # type: ignore[misc]
+    for operator, count in operators:
+        copies = int(max(1, min(16, memory / 2 / operator.nbytes)))
+        ring = itertools.cycle([_operands(operator, device) for _ in range(copies)])
+        function = functools.reduce(getattr, operator.name.split("."), torch.ops)
+        call = functools.partial(lambda f, r: f(*next(r)), function, ring)
+        result += count * _seconds(call, device, seconds / len(operators))
     return result
 
 
-def operator_of(product: Product) -> Any:
-    """The operator by its name below ``torch.ops``."""
-    return functools.reduce(getattr, product.operator.split("."), torch.ops)
+def _operands(operator: Operator, device: torch.device) -> list[Any]:
+    """Ones (which stay normal numbers under repeated in-place changes), and zeros for indices."""
 
-
-def _operands(product: Product, device: torch.device) -> list[Any]:
     def real(value: Any) -> Any:
         if isinstance(value, TensorShape):
-            tensor = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=device)
-            return tensor.normal_() if value.dtype.is_floating_point else tensor.zero_()
+            length = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride, strict=True))
+            fill = int(value.dtype.is_floating_point)
+            return torch.full((length,), fill, dtype=value.dtype, device=device).as_strided(value.shape, value.stride)
         return [real(v) for v in value] if isinstance(value, tuple) else value
 
-    return [real(value) for value in product.arguments]
-
-
-def _bandwidth(device: torch.device, cost: MicroBatchCost, seconds: float) -> float:
-    """a b into a new tensor, through a ring of operands as large as a step's working set; 3 tensors per call."""
-    numbers = max(256, cost.stream_bytes // 12)
-    ring = [torch.ones(numbers, device=device) for _ in range(max(2, min(256, cost.working_bytes // (4 * numbers))))]
-    place = 0
-
-    def call() -> None:
-        nonlocal place
-        place = (place + 1) % len(ring)
-        torch.mul(ring[place], ring[place - 1])
-
-    return 12 * numbers / _seconds(call, device, seconds)
+    return [real(value) for value in operator.arguments]
 
 
 def _call_seconds(device: torch.device, seconds: float) -> float:
@@ -217,7 +221,12 @@ def _sums(world: World, cost: MicroBatchCost, seconds: float) -> tuple[tuple[int
 
 
 def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Mean seconds of a call over about ``seconds``, two calls to warm up: who is interrupted here, is interrupted in a step."""
+    """Mean seconds of a call over about ``seconds``, after two calls to warm up.
+
+    A single thread is timed by its own clock, which stands still while other programs have the core: the profile is that of a
+    machine without them.
+    """
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     _wait(device)
     began = time.perf_counter()
@@ -225,11 +234,11 @@ def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -
     _wait(device)
     once = max(1e-7, time.perf_counter() - began)
     repeats = max(3, min(10_000, int(seconds / once)))
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeats):
         call()
     _wait(device)
-    return (time.perf_counter() - began) / repeats
+    return (clock() - began) / repeats
 
 
 def _wait(device: torch.device) -> None:

@@ -103,9 +103,9 @@ class Plan:
     weak: list[ScalingRow]
 
     def record(self) -> dict[str, Any]:
-        """Plain values for a json file, without the list of matrix products."""
+        """Plain values for a json file, without the list of operators."""
         values = asdict(self)
-        del values["cost"]["products"]
+        del values["cost"]["operators"]
         values["memory"]["total"], values["step"]["total"] = self.memory.total, self.step.total
         for name in ("strong", "weak"):
             for row, plain in zip(getattr(self, name), values[name], strict=True):

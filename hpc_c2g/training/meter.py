@@ -55,18 +55,20 @@ class TensorShape:
 
 
 @dataclass(frozen=True)
-class Product:
-    """One matrix product or convolution: enough to call it again with other numbers.
+class Operator:
+    """One operator with its arguments: enough to call it again with other numbers.
 
     Attributes:
-        operator: name below ``torch.ops``, such as ``aten.mm.default``.
+        name: below ``torch.ops``, such as ``aten.mm.default``.
         arguments: tensors as ``TensorShape``, lists as tuples.
-        flops: of one call.
+        flops: of one call, 0 where it is bound by memory.
+        nbytes: read and written by one call.
     """
 
-    operator: str
+    name: str
     arguments: tuple[Any, ...]
     flops: float
+    nbytes: float
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         work: since the last ``reset``.
         peak: largest sum of bytes that were alive at once, of storages made since the last ``reset``.
-        products: the matrix products among the operators, and how often each was called.
+        operators: what was called how often; only calls without keyword arguments.
     """
 
     def __init__(self) -> None:
@@ -88,18 +90,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Start afresh; what is alive now counts as there before."""
         self.work, self.peak, self.live = Work(), 0, 0
-        self.products: Counter[Product] = Counter()
-        self._moves: list[float] = []
+        self.operators: Counter[Operator] = Counter()
         self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def typical_bytes(self) -> int:
-        """Moved by one memory-bound operator: half of all bytes are moved by larger ones."""
-        moved = 0.0
-        for size in sorted(self._moves):
-            moved += size
-            if 2 * moved >= self.work.moved_bytes:
-                return int(size)
-        return 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -119,23 +111,19 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [t for t in outputs if t.untyped_storage()._cdata not in held]
         for tensor in made:
             self._watch(tensor)
+        flops, size = 0.0, _nbytes([*inputs, *outputs])
         if packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-            self.work += Work(flops, _nbytes([*inputs, *outputs]), 0, 1)
-            self.products[Product(str(func), _frozen(args), flops)] += 1
         elif not outputs or packet in _UNWRITTEN or not (made or func._schema.is_mutable):  # the last: views
-            self.work += Work(calls=1)
+            size = 0
         elif packet in _GATHERING:
-            self._move(2 * _nbytes(outputs))
+            size = 2 * _nbytes(outputs)
         elif packet in _SCATTERING:
             values = args[0] if packet is ATEN.embedding_dense_backward else args[2]
-            self._move(3 * _nbytes([values]) + _nbytes(made))
-        else:
-            self._move(_nbytes([*inputs, *outputs]))
-
-    def _move(self, size: int) -> None:
-        self.work += Work(0, 0, size, 1)
-        self._moves.append(size)
+            size = 3 * _nbytes([values]) + _nbytes(made)
+        self.work += Work(flops, size, 0, 1) if flops else Work(0, 0, size, 1)
+        if size and not kwargs:
+            self.operators[Operator(str(func), _frozen(args), flops, size)] += 1
 
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
