@@ -87,7 +87,7 @@ def rounds(
     before = measure_rates(world, cost, active, 1, 0.4)
     for i in range(count):
         seconds = trained_seconds(replace(config, run_dir=f"{config.run_dir}-{i}"), world)
-        after = measure_rates(world, cost, active, 1, 0.4)
+        after = replace(measure_rates(world, cost, active, 1, 0.4), runtime=before.runtime)  # before any training
         result.append((before, seconds, after))
         before = after
     return result
@@ -173,10 +173,12 @@ def table(results: list[dict[str, Any]]) -> Table:
         "ranks",
         "micro",
         "passes",
-        "predicted",
+        "step",
         "measured",
         "ratio",
-        "GiB predicted",
+        "computation",
+        "ratio",
+        "GiB",
         "measured",
         "ratio",
     )

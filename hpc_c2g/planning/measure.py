@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import resource
 import statistics
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.distributed.local import on_local_ranks
@@ -163,14 +163,23 @@ def _most_of(operators: Sequence[tuple[Operator, int]], part: float = 0.9) -> li
 
 
 def _replay(operators: Sequence[tuple[Operator, int]], device: torch.device, memory: int, seconds: float) -> float:
-    """Seconds of all the calls. Operands take turns through as much memory as a step has in use: caches are as cold as there."""
+    """Seconds of all the calls, in memory used as a step uses it.
+
+    Operands take turns, and results stay, until they fill as much memory as a step works in; then all results are freed at once.
+    Caches are as cold as in a step, and the allocator returns memory to the system (whose fresh pages cost more than most operators)
+    as often.
+    """
     result = 0.0
     for operator, count in operators:
-        copies = int(max(1, min(16, memory / 2 / operator.nbytes)))
-        ring = itertools.cycle([_operands(operator, device) for _ in range(copies)])
+        copies = int(max(1, min(256, memory / operator.nbytes)))
+        ring = [_operands(operator, device) for _ in range(min(16, copies))]
         function = functools.reduce(getattr, operator.name.split("."), torch.ops)
-        call = functools.partial(lambda f, r: f(*next(r)), function, ring)
-        result += count * _seconds(call, device, seconds / len(operators))
+
+        def fill(function: Any = function, ring: list[Any] = ring, copies: int = copies) -> None:
+            kept = [function(*ring[i % len(ring)]) for i in range(copies)]
+            kept.clear()
+
+        result += count * _seconds(fill, device, seconds / len(operators)) / copies
     return result
 
 
@@ -188,17 +197,33 @@ def _operands(operator: Operator, device: torch.device) -> list[Any]:
 
 
 def _call_seconds(device: torch.device, seconds: float) -> float:
-    """Per operator of a little program of tiny tensors, forward, backward and backward of the backward."""
-    w, x = (torch.ones(4, 4, device=device, requires_grad=True) for _ in range(2))
+    """Per operator of a little program of modules on tiny tensors: forward, gradient with graph, gradient of that, the host's part.
+
+    It goes through what every PyTorch program of this kind goes through (modules called with given weights, a custom function,
+    autograd twice), because Python's part of a call is larger than the operator's.
+    """
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).to(device)
+    weights = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+    x = torch.ones(4, 4, device=device, requires_grad=True)
 
     def program() -> Tensor:
-        y = ((x @ w.t()).relu() * w + x).tanh().sum()
-        (g,) = torch.autograd.grad(y, w, create_graph=True)
-        return torch.autograd.grad((g * g).sum(), x)[0]
+        y = functional_call(net, weights, (_Double.apply(x),))
+        grads = torch.autograd.grad((y * y).sum(), list(weights.values()), create_graph=True)
+        return torch.autograd.grad(torch.stack([(g * g).sum() for g in grads]).sum(), x)[0]
 
     with Meter() as meter:
         program()
     return _seconds(program, device, seconds) / float(meter.work.calls)
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
 
 
 def _sums(world: World, cost: MicroBatchCost, seconds: float) -> tuple[tuple[int, float], ...]:
