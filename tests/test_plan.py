@@ -238,8 +238,10 @@ def test_a_tight_memory_lowers_the_micro_batch_then_raises_the_stage_then_fails(
     ) as caught:
         planned(one / 2**31)
     assert "zero_stage=3" in caught.value.mend
+    just = roomy.memory.total + 1024
+    assert planned(just / 2**30, micro_batch=1024, zero_stage=0).micro_batch == 1024
     with pytest.raises(C2GError, match="micro_batch=1024 needs"):
-        planned((state + 4 * one) / 2**30, micro_batch=1024)
+        planned((just - 2048) / 2**30, micro_batch=1024, zero_stage=0)
 
 
 def bytes_of_one(bundle_dir: Path) -> int:
