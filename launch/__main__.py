@@ -9,6 +9,7 @@ import sys
 VERBS = {
     "classifier": "fit a classifier to the margin on a data set, or import your own, into a bundle",
     "certify": "how close is a classifier to a KKT point (uses its training data)",
+    "plan": "memory, seconds per step and scaling of a training run, here or on a cluster, before it runs",
     "train": "train a generator from a classifier bundle, without data",
     "sample": "draw images from a trained generator: a PNG grid or an .npz",
     "evaluate": "judge a generator against real data, beside its baselines",

@@ -17,6 +17,7 @@ from hpc_c2g.classifiers.models import ARCHITECTURES
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import FreeImagesConfig
+from hpc_c2g.planning.profile import ClusterProfile
 from hpc_c2g.training.config import OptimiserConfig, TrainConfig
 from launch.__main__ import VERBS
 from launch.cli import composed, config_folder, register, typed
@@ -29,6 +30,7 @@ REQUIRED = {
     "sample": {"run_dir": "r", "out": "o.png"},
     "evaluate": {"run_dir": "r"},
     "demo": {},
+    "plan": {"classifier": "c"},
 }
 ALSO_REQUIRED = {"custom": ["model._target_=my_pkg.Net"], "import": ["fit.state_dict=w.pt"]}
 
@@ -90,6 +92,9 @@ def test_every_choice_of_every_group_composes_into_its_dataclass(verb, group, ch
         assert target == ("my_pkg.Net" if choice == "custom" else choice)
         parameters = inspect.signature(ARCHITECTURES[choice]).parameters.values() if choice != "custom" else []
         assert value == {p.name: p.default for p in parameters if p.default is not p.empty}
+    elif group == "cluster" and choice != "here":  # its numbers are in the yaml alone
+        assert isinstance(value, ClusterProfile)
+        assert value.name == choice
     else:
         dataclass = verb_schema(verb)[1][group][choice]
         wanted = dataclass(state_dict="w.pt") if choice == "import" else dataclass()

@@ -17,7 +17,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
 from hpc_c2g.training.account import Account
-from hpc_c2g.training.assembly import boxes, class_counts
+from hpc_c2g.training.bundles import boxes, class_counts
 from hpc_c2g.training.config import DualityConfig, GateConfig, PriorConfig, StationarityConfig, TrainConfig
 from hpc_c2g.training.objective import Objective, loss_terms
 from hpc_c2g.training.sharding import shard

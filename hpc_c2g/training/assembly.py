@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hpc_c2g.classifiers.bundle import Bundle, load_bundle
+from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum, TreeSum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.images import drawable
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine
+from hpc_c2g.training.bundles import boxes, class_counts
+from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.objective import Objective, loss_terms
@@ -67,6 +67,7 @@ class Assembly:
         world: all ranks.
         bundles: the classifiers.
         mesh: who works on which.
+        micro_batch: samples whose graph is held at once, None for no limit.
         sharding: this rank's samples.
     """
 
@@ -74,28 +75,31 @@ class Assembly:
     world: World
     bundles: list[Bundle]
     mesh: Mesh
+    micro_batch: int | None
     sharding: Sharding
 
     @classmethod
-    def of(cls, config: TrainConfig, world: World) -> Assembly:
-        """Load and lay out; collective.
+    def of(cls, config: TrainConfig, bundles: list[Bundle], world: World, found_before: int | None = None) -> Assembly:
+        """Lay out; collective.
+
+        Args:
+            config: of the run.
+            bundles: its classifiers.
+            world: all ranks.
+            found_before: what ``micro_batch=auto`` came to when the run began on as many ranks: it goes on bitwise.
 
         Raises:
-            C2GError: classifiers that cannot share a generator, or ranks and samples that cannot be shared out.
+            C2GError: ranks, classifiers or samples that cannot be shared out, or do not fit.
         """
-        bundles = [load_bundle(folder) for folder in config.classifiers]
-        shapes = {folder: list(b.input_shape) for folder, b in zip(config.classifiers, bundles, strict=True)}
-        if len({tuple(shape) for shape in shapes.values()}) > 1:
-            told = ", ".join(f"{folder} {shape}" for folder, shape in shapes.items())
-            raise C2GError(
-                f"the classifiers take inputs of different shapes: {told}",
-                "one generator makes one shape; train the others in runs of their own",
-            )
         settings = config.distributed
         groups = 1 if config.deterministic and settings.groups is None else settings.groups
         mesh = Mesh.over(world, len(bundles), groups, settings.hierarchical)
-        sharding = shard(config, class_counts(bundles), mesh, config.micro_batch)  # type: ignore[arg-type]
-        return cls(config, world, bundles, mesh, sharding)
+        free = available_bytes(world)
+        check_classifiers(bundles, mesh, free)
+        size = config.micro_batch
+        if isinstance(size, str):
+            size = found_before or largest_that_fits(bundles, config, mesh, free)
+        return cls(config, world, bundles, mesh, size, shard(config, class_counts(bundles), mesh, size))
 
     def generator(self) -> Generator | FreeImages:
         """The untrained network."""
@@ -128,14 +132,3 @@ class Assembly:
         step = TrainStep(config, objectives, samplers, classes, account, engine, mesh, self.sharding, alphas)
         gallery = TrainedGenerator.of(self.bundles, self.generator().to(world.device), config.latents.dimensions)
         return Parts(engine, step, gallery)
-
-
-def class_counts(bundles: Sequence[Bundle]) -> list[int]:
-    """C_k."""
-    return [len(bundle.classes) for bundle in bundles]
-
-
-def boxes(bundles: Sequence[Bundle]) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of each classifier's normalised inputs, ``[K, *S]`` each."""
-    bounds = [bundle.normalisation.box() for bundle in bundles]
-    return torch.stack([b[0].float() for b in bounds]), torch.stack([b[1].float() for b in bounds])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
 from hpc_c2g.monitoring.run_log import RunLog, due
 from hpc_c2g.training.assembly import Assembly, Parts
+from hpc_c2g.training.bundles import load_bundles
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.pilot import pilot_alphas
@@ -42,23 +45,23 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
         Preempted: a signal asked to stop; a checkpoint was published.
     """
     world = world or World.start(config.device, config.deterministic)
-    assembly = Assembly.of(config, world)
+    bundles = load_bundles(config.classifiers)
     with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
 
         def hold() -> None:
             held.enter_context(RunDirectory(config))
 
         world.from_first(hold)
-        return _train(config, assembly, preemption)
+        return _train(config, bundles, world, preemption)
 
 
-def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) -> RunResult:
-    world, run_dir = assembly.world, Path(config.run_dir)
+def _train(config: TrainConfig, bundles: list[Bundle], world: World, preemption: PreemptionFlag) -> RunResult:
+    run_dir = Path(config.run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     resumed = world.from_first(lambda: getattr(checkpoints.latest(), "step", 0))
     checkpoint = checkpoints.at(resumed) if resumed else None
-    fingerprints = [bundle.fingerprint for bundle in assembly.bundles]
-    if checkpoint and checkpoint.state["classifiers"] != fingerprints:
+    fingerprints = [bundle.fingerprint for bundle in bundles]
+    if checkpoint and checkpoint.state.get("classifiers") != fingerprints:
         raise C2GError(
             f"run_dir={run_dir} holds a run of another classifier than classifier={config.classifier}",
             "choose another run_dir, or the classifier that the run began with",
@@ -73,10 +76,14 @@ def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) 
         if stop := asked_to_stop():
             raise Preempted(stop, 0)
 
-    parts = _started(config, assembly, checkpoint, boundary)
+    layout: dict[str, int | None] = checkpoint.state["layout"] if checkpoint else {}
+    same_ranks = layout.get("world_size") == world.size
+    assembly = Assembly.of(config, bundles, world, layout.get("micro_batch") if same_ranks else None)
+    parts = _started(assembly, checkpoint, boundary)
 
     def state() -> dict[str, Any]:
-        return {**parts.state_dict(), "classifiers": fingerprints}
+        layout = {"world_size": world.size, "micro_batch": assembly.micro_batch}
+        return {**parts.state_dict(), "classifiers": fingerprints, "layout": layout}
 
     with contextlib.ExitStack() as open_files, checkpoints:
         log = open_files.enter_context(_log(config, resumed)) if world.is_first else None
@@ -97,10 +104,10 @@ def _train(config: TrainConfig, assembly: Assembly, preemption: PreemptionFlag) 
     return RunResult(run_dir, config.steps - resumed)
 
 
-def _started(config: TrainConfig, assembly: Assembly, checkpoint: Checkpoint | None, boundary: Any) -> Parts:
+def _started(assembly: Assembly, checkpoint: Checkpoint | None, boundary: Callable[[], None]) -> Parts:
     """The parts at the checkpoint, or at the beginning."""
     if checkpoint is None:
-        return assembly.parts(pilot_alphas(assembly.bundles, config, assembly.world, boundary))
+        return assembly.parts(pilot_alphas(assembly.bundles, assembly.config, assembly.world, boundary))
     parts = assembly.parts([0.0] * len(assembly.bundles))
     parts.load_state_dict(checkpoint.state)
     return parts

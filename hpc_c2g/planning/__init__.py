@@ -1,0 +1,1 @@
+"""What a run will cost on a cluster, before anyone queues for it."""

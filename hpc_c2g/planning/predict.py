@@ -1,0 +1,234 @@
+"""Memory and time of a training step on a cluster (pure functions of a dry run's cost and a profile).
+
+Symbols: P classifier parameters, Q generator parameters, n ranks, m micro-batches per rank and step; bytes and seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from hpc_c2g.planning.collectives import all_reduce_seconds, generator_seconds
+from hpc_c2g.planning.profile import GIB, ClusterProfile
+from hpc_c2g.training.dry_run import MicroBatchCost
+from hpc_c2g.training.meter import Work
+
+STAGES = (0, 1, 2, 3)
+CostOf = Callable[[int, bool], MicroBatchCost]
+"""(samples of a micro-batch, one pass) -> its cost, such as ``DryRun.cost``."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        runtime: before the first tensor.
+        classifier: theta, and the copy within its graph.
+        weights: of the generator.
+        gradients: of the generator.
+        moments: Adam's two, and a float32 master of the weights where DeepSpeed keeps one.
+        working: alive within a step: G, residual, direction, buckets, and one micro-batch with its graph.
+    """
+
+    runtime: float
+    classifier: float
+    weights: float
+    gradients: float
+    moments: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+
+def generator_bytes(parameters: int, dtype: str, stage: int, ranks: int) -> tuple[float, float, float]:
+    """Weights, gradients, and moments with master, of a rank: w Q, w Q, (8 + M) Q bytes, each divided by n where ZeRO shards it.
+
+    w = 4 (float32) or 2 (bfloat16). M = 4 for the float32 master, 0 where stage 0 trains float32 weights themselves. Stage 1
+    shards the moments, 2 the gradients too, 3 the weights too.
+    """
+    w = {"float32": 4, "bfloat16": 2}[dtype]
+    master = 0 if stage == 0 and dtype == "float32" else 4
+    weights = w * parameters / (ranks if stage >= 3 else 1)
+    gradients = w * parameters / (ranks if stage >= 2 else 1)
+    return weights, gradients, (8 + master) * parameters / (ranks if stage >= 1 else 1)
+
+
+def classifier_bytes(parameters: int, profile: ClusterProfile, file_bytes: float) -> float:
+    """8 P: theta and the weights in the traced graph, both float32; ranks on the CPU also hold the file's tensors and a copy."""
+    return 8 * parameters + (file_bytes if profile.cores else 0)
+
+
+def memory(
+    cost: MicroBatchCost, profile: ClusterProfile, dtype: str, stage: int, ranks: int, file_bytes: float = 0.0
+) -> Memory:
+    """Bytes of one rank of ``ranks``; ``file_bytes`` are the bundle's own tensors."""
+    return Memory(
+        profile.runtime_gib * GIB,
+        classifier_bytes(cost.classifier_parameters, profile, file_bytes),
+        *generator_bytes(cost.generator_parameters, dtype, stage, ranks),
+        cost.working_bytes,
+    )
+
+
+def work_seconds(work: Work, profile: ClusterProfile) -> float:
+    """Roofline of a rank: device max(F / R, b_F / W) + b / W, host c o; the longer where it is asynchronous, else their sum.
+
+    F operations and b_F bytes of matrix products, b bytes of the other operators, c calls; R, W, o the profile's matrix rate, memory
+    bandwidth and time per call. Ranks that share cores get their share of all of it.
+    """
+    bandwidth = profile.memory_gb_per_s * 1e9
+    device = max(work.flops / (profile.matrix_tflops * 1e12), work.matrix_bytes / bandwidth)
+    device += work.moved_bytes / bandwidth
+    host = work.calls * profile.operation_us * 1e-6
+    return (max(device, host) if profile.asynchronous else device + host) / profile.share
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step; ``hidden`` is communication that runs behind computation.
+
+    Attributes:
+        first: pass 1, the KKT sum (0 where there is one pass).
+        second: pass 2: cotangents and the generator's backward.
+        residual: residual, direction and their buffers.
+        update: Adam and the generator's buffers.
+        residual_sum: all-reduce of G, and of the few scalars of the step.
+        generator_sum: communication of the generator's gradient (and, in stage 3, weights).
+        hidden: part of ``generator_sum`` behind the last backward.
+    """
+
+    first: float
+    second: float
+    residual: float
+    update: float
+    residual_sum: float
+    generator_sum: float
+    hidden: float = 0.0
+
+    @property
+    def computation(self) -> float:
+        """All but communication."""
+        return self.first + self.second + self.residual + self.update
+
+    @property
+    def exposed(self) -> float:
+        """Communication that nothing hides."""
+        return self.residual_sum + self.generator_sum - self.hidden
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.computation + self.exposed
+
+
+def step_time(
+    cost: MicroBatchCost,
+    profile: ClusterProfile,
+    nodes: int,
+    share: int,
+    dtype: str = "float32",
+    stage: int = 0,
+    overlap: bool = False,
+) -> StepTime:
+    """t = m (t_first + t_second) + t_residual + t_update + t_sums, with m = share / micro-batch.
+
+    The sums of a step: each of the rehearsal's all-reduces, one flag (does a rank want to stop), and the generator's. ZeRO updates
+    1/n of the weights on each rank. ``overlap`` hides the generator's sum behind the backward of the last micro-batch, as
+    DeepSpeed's overlap_comm does from stage 1 on.
+
+    Args:
+        cost: of the micro-batch.
+        profile: of the cluster.
+        nodes: N.
+        share: samples of a rank.
+        dtype: of the generator's weights.
+        stage: of ZeRO.
+        overlap: whether the generator's sum runs behind its backward.
+    """
+    m = share / cost.samples
+    ranks = nodes * profile.ranks_per_node
+    alone = ranks == 1
+    nbytes = {"float32": 4, "bfloat16": 2}[dtype] * cost.generator_parameters
+    sums = 0.0 if alone else sum(all_reduce_seconds(b, nodes, profile) for b in (*cost.sums, 4))
+    forwards = math.ceil(m) * (1 if cost.one_pass else 2)
+    generator = 0.0 if alone else generator_seconds(nbytes, stage, math.ceil(m), forwards, nodes, profile)
+    return StepTime(
+        first=work_seconds(cost.first, profile) * m,
+        second=work_seconds(cost.second, profile) * m,
+        residual=work_seconds(cost.residual, profile),
+        update=work_seconds(cost.update, profile) / (ranks if stage else 1),
+        residual_sum=sums,
+        generator_sum=generator,
+        hidden=min(generator, work_seconds(cost.backward, profile)) if overlap and stage else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """A number of nodes: the batch, the step, and how much of the added hardware turns into speed.
+
+    Attributes:
+        nodes: N.
+        ranks: n.
+        global_batch: B.
+        micro_batch: samples whose graph is held.
+        step: its seconds.
+        efficiency: strong: t(1) / (N t(N)); weak: t(1) / t(N); 1 at one node.
+        error: statistical error of the batch's G relative to the smallest batch in the table, sqrt(B_0 / B).
+    """
+
+    nodes: int
+    ranks: int
+    global_batch: int
+    micro_batch: int
+    step: StepTime
+    efficiency: float
+    error: float
+
+
+def balanced(share: int, largest: int) -> int:
+    """Samples per micro-batch when ``share`` is split as evenly as micro-batches of at most ``largest`` allow."""
+    return math.ceil(share / math.ceil(share / largest))
+
+
+def scaling(
+    cost_of: CostOf,
+    profile: ClusterProfile,
+    nodes: Sequence[int],
+    batch_of: Callable[[int], int],
+    largest: int,
+    strong: bool,
+    dtype: str = "float32",
+    stage: int = 0,
+    overlap: bool = False,
+) -> list[ScalingRow]:
+    """Predictions over numbers of nodes, beginning with 1; ends where the batch no longer divides by the ranks.
+
+    Args:
+        cost_of: a micro-batch's cost.
+        profile: of the cluster.
+        nodes: increasing, from 1.
+        batch_of: global batch on so many nodes.
+        largest: micro-batch that fits into memory.
+        strong: the same batch everywhere, else one that grows with the nodes.
+        dtype: of the generator.
+        stage: of ZeRO.
+        overlap: see ``step_time``.
+    """
+    rows: list[ScalingRow] = []
+    for n in nodes:
+        batch, ranks = batch_of(n), n * profile.ranks_per_node
+        if batch % ranks:
+            break
+        share = batch // ranks
+        micro = balanced(share, largest)
+        time = step_time(cost_of(micro, micro == share), profile, n, share, dtype, stage, overlap)
+        first, smallest = (rows[0].step.total, rows[0].global_batch) if rows else (time.total, batch)
+        efficiency = first / time.total / (n if strong else 1)
+        rows.append(ScalingRow(n, ranks, batch, micro, time, efficiency, math.sqrt(smallest / batch)))
+    return rows

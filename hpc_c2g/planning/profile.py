@@ -1,0 +1,129 @@
+"""A cluster in the dozen numbers that a prediction needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpc_c2g.errors import C2GError
+
+GIB = 2**30
+
+
+@dataclass
+class Cluster:
+    """What every choice of ``cluster=`` has."""
+
+    name: str = "here"
+
+
+@dataclass
+class Here(Cluster):
+    """The machine that plans: it is measured.
+
+    Attributes:
+        name: of the choice.
+        ranks_per_node: processes that compute at once; 0 takes one per GPU, or one per core where there is none.
+        seconds: about how long each of the rates is measured.
+    """
+
+    name: str = "here"
+    ranks_per_node: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_node < 0:
+            raise C2GError(f"cluster.ranks_per_node={self.ranks_per_node} is negative", "give ranks, or 0 for all")
+        if not self.seconds > 0:
+            raise C2GError(f"cluster.seconds={self.seconds} is not possible", "give seconds > 0")
+
+
+@dataclass
+class ClusterProfile(Cluster):
+    """Rates of one rank (a GPU, or a process on its share of the cores) and of the links between ranks.
+
+    Attributes:
+        name: of the cluster.
+        ranks_per_node: GPUs of a node.
+        memory_gib: of one GPU; where ranks share cores, of the node.
+        runtime_gib: taken by one process before it holds a tensor (CUDA context, libraries).
+        matrix_tflops: 10^12 operations per second of matrix products, in the dtype of the KKT sums (float32).
+        memory_gb_per_s: 10^9 bytes per second of memory-bound operators, read and written.
+        operation_us: microseconds of the host per operator called.
+        asynchronous: the host runs ahead of the device, so that the slower of the two sets the pace.
+        intra_gb_per_s: bus bandwidth of an all-reduce within a node, 10^9 bytes per second and rank.
+        intra_us: latency of one message within a node.
+        inter_gb_per_s: 10^9 bytes per second out of one *node*.
+        inter_us: latency of one message between nodes.
+        cores: that the node's ranks share; 0: every rank has a device of its own.
+    """
+
+    name: str = "custom"
+    ranks_per_node: int = 8
+    memory_gib: float = 80.0
+    runtime_gib: float = 2.0
+    matrix_tflops: float = 10.0
+    memory_gb_per_s: float = 1000.0
+    operation_us: float = 8.0
+    asynchronous: bool = True
+    intra_gb_per_s: float = 200.0
+    intra_us: float = 3.0
+    inter_gb_per_s: float = 100.0
+    inter_us: float = 6.0
+    cores: int = 0
+
+    def __post_init__(self) -> None:
+        positive = [
+            "ranks_per_node",
+            "memory_gib",
+            "matrix_tflops",
+            "memory_gb_per_s",
+            "intra_gb_per_s",
+            "inter_gb_per_s",
+        ]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("name", "asynchronous"):
+                continue
+            if not (math.isfinite(value) and value >= 0 and (value > 0 or item.name not in positive)):
+                bound = "a number > 0" if item.name in positive else "a number >= 0"
+                raise C2GError(f"cluster.{item.name}={value} is not possible", f"give {bound}")
+
+    @property
+    def share(self) -> float:
+        """Part of a core that each rank has: 1, or cores / ranks where there are more ranks than cores."""
+        return min(1.0, self.cores / self.ranks_per_node) if self.cores else 1.0
+
+    @property
+    def rank_memory(self) -> float:
+        """Bytes for one rank."""
+        return self.memory_gib * GIB / (self.ranks_per_node if self.cores else 1)
+
+
+def load_profile(path: Path) -> ClusterProfile:
+    """A profile that ``save_profile=FILE`` wrote, or a copy of ``configs/cluster/h100.yaml`` with other numbers.
+
+    Raises:
+        C2GError: no such file, a name that is no field, or a value that is not possible.
+    """
+    try:
+        values = OmegaConf.load(path)
+        assert isinstance(values, DictConfig), "it holds no fields"
+        values.pop("defaults", None)
+        profile = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterProfile), values))
+    except C2GError:
+        raise
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        reason = str(error).splitlines()[0]
+        raise C2GError(f"profile={path} cannot be read: {reason}", "write one with save_profile=FILE") from error
+    assert isinstance(profile, ClusterProfile)
+    return profile
+
+
+def as_yaml(profile: ClusterProfile) -> str:
+    """The profile as a file that ``load_profile`` reads, numbers to four digits."""
+    values = {f.name: getattr(profile, f.name) for f in fields(profile)}
+    return OmegaConf.to_yaml({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()})

@@ -1,0 +1,38 @@
+"""A run's classifier bundles, and what is read off them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.classifiers.bundle import Bundle, load_bundle
+from hpc_c2g.errors import C2GError
+
+
+def load_bundles(folders: Sequence[str]) -> list[Bundle]:
+    """The classifiers of one generator.
+
+    Raises:
+        C2GError: a bundle cannot be read, or they take inputs of different shapes.
+    """
+    bundles = [load_bundle(folder) for folder in folders]
+    if len({bundle.input_shape for bundle in bundles}) > 1:
+        told = ", ".join(f"{folder} {list(b.input_shape)}" for folder, b in zip(folders, bundles, strict=True))
+        raise C2GError(
+            f"the classifiers take inputs of different shapes: {told}",
+            "one generator makes one shape: train the others in runs of their own",
+        )
+    return bundles
+
+
+def class_counts(bundles: Sequence[Bundle]) -> list[int]:
+    """C_k."""
+    return [len(bundle.classes) for bundle in bundles]
+
+
+def boxes(bundles: Sequence[Bundle]) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of each classifier's normalised inputs, ``[K, *S]`` each."""
+    bounds = [bundle.normalisation.box() for bundle in bundles]
+    return torch.stack([b[0].float() for b in bounds]), torch.stack([b[1].float() for b in bounds])
