@@ -51,13 +51,14 @@ def config(run_dir) -> EvaluateConfig:
 @pytest.fixture(scope="module")
 def result(config) -> dict:
     """What the first evaluation returned."""
-    return evaluate(config)
+    (only,) = evaluate(config)
+    return only
 
 
 def test_the_file_holds_exactly_the_promised_table(result, run_dir):
     written = json.loads((run_dir / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(result))
-    assert written.keys() == KEYS | {"uses_real_data", "settings", "baselines"}
+    assert written.keys() == KEYS | {"uses_real_data", "classifier", "settings", "baselines"}
     assert written["uses_real_data"] is True
     assert {"real", "noise", "classification_only", "free_images"} <= written["baselines"].keys()
     for row in (written, *written["baselines"].values()):
@@ -88,7 +89,7 @@ def test_the_baselines_are_apart(result):
 
 
 def test_the_baselines_are_what_their_names_say(result, run_dir):
-    without, free = (load_run(run_dir / "baselines" / name) for name in ("classification_only", "free_images"))
+    without, free = (load_run(run_dir / "baselines" / name) for name in ("classification_only-10", "free_images-7"))
     assert without.config.stationarity.weight == 0
     assert (without.config.steps, without.config.generator) == (10, load_run(run_dir).config.generator)
     assert (free.config.steps, free.config.generator.name, free.config.stationarity.weight) == (7, "free", 1)
@@ -118,7 +119,7 @@ def test_running_again_trains_no_baseline_and_gives_the_same(result, config, run
         return done
 
     monkeypatch.setattr(module, "train", watched)
-    assert evaluate(config) == result
+    assert evaluate(config) == [result]
     assert steps_made == [0, 0]
 
 
@@ -129,7 +130,7 @@ def test_evaluation_leaves_the_run_as_it_was(result, run_dir):
 
 def test_without_baselines_none_is_trained(run_dir, tmp_path, config):
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("baselines", "evaluation.json"))
-    alone = evaluate(replace(config, run_dir=str(tmp_path / "run"), baselines=False))
+    (alone,) = evaluate(replace(config, run_dir=str(tmp_path / "run"), baselines=False))
     assert alone["baselines"] == {}
     assert not (tmp_path / "run" / "baselines").exists()
     assert (tmp_path / "run" / "evaluation.json").exists()
@@ -155,7 +156,7 @@ def test_data_against_the_record_are_refused(config, asked, message):
 def test_data_that_agree_with_the_record_take_the_rest_from_it(config, run_dir, tmp_path, asked):
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("baselines"))
     settings = replace(config, run_dir=str(tmp_path / "run"), baselines=False, data=asked)
-    assert evaluate(settings)["settings"]["data"]["held_out_size"] == 200
+    assert evaluate(settings)[0]["settings"]["data"]["held_out_size"] == 200
 
 
 def test_without_a_record_the_data_must_be_named_and_must_fit(config, run_dir, tmp_path):
@@ -170,7 +171,7 @@ def test_without_a_record_the_data_must_be_named_and_must_fit(config, run_dir, t
         evaluate(replace(config, data=DataConfig(name="wine")))
     with pytest.raises(C2GError, match="has 10 classes, the generator 3"):
         evaluate(replace(config, data=DataConfig(name="digits")))
-    assert evaluate(replace(config, data=DATA)).keys() >= KEYS
+    assert evaluate(replace(config, data=DATA))[0].keys() >= KEYS
 
 
 @pytest.mark.parametrize("field", ["count", "classification_steps", "free_steps"])

@@ -79,8 +79,7 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
             "leave it out: each is judged on the data that its record names",
         )
     results = []
-    for k, folder in enumerate(folders):
-        tell(f"classifier {k}: {folder}" if several else "judging the generator")
+    for k in range(len(folders)):
         results.append(_evaluate(config, run, k, f"-classifier{k}" if several else "", tell))
     content = {"uses_real_data": True, "classifiers": results} if several else results[0]
     write_atomically(run_dir / "evaluation.json", json.dumps(content, indent=2).encode())
@@ -92,6 +91,7 @@ def _evaluate(config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Calla
     data = fitted_data(folder, config.data)
     split = load_split(data)
     _check_fit(generator, split, data)
+    tell(f"judging the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed)
     result: dict[str, Any] = {
         "uses_real_data": True,

@@ -110,6 +110,8 @@ def deepspeed_settings(config: TrainConfig, micro_batches: int, elements: int) -
             "reduce_bucket_size": min(LARGEST_BUCKET, max(1, elements)),  # the buffer is allocated in full
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            # true would replace torch's own linear function for the whole process, the classifier's too
+            "memory_efficient_linear": False,
         },
         # an update as soon as a gradient is there: without it stage 1 in bfloat16 counts earlier micro-batches again
         "bf16": {"enabled": low_precision, "immediate_grad_update": low_precision},

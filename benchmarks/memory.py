@@ -1,0 +1,91 @@
+"""``python -m benchmarks.memory [--quick]``: peak memory against the global batch, at one micro-batch size and with the joint graph.
+
+Each row runs in a process of its own. ``step`` is what a step adds to what the process held before it: on a GPU by the allocator,
+on the CPU by the resident set. ``process`` is all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import show, write_result
+from benchmarks.subject import Step, classifier, joint_step, our_step
+from hpc_c2g.distributed.local import on_local_ranks
+from hpc_c2g.distributed.world import World
+from hpc_c2g.training.config import TrainConfig
+
+MIB = 2**20
+MICRO_BATCH = 1024
+
+
+def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, float]:
+    """Bytes at the peak of two steps: what they added, and of the whole process."""
+    bundle = classifier(width=width)
+    settings: dict[str, Any] = {"steps": 10**6, "device": world.device.type}
+    warm = TrainConfig(global_batch=10, **settings)
+    whole = TrainConfig(global_batch=batch, micro_batch=None if joint else min(batch, MICRO_BATCH), **settings)
+    make = joint_step if joint else our_step
+    make(bundle, warm)(1)  # loads the libraries' kernels
+    step: Step = make(bundle, whole)
+    before = _now(world.device, reset=True)
+    for number in (1, 2):
+        step(number)
+    most = _now(world.device, reset=False)
+    return most - before, most
+
+
+def _now(device: torch.device, reset: bool) -> float:
+    """The peak since the last reset; with ``reset`` what is held now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.max_memory_allocated())
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024.0 * int(fields["VmHWM"].split()[0])
+
+
+def main() -> None:
+    """Print the table, write ``results/memory.json``, and fail where memory grows with the batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a narrow net and small batches: see that it works")
+    quick = parser.parse_args().quick
+    gpu = torch.cuda.is_available()
+    width = 100 if quick else 1000
+    batches = [1024, 4096] if quick else [1024, 4096, 16384, 65536, *([1_048_576] if gpu else [])]
+    rows: list[dict[str, Any]] = []
+    for name, joint in (("two passes", False), ("joint graph", True)):
+        for batch in batches:
+            if joint and batch > 16384 and not gpu:
+                continue
+            added, process = on_local_ranks(
+                1, peak, joint, batch, width, device="cuda" if gpu else "cpu", seconds=1800
+            )[0]
+            base = next((row["step MiB"] for row in rows if row["way"] == name), added / MIB)
+            rows.append(
+                {
+                    "way": name,
+                    "global batch": batch,
+                    "step MiB": added / MIB,
+                    "process MiB": process / MIB,
+                    "x batch 1024": added / MIB / float(base),
+                }
+            )
+            print(f"{name}, batch {batch}: {added / MIB:.0f} MiB", flush=True)
+    show(f"784-{width}-{width}-10, micro-batch {MICRO_BATCH}", rows)
+    growth = max(float(r["x batch 1024"]) for r in rows if r["way"] == "two passes" and r["global batch"] != 4096)
+    settings = {"quick": quick, "width": width, "micro_batch": MICRO_BATCH}
+    print(f"written: {write_result('memory', settings, rows=rows)}")
+    if growth > 1.1 and not quick:
+        sys.exit(f"memory grows with the global batch: x {growth:.2f}")
+
+
+if __name__ == "__main__":
+    main()

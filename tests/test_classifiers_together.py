@@ -1,0 +1,181 @@
+"""Laws of one generator from several classifiers: what the user starts, reads back, samples and judges; and what fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainers import three_bundles
+
+from hpc_c2g.classifiers.bundle import Bundle, build_model, load_bundle, save_bundle
+from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
+from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.distributed.world import World
+from hpc_c2g.errors import C2GError
+from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+from hpc_c2g.training import assembly
+from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.loop import train
+from hpc_c2g.training.results import load_run
+
+ALONE = World.alone(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    parent = tmp_path_factory.mktemp("bundles")
+    for k, bundle in enumerate(three_bundles()):
+        save_bundle(bundle, parent / str(k))
+    return [str(parent / str(k)) for k in range(3)]
+
+
+def config(folders: list[str], run_dir: Path, **changes: object) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "classifier": folders,
+            "run_dir": str(run_dir),
+            "steps": 6,
+            "global_batch": 36,
+            "device": "cpu",
+            "scale": ScaleConfig(pilot_steps=3),
+            "log": LogConfig(every=2, images_every=3, progress=False),
+            "checkpoint": CheckpointConfig(every=3),
+            **changes,
+        }
+    )
+
+
+def test_a_run_of_three_tells_each_one_s_curves_and_is_read_back(folders: list[str], tmp_path: Path) -> None:
+    train(config(folders, tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("loss", "stationarity", "rho"):
+            each = [line[f"classifier{k}/{name}"] for k in range(3)]
+            assert line[name] == pytest.approx(sum(each) / 3)
+            assert len(set(each)) == 3
+        assert all(f"classifier{k}/margins/q50" in line for k in range(3))
+    assert len({lines[-1][f"classifier{k}/alpha"] for k in range(3)}) == 3
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples", *(f"classifier{k}/samples" for k in range(3))}
+    run = load_run(tmp_path / "run")
+    assert run.generator.classes == list("abcdefgh")  # the first two share class b
+    assert [member.classes for member in run.generator.members] == [list("abc"), list("bd"), list("efgh")]
+    assert len(run.alphas) == 3
+    for by_multipliers in (True, False):
+        images, labels = run.generator.sample(40, 0, by_multipliers)
+        assert images.shape == (40, 1, 4, 4)
+        assert labels.tolist() == [i % 8 for i in range(40)]
+    only = run.generator.only(1)
+    assert only.classes == ["b", "d"]
+    assert only.sample(5, 0)[1].tolist() == [0, 1, 0, 1, 0]
+    picture, columns = run.generator.picture(0, rows=2)
+    assert (columns, len(picture)) == (9, 18)
+
+
+def test_a_stopped_run_of_three_goes_on_bitwise_and_other_classifiers_are_refused(
+    folders: list[str], tmp_path: Path
+) -> None:
+    train(config(folders, tmp_path / "whole"))
+    train(config(folders, tmp_path / "cut"))
+    last = max((tmp_path / "cut" / "checkpoints").iterdir())
+    for file in last.iterdir():
+        file.write_bytes(file.read_bytes()[:7])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert train(config(folders, tmp_path / "cut")).steps_made == 3
+    whole, again = (load_run(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.alphas == again.alphas
+    for mine, other in zip(whole.generator.module.parameters(), again.generator.module.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(C2GError, match="holds a run of another classifier"):
+        train(config(folders[:2], tmp_path / "cut"))
+
+
+def test_free_images_of_several_classifiers_keep_their_place(folders: list[str], tmp_path: Path) -> None:
+    from hpc_c2g.generators.networks import FreeImagesConfig
+
+    train(config(folders[:2], tmp_path / "run", generator=FreeImagesConfig(), shares=[2.0, 1.0]))
+    module = load_run(tmp_path / "run").generator.module
+    assert module.counts == [24, 12]
+    assert module.image.shape == (36, 1, 4, 4)
+
+
+def test_classifiers_that_cannot_share_a_generator_are_refused(folders: list[str], tmp_path: Path) -> None:
+    architecture = {"target": "mlp", "input_shape": [1, 5, 5], "classes": 2, "width": 4}
+    model = build_model(architecture).double()
+    normalisation = Normalisation.constant((1, 5, 5), 0.5)
+    save_bundle(Bundle(model, architecture, ["a", "b"], (1, 5, 5), normalisation), tmp_path / "other")
+    with pytest.raises(C2GError, match=r"inputs of different shapes: \S+/0 \[1, 4, 4\], \S+/other \[1, 5, 5\]"):
+        train(config([folders[0], str(tmp_path / "other")], tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    for classifier, fragment in (([], "classifier="), ([folders[0]] * 2, "name each bundle once"), (3, "classifier=3")):
+        with pytest.raises(C2GError, match=fragment.replace("[", r"\[")):
+            config(classifier, tmp_path / "run")
+
+
+def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
+    names = []
+    for classes in ([0, 1, 2], [3, 4]):
+        names.append(str(tmp_path / f"digits{len(names)}"))
+        data = DataConfig(classes=classes, train_size=20, held_out_size=60)
+        make_classifier(ClassifierConfig(out=names[-1], data=data))
+    train(config(names, tmp_path / "run"))
+    settings = EvaluateConfig(str(tmp_path / "run"), count=20, classification_steps=2, free_steps=2)
+    results = evaluate(settings)
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [one["classifier"] for one in written["classifiers"]] == names
+    assert written["classifiers"] == json.loads(json.dumps(results))
+    assert [one["settings"]["data"]["classes"] for one in results] == [[0, 1, 2], [3, 4]]
+    assert (tmp_path / "run" / "nearest-classifier1.png").exists()
+    with pytest.raises(C2GError, match="each is judged on the data that its record names"):
+        evaluate(replace(settings, data=DataConfig()))
+
+
+def test_the_largest_micro_batch_fits_and_is_kept_by_a_run(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles = [load_bundle(folder) for folder in folders]
+    settings = config(folders, tmp_path / "run", micro_batch="auto", global_batch=512)
+    mesh = Mesh.over(ALONE, 3)
+    sizes = [largest_that_fits(bundles, settings, mesh, free) for free in (5e5, 1e6, 1e9)]
+    assert sizes[0] < sizes[1] < sizes[2] == 512
+    with pytest.raises(C2GError, match=r"micro_batch=auto: not one sample fits into 0\.00 GiB of rank 0"):
+        largest_that_fits(bundles, settings, mesh, 1000)
+
+    monkeypatch.setattr(assembly, "available_bytes", lambda world: 5e5)
+    train(settings)
+    last = max((tmp_path / "run" / "checkpoints").iterdir())
+    state = torch.load(last / "state.pt", weights_only=True)
+    assert state["layout"] == {"world_size": 1, "micro_batch": sizes[0]}
+    # on as many ranks the run goes on with the micro-batch that it found, whatever is free now
+    shutil.rmtree(last)
+    monkeypatch.setattr(assembly, "largest_that_fits", lambda *_: pytest.fail("the run has found its micro-batch"))
+    assert train(settings).steps_made == 3
+
+
+def test_more_classifiers_than_the_ranks_can_hold_are_refused(folders: list[str]) -> None:
+    bundles = [load_bundle(folder) for folder in folders]
+    with pytest.raises(C2GError, match=r"3 classifiers per process need 0\.00 GiB"):
+        check_classifiers(bundles, Mesh.over(ALONE, 3), 1000)
+    check_classifiers(bundles, Mesh.over(ALONE, 3), 1e6)
+
+
+def test_available_memory_is_that_of_the_machine_or_its_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = available_bytes(ALONE)
+    assert 2**26 < whole < 2**50
+    monkeypatch.setattr("hpc_c2g.training.capacity.CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert available_bytes(ALONE) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(ALONE) > 2**26
