@@ -25,6 +25,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.training.config import CheckpointConfig, DistributedConfig, LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
+from hpc_c2g.training.step import StepResult, TrainStep
 
 COLLECTIVES = (
     "all_reduce",
@@ -36,7 +37,7 @@ COLLECTIVES = (
 )
 SMALL = 8192
 """Bytes: below are scalars, flags and names; above, in this benchmark, residual and gradients."""
-STEPS = 10
+STEPS, FIRST = 22, 3
 
 
 def counted(world: World, configs: list[TrainConfig]) -> list[dict[str, Any]]:
@@ -46,9 +47,17 @@ def counted(world: World, configs: list[TrainConfig]) -> list[dict[str, Any]]:
 
 
 def _count(world: World, config: TrainConfig) -> dict[str, Any]:
-    import json
-
     handed: Counter[str] = Counter()
+    told: list[dict[str, float]] = []
+    step = TrainStep.__call__
+
+    def watched(self: TrainStep, number: int, watch: bool = False) -> StepResult:
+        if number == FIRST:  # what is sent once, and with the first line of the log, is not a step's
+            handed.clear()
+        result = step(self, number, watch=False)
+        told.append(result.scalars)
+        return result
+
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def counting(name: str, original: Any) -> Any:
@@ -63,15 +72,16 @@ def _count(world: World, config: TrainConfig) -> dict[str, Any]:
 
     for name, original in originals.items():
         setattr(dist, name, counting(name, original))
+    TrainStep.__call__ = watched  # type: ignore[method-assign, assignment]
     try:
         train(config, world)
     finally:
+        TrainStep.__call__ = step  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(dist, name, original)
-    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    later = lines[2:]
+    later = told[FIRST - 1 :]
     mean = {key: sum(line[key] for line in later) / len(later) for key in ("wire/bytes", "wire/seconds", "wire/hidden")}
-    return {"handed": {name: size / STEPS for name, size in handed.items()}, **mean}
+    return {"handed": {name: size / len(later) for name, size in handed.items()}, **mean}
 
 
 def main() -> None:
@@ -106,7 +116,7 @@ def main() -> None:
                         "global_batch": batch,
                         "device": "cpu",
                         "scale": ScaleConfig(start=0.0),
-                        "log": LogConfig(every=1, images_every=10**6, progress=False),
+                        "log": LogConfig(every=10**6, images_every=10**6, progress=False),
                         "checkpoint": CheckpointConfig(every=10**6),
                         **changes,
                     }

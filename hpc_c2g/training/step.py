@@ -165,6 +165,9 @@ class TrainStep:
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
+            ahead = None
+            if not (self.one_pass or self.engine.gathers_in_forward):  # while G is on its way
+                ahead = self._draw(share, step, share.pieces[0], S, keep_graph=True)
             residual = objective.residual(share.G.total(), alpha)
             reference = self._reference(share, step)
             for piece in share.pieces:
@@ -172,7 +175,8 @@ class TrainStep:
                     samples, margins, products = kept.pop(k)
                     seeds = residual.direction
                 else:  # <v, G> alone is cheaper than G
-                    samples = self._draw(share, step, piece, S, keep_graph=True)
+                    samples = ahead or self._draw(share, step, piece, S, keep_graph=True)
+                    ahead = None
                     margins, product = objective.directional_sum(
                         gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf
                     )
