@@ -1,7 +1,8 @@
 """``python -m benchmarks.memory [--quick]``: peak memory against the global batch, at one micro-batch size and with the joint graph.
 
-Each row runs in a process of its own. ``step`` is what a step adds to what the process held before it: on a GPU by the allocator,
-on the CPU by the resident set. ``process`` is all of it.
+Each row runs in a process of its own. ``tensors`` is the most that a step's tensors held at once, by PyTorch's own account. ``step`` is
+what steps add to what the process held before: on a GPU by the allocator, on the CPU by the resident set, which keeps what the C
+library does not give back. ``process`` is all of it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ MIB = 2**20
 MICRO_BATCH = 1024
 
 
-def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, float]:
-    """Bytes at the peak of two steps: what they added, and of the whole process."""
+def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, float, float]:
+    """Bytes at the peak of a step: its tensors, what two steps added, and the whole process."""
     bundle = classifier(width=width)
     settings: dict[str, Any] = {"steps": 10**6, "device": world.device.type}
     warm = TrainConfig(global_batch=10, **settings)
@@ -36,7 +37,19 @@ def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, floa
     for number in (1, 2):
         step(number)
     most = _now(world.device, reset=False)
-    return most - before, most
+    return _live(step, 3), most - before, most
+
+
+def _live(step: Step, number: int) -> float:
+    """Most bytes that PyTorch's allocator held during a step, besides what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(number)
+    live = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return float(most)
 
 
 def _now(device: torch.device, reset: bool) -> float:
@@ -65,22 +78,24 @@ def main() -> None:
         for batch in batches:
             if joint and batch > 16384 and not gpu:
                 continue
-            added, process = on_local_ranks(
+            tensors, added, process = on_local_ranks(
                 1, peak, joint, batch, width, device="cuda" if gpu else "cpu", seconds=1800
             )[0]
-            base = next((row["step MiB"] for row in rows if row["way"] == name), added / MIB)
+            first = next((row for row in rows if row["way"] == name), None)
             rows.append(
                 {
                     "way": name,
                     "global batch": batch,
+                    "tensors MiB": tensors / MIB,
                     "step MiB": added / MIB,
                     "process MiB": process / MIB,
-                    "x batch 1024": added / MIB / float(base),
+                    "x tensors": tensors / MIB / (first["tensors MiB"] if first else tensors / MIB),
+                    "x process": process / MIB / (first["process MiB"] if first else process / MIB),
                 }
             )
             print(f"{name}, batch {batch}: {added / MIB:.0f} MiB", flush=True)
     show(f"784-{width}-{width}-10, micro-batch {MICRO_BATCH}", rows)
-    growth = max(float(r["x batch 1024"]) for r in rows if r["way"] == "two passes" and r["global batch"] != 4096)
+    growth = max(max(r["x tensors"], r["x process"]) for r in rows if r["way"] == "two passes")
     settings = {"quick": quick, "width": width, "micro_batch": MICRO_BATCH}
     print(f"written: {write_result('memory', settings, rows=rows)}")
     if growth > 1.1 and not quick:

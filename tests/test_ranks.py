@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.reduction import RunningSum, TreeSum, tree_sum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, DistributedConfig, LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.results import load_run
@@ -92,6 +93,30 @@ def test_ranks_and_micro_batches_give_the_run_of_one_process(runs: Path, name: s
 def test_deterministic_runs_are_the_same_bits_on_any_number_of_ranks(runs: Path, name: str) -> None:
     assert torch.equal(curve(runs / name), curve(runs / "bits1"))
     assert torch.equal(weights(runs / name), weights(runs / "bits1"))
+
+
+def test_a_run_with_a_short_wire_goes_on_bitwise(tmp_path: Path, settings: TrainConfig, runs: Path) -> None:
+    short = replace(settings, distributed=DistributedConfig(wire="bfloat16"), run_dir=str(tmp_path / "whole"))
+    again = replace(short, run_dir=str(tmp_path / "again"))
+    results = run_ranks(2, tmp_path / "meetings", trained_and_cut, short, again)
+    assert [kind for kind, _ in results] == ["value"] * 2, results
+    assert torch.equal(curve(tmp_path / "again"), curve(tmp_path / "whole"))
+    assert torch.equal(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+    exact = curve(runs / "plain1")
+    assert not torch.equal(curve(tmp_path / "whole"), exact)
+    torch.testing.assert_close(curve(tmp_path / "whole"), exact, rtol=0.02, atol=1e-3)
+
+
+def trained_and_cut(world: World, whole: TrainConfig, again: TrainConfig) -> None:
+    """Train, take the last checkpoint away from a copy, and let that go on."""
+    trained(world, whole)
+
+    def cut() -> None:
+        shutil.copytree(whole.run_dir, again.run_dir)
+        shutil.rmtree(max((Path(again.run_dir) / "checkpoints").iterdir()))
+
+    world.from_first(cut)
+    trained(world, again)
 
 
 def stopped_by_last_rank(world: World, config: TrainConfig) -> str:

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc_c2g.errors import C2GError
-from hpc_c2g.monitoring.run_log import MetricsFile, RunLog
+from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due
 from hpc_c2g.training.config import LogConfig
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
@@ -87,7 +87,7 @@ def test_due_are_the_first_the_last_and_every_so_many_steps(tmp_path):
     log = RunLog(tmp_path, QUIET, steps=10, global_batch=8, resumed_step=0)
     with log:
         assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]
-        assert [step for step in range(1, 11) if log.images_due(step)] == [1, 6, 10]
+        assert [step for step in range(1, 11) if due(step, QUIET.images_every, 10)] == [1, 6, 10]
 
 
 def test_only_due_steps_are_written_to_either_file(tmp_path):

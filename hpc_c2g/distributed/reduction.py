@@ -72,6 +72,10 @@ class TreeSum:
         """Not counted: it is for proofs, not for speed."""
         return 0
 
+    def state(self) -> list[Tensor]:
+        """Nothing is carried from step to step."""
+        return []
+
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add one virtual shard's tensors."""
         self.shards.append({name: t.detach().clone() for name, t in tensors.items()})

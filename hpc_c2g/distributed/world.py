@@ -90,6 +90,13 @@ class World:
         self.guarded(lambda: dist.all_gather(parts, tensor))
         return torch.cat(parts)
 
+    def gather_plain(self, value: T) -> list[T]:
+        """Every rank's value, plain data or tensors on the CPU, in the order of ranks."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            self.guarded(lambda: dist.all_gather_object(values, value))
+        return values
+
     def any(self, flag: str | None) -> str | None:
         """A flag that some rank has raised (the lowest such rank's), on every rank; None where none has."""
         if self.size == 1:
@@ -98,9 +105,7 @@ class World:
         self.guarded(lambda: dist.all_reduce(raised))
         if not bool(raised):
             return None
-        flags: list[str | None] = [None] * self.size
-        self.guarded(lambda: dist.all_gather_object(flags, flag))
-        return next((f for f in flags if f), None)
+        return next((f for f in self.gather_plain(flag) if f), None)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What rank 0's ``make`` returns, on every rank; its C2GError is raised on every rank.

@@ -137,10 +137,6 @@ class RunLog:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
 
-    def images_due(self, step: int) -> bool:
-        """Whether image grids are drawn at ``step``."""
-        return due(step, self.config.images_every, self.steps)
-
     def images(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""
         with _writing(self.run_dir / "tensorboard"):

@@ -15,7 +15,8 @@ class Preempted(Exception):  # noqa: N818 -- no error: the run is saved
 
     def __init__(self, signal_name: str, step: int) -> None:
         self.signal_name, self.step = signal_name, step
-        super().__init__(f"{signal_name}: saved after step {step}; run the same command to go on")
+        done = f"saved after step {step}" if step else "stopped before the first step, there was nothing to save"
+        super().__init__(f"{signal_name}: {done}; run the same command to go on")
 
 
 class PreemptionFlag:

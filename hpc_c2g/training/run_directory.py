@@ -19,7 +19,18 @@ from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.training.config import TrainConfig
 
 # what may differ when a run is resumed: it does not change the result
-FREE_TO_CHANGE = ("run_dir", "classifier", "device", "micro_batch", "zero_stage", "log", "checkpoint")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "classifier",
+    "device",
+    "micro_batch",
+    "zero_stage",
+    "distributed.groups",
+    "distributed.hierarchical",
+    "distributed.bucket_mib",
+    "log",
+    "checkpoint",
+)
 
 
 class RunDirectory:
@@ -72,7 +83,7 @@ class RunDirectory:
             differences = [
                 f"{name}={old_value} there, {new_value} now"
                 for name, old_value, new_value in _differences(old, new)
-                if name.split(".")[0] not in FREE_TO_CHANGE
+                if not any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)
             ]
             if differences:
                 raise C2GError(

@@ -128,12 +128,23 @@ class TrainStep:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Every alpha and where it started."""
-        return {"alpha": list(self.alpha), "alpha0": list(self.alpha0)}
+        """Every alpha and where it started, and what each rank's wire carries from step to step; collective."""
+        errors = [t.cpu() for t in self._wire_errors()]
+        carried = self.mesh.world.gather_plain(errors) if self.config.distributed.wire != "float32" else []
+        return {"alpha": list(self.alpha), "alpha0": list(self.alpha0), "wire": carried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned; on other ranks than it came from, the wire starts without errors."""
         self.alpha, self.alpha0 = list(state["alpha"]), list(state["alpha0"])
+        carried, errors = state.get("wire", []), self._wire_errors()
+        if len(carried) == self.mesh.world.size:
+            own = carried[self.mesh.world.rank]
+            if [t.shape for t in own] == [t.shape for t in errors]:
+                for error, kept in zip(errors, own, strict=True):
+                    error.copy_(kept)
+
+    def _wire_errors(self) -> list[Tensor]:
+        return [error for share in self.shares for error in share.G.state()]
 
     def __call__(self, step: int, watch: bool = False) -> StepResult:
         """Train on the global batch of ``step`` (counted from 1); ``watch`` collects bands too.
