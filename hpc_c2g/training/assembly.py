@@ -95,7 +95,7 @@ class Assembly:
         groups = 1 if config.deterministic and settings.groups is None else settings.groups
         mesh = Mesh.over(world, len(bundles), groups, settings.hierarchical)
         free = available_bytes(world)
-        check_classifiers(bundles, mesh, free)
+        world.agreed(lambda: check_classifiers(bundles, mesh, free))
         size = config.micro_batch
         if isinstance(size, str):
             size = found_before or largest_that_fits(bundles, config, mesh, free)
@@ -122,7 +122,9 @@ class Assembly:
         samplers = {
             k: LatentSampler(config.latents, classes[k], batches[k], config.steps, config.seed, k) for k in mesh.mine
         }
-        objectives = {k: Objective(self.bundles[k], config, batches[k], world.device, torch.float32) for k in mesh.mine}
+        objectives = world.agreed(
+            lambda: {k: Objective(self.bundles[k], config, batches[k], world.device, torch.float32) for k in mesh.mine}
+        )
         account = Account(
             [list(b.parameters) for b in self.bundles],
             [loss_terms(config, len(b.input_shape) == 3) for b in self.bundles],
@@ -130,5 +132,6 @@ class Assembly:
             world.device,
         )
         step = TrainStep(config, objectives, samplers, classes, account, engine, mesh, self.sharding, alphas)
-        gallery = TrainedGenerator.of(self.bundles, self.generator().to(world.device), config.latents.dimensions)
+        # on the CPU: the device may hold no second generator
+        gallery = TrainedGenerator.of(self.bundles, self.generator(), config.latents.dimensions)
         return Parts(engine, step, gallery)
