@@ -145,16 +145,16 @@ def test_the_largest_micro_batch_fits_and_is_kept_by_a_run(
     bundles = [load_bundle(folder) for folder in folders]
     settings = config(folders, tmp_path / "run", micro_batch="auto", global_batch=512)
     mesh = Mesh.over(ALONE, 3)
-    sizes = [largest_that_fits(bundles, settings, mesh, free) for free in (5e5, 1e6, 1e9)]
+    sizes = [largest_that_fits(bundles, settings, mesh, free) for free in (1e6, 1.6e6, 1e9)]
     assert sizes[0] < sizes[1] < sizes[2] == 512
-    with pytest.raises(C2GError, match=r"micro_batch=auto: not one sample fits into 0\.00 GiB of rank 0"):
+    with pytest.raises(C2GError, match=r"micro_batch=auto: not one sample fits into -?0\.00 GiB of rank 0"):
         largest_that_fits(bundles, settings, mesh, 1000)
 
-    monkeypatch.setattr(assembly, "available_bytes", lambda world: 5e5)
+    monkeypatch.setattr(assembly, "available_bytes", lambda world: 1e6)
     train(settings)
     last = max((tmp_path / "run" / "checkpoints").iterdir())
     state = torch.load(last / "state.pt", weights_only=True)
-    assert state["layout"] == {"world_size": 1, "micro_batch": sizes[0]}
+    assert state["layout"] == {"world_size": 1, "asked": "auto", "groups": "None", "micro_batch": sizes[0]}
     # on as many ranks the run goes on with the micro-batch that it found, whatever is free now
     shutil.rmtree(last)
     monkeypatch.setattr(assembly, "largest_that_fits", lambda *_: pytest.fail("the run has found its micro-batch"))
@@ -174,8 +174,12 @@ def test_available_memory_is_that_of_the_machine_or_its_control_group(
     whole = available_bytes(ALONE)
     assert 2**26 < whole < 2**50
     monkeypatch.setattr("hpc_c2g.training.capacity.CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    assert available_bytes(ALONE) == 600_000
-    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr("hpc_c2g.training.capacity.OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/slurm/job7/step0\n")
+    job = tmp_path / "slurm" / "job7"  # the limit is the job's, not the step's own
+    (job / "step0").mkdir(parents=True)
+    for name, text in {"max": "1000000", "current": "400000", "stat": "anon 9\ninactive_file 50000"}.items():
+        (job / f"memory.{name}").write_text(f"{text}\n")
+    assert available_bytes(ALONE) == 650_000
+    (job / "memory.max").write_text("max\n")
     assert available_bytes(ALONE) > 2**26

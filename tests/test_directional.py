@@ -15,7 +15,7 @@ CLASSES, BATCH = 3, 5
 
 
 class Twice(nn.Module):
-    """One weight in two linear maps and once outside of any, a fixed bias, a weight that is computed."""
+    """One weight in two linear maps and once outside of any, an output overwritten in place, a fixed bias, a weight that is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,9 @@ class Twice(nn.Module):
         self.register_buffer("fixed", torch.randn(16))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x.flatten(1)).relu()
+        x = self.first(x.flatten(1))
+        x.mul_(0.7).add_(0.1)
+        x = x.relu()
         x = F.linear(x, self.first.weight, bias=self.fixed).relu()
         x = (x @ self.first.weight + F.linear(input=x, weight=self.scaled / 2)).relu()
         return self.head(x)

@@ -89,7 +89,9 @@ def test_the_baselines_are_apart(result):
 
 
 def test_the_baselines_are_what_their_names_say(result, run_dir):
-    without, free = (load_run(run_dir / "baselines" / name) for name in ("classification_only-10", "free_images-7"))
+    without, free = (
+        load_run(run_dir / "baselines" / name) for name in ("classification_only-10-at-20", "free_images-7")
+    )
     assert without.config.stationarity.weight == 0
     assert (without.config.steps, without.config.generator) == (10, load_run(run_dir).config.generator)
     assert (free.config.steps, free.config.generator.name, free.config.stationarity.weight) == (7, "free", 1)

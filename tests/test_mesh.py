@@ -103,8 +103,9 @@ def refused(world: World) -> list[str]:
         (1, {}, {"global_batch": 1}),
         (2, {}, {"shares": [1.0]}),
         (2, {}, {"shares": [1.0, 100.0]}),
+        (2, {}, {"shares": [23.0, 1.0], "global_batch": 24, "micro_batch": 4}),
     ):
-        run = config(None, "codes", distributed=DistributedConfig(**settings), **changes)
+        run = replace(config(None, "codes", distributed=DistributedConfig(**settings)), **changes)
         try:
             trainer(three_bundles()[:classifiers], run, world)
             said.append("nothing")
@@ -122,6 +123,7 @@ def test_what_the_mesh_or_the_ranks_cannot_hold_is_refused(tmp_path: Path) -> No
         assert "global_batch gives classifier 0 1 samples for 2 micro-batches (2 ranks x 1)" in said[3]
         assert "shares=[1.0] names 1 shares for 2 classifiers" in said[4]
         assert "gives classifier 0 no sample" in said[5]
+        assert "gives classifier 1 1 samples for 6 micro-batches" in said[6]  # on rank 0 too, which has the other
 
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2), "unused": (3,)}

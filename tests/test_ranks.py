@@ -41,6 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return TrainConfig(
         classifier=str(folder),
         steps=12,
+        virtual_shards=4,  # one each on 4 ranks
         global_batch=63,  # shared unevenly by 2 and by 4
         device="cpu",
         scale=ScaleConfig(pilot_steps=5),

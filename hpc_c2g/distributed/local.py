@@ -36,6 +36,11 @@ def on_local_ranks(
             for process in processes:
                 process.start()
             return _answers(queue, processes, seconds)
+        except BaseException:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+            raise
         finally:
             for process in processes:
                 if process.pid is not None:

@@ -77,7 +77,7 @@ class Mesh:
             return cls(world, classifiers, groups, DataRanks())
         flat = _device_mesh(world.launch, world.device.type, (groups, size), ("classifier", "data"))
         inside, across = None, None
-        local = math.gcd(size, world.launch.local_world_size)
+        local = math.gcd(size, *world.gather_plain(world.launch.local_world_size))  # the same shape on every rank
         if hierarchical and 1 < local < size:
             shape = (groups, size // local, local)
             nested = _device_mesh(world.launch, world.device.type, shape, ("classifier", "node", "local"))

@@ -97,6 +97,14 @@ class World:
             self.guarded(lambda: dist.all_gather_object(values, value))
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, in the order of ranks; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        self.guarded(lambda: dist.gather_object(value, values))
+        return values or []
+
     def any(self, flag: str | None) -> str | None:
         """A flag that some rank has raised (the lowest such rank's), on every rank; None where none has."""
         if self.size == 1:
@@ -129,6 +137,25 @@ class World:
             raise C2GError(*message[0][1:])
         value: T = message[0][1]
         return value
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What this rank's ``make`` returns; a C2GError of any rank (the lowest's) is raised on every rank.
+
+        ``make`` may be collective as long as it fails between its collectives on all ranks or on none.
+        """
+        if self.size == 1:
+            return make()
+        value: Any = None
+        fault: tuple[str, str] | None = None
+        try:
+            value = make()
+        except C2GError as error:
+            fault = (error.what, error.mend)
+        first = next((f for f in self.gather_plain(fault) if f), None)
+        if first:
+            raise C2GError(*first)
+        result: T = value
+        return result
 
     def guarded(self, collective: Callable[[], Any]) -> None:
         """Run a collective; where it breaks, call the roll and name who does not answer."""

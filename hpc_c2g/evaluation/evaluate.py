@@ -131,7 +131,7 @@ def _baselines(
     tell("baseline: a generator trained on classification alone")
     without = replace(
         settings,
-        run_dir=str(folder / f"classification_only{suffix}-{config.classification_steps}"),
+        run_dir=str(folder / f"classification_only{suffix}-{config.classification_steps}-at-{run.step}"),
         steps=min(config.classification_steps, settings.steps),
         stationarity=replace(settings.stationarity, weight=0.0),
         scale=replace(settings.scale, start=run.alphas[k], rate=0.0),  # without multipliers alpha cannot be learned

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,20 +40,20 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, leaves: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.directions = {id(leaf): v[name] for name, leaf in leaves.items()}
-        self.outputs: list[Tensor] = []
+        self.outputs: list[GradientEdge] = []  # not y itself, which the classifier may overwrite in place
         self.moved: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
         weight: Any = given.get("weight")
         bias: Any = given.get("bias")
-        if func not in LINEAR_MAPS or id(weight) not in self.directions:
+        if func not in LINEAR_MAPS or id(weight) not in self.directions or not given["input"].requires_grad:
             return func(*args, **(kwargs or {}))
         rest = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
         ours = id(bias) in self.directions  # a bias may be no parameter, or none
         y = func(given["input"], weight.detach(), bias.detach() if ours else bias, *args[3:], **rest)
         moved = self.directions[id(bias)] if ours else None
-        self.outputs.append(y)
+        self.outputs.append(get_gradient_edge(y))
         self.moved.append(func(given["input"], self.directions[id(weight)], moved, *args[3:], **rest))
         return y
 

@@ -31,6 +31,8 @@ from hpc_c2g.training.dry_run import DryRun, MicroBatchCost, largest_micro_batch
 class PlanConfig(TrainConfig):
     """A training run as ``c2g train`` takes it, and where it would run.
 
+    The plan takes G's sum as float32, inside nodes first where that is faster, and as not hidden: ``distributed`` has no say in it.
+
     Attributes:
         run_dir: not used.
         micro_batch: as for ``c2g train``; ``auto`` takes the largest that fits, split evenly.

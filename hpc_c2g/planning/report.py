@@ -134,6 +134,4 @@ def formulas(plan: Plan) -> str:
         f"statistics: L_stat sees the batch mean; the relative error of its G falls as 1/sqrt(B) (B = {B}: twice the batch,"
         f" {1 / math.sqrt(2):.2f} of the error). Splitting a batch further costs no accuracy, a smaller batch does"
     )
-    if plan.zero_stage:
-        lines.append("training refuses ZeRO so far (checkpoints hold unsharded state): the stage is a plan for then")
     return "\n".join(lines)

@@ -79,23 +79,21 @@ class Assembly:
     sharding: Sharding
 
     @classmethod
-    def of(cls, config: TrainConfig, bundles: list[Bundle], world: World, found_before: int | None = None) -> Assembly:
+    def of(cls, config: TrainConfig, bundles: list[Bundle], mesh: Mesh, found_before: int | None = None) -> Assembly:
         """Lay out; collective.
 
         Args:
             config: of the run.
             bundles: its classifiers.
-            world: all ranks.
+            mesh: the ranks.
             found_before: what ``micro_batch=auto`` came to when the run began on as many ranks: it goes on bitwise.
 
         Raises:
             C2GError: ranks, classifiers or samples that cannot be shared out, or do not fit.
         """
-        settings = config.distributed
-        groups = 1 if config.deterministic and settings.groups is None else settings.groups
-        mesh = Mesh.over(world, len(bundles), groups, settings.hierarchical)
+        world = mesh.world
         free = available_bytes(world)
-        check_classifiers(bundles, mesh, free)
+        world.agreed(lambda: check_classifiers(bundles, mesh, free))
         size = config.micro_batch
         if isinstance(size, str):
             size = found_before or largest_that_fits(bundles, config, mesh, free)
@@ -122,7 +120,9 @@ class Assembly:
         samplers = {
             k: LatentSampler(config.latents, classes[k], batches[k], config.steps, config.seed, k) for k in mesh.mine
         }
-        objectives = {k: Objective(self.bundles[k], config, batches[k], world.device, torch.float32) for k in mesh.mine}
+        objectives = world.agreed(
+            lambda: {k: Objective(self.bundles[k], config, batches[k], world.device, torch.float32) for k in mesh.mine}
+        )
         account = Account(
             [list(b.parameters) for b in self.bundles],
             [loss_terms(config, len(b.input_shape) == 3) for b in self.bundles],
@@ -130,5 +130,17 @@ class Assembly:
             world.device,
         )
         step = TrainStep(config, objectives, samplers, classes, account, engine, mesh, self.sharding, alphas)
-        gallery = TrainedGenerator.of(self.bundles, self.generator().to(world.device), config.latents.dimensions)
+        # on the CPU: the device may hold no second generator
+        gallery = TrainedGenerator.of(self.bundles, self.generator(), config.latents.dimensions)
         return Parts(engine, step, gallery)
+
+
+def lay_out(config: TrainConfig, world: World) -> Mesh:
+    """The mesh that a run asks for; collective.
+
+    Raises:
+        C2GError: classifiers and processes cannot be shared by the groups.
+    """
+    settings = config.distributed
+    groups = 1 if config.deterministic and settings.groups is None else settings.groups
+    return Mesh.over(world, len(config.classifiers), groups, settings.hierarchical)

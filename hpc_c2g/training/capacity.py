@@ -18,7 +18,7 @@ COPIES = 5
 """float32 tensors of a classifier's size on a rank: theta, the traced graph's copy, the bucket of G, residual and direction."""
 MARGIN = 0.2
 """Share of the memory that is left alone: kernels' workspaces, fragmentation, the libraries."""
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_bytes(world: World) -> float:
@@ -27,12 +27,29 @@ def available_bytes(world: World) -> float:
         return float(torch.cuda.mem_get_info(world.device)[0])
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = 1024.0 * int(facts["MemAvailable"].split()[0])
-    try:  # a batch system's limit
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        free = min(free, float("inf") if limit == "max" else float(limit) - float(used))
-    except OSError:
-        pass
-    return max(0.0, free) / world.launch.local_world_size
+    return max(0.0, min(free, _left_in_control_groups())) / world.launch.local_world_size
+
+
+def _left_in_control_groups() -> float:
+    """What the control groups (version 2) above this process still allow: a container's or a batch system's limit."""
+    try:
+        own = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
+    except (OSError, StopIteration):
+        return float("inf")
+    left = float("inf")
+    folder = CGROUP / own
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(CGROUP):
+            break
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = float((group / "memory.current").read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if limit != "max":  # cached files give way
+            left = min(left, float(limit) - used + float(statistics.get("inactive_file", 0)))
+    return left
 
 
 def check_classifiers(bundles: list[Bundle], mesh: Mesh, free: float) -> None:
@@ -57,16 +74,25 @@ def largest_that_fits(bundles: list[Bundle], config: TrainConfig, mesh: Mesh, fr
         C2GError: not even one sample fits.
     """
     share = -(-config.global_batch // mesh.data.size)
-    room, fitting = free * (1 - MARGIN), []
-    for k in mesh.mine:
-        dry = DryRun(bundles[k], config)
-        fitting.append(largest_micro_batch(lambda b, dry=dry: dry.working_bytes(b, b == share), room, share))  # type: ignore[misc]
-    sizes = torch.zeros(mesh.world.size, dtype=torch.float64, device=mesh.world.device)
-    sizes[mesh.world.rank] = min(fitting)
-    mesh.world.sum([sizes])
-    if not bool((sizes > 0).all()):
+    dry = {k: DryRun(bundles[k], config) for k in mesh.mine}
+    costs = {k: one.cost(1) for k, one in dry.items()}
+    # weights, their gradient and Adam's two moments, as if nothing were shared out; the sums of all of this rank's classifiers
+    held = 16 * max(cost.generator_parameters for cost in costs.values())
+    held += 4 * COPIES * sum(cost.classifier_parameters for cost in costs.values())
+    room = free * (1 - MARGIN) - held
+    fitting = []
+    for one in dry.values():
+
+        def needed(samples: int, one: DryRun = one) -> int:
+            return one.working_bytes(samples, samples == share)
+
+        fitting.append(largest_micro_batch(needed, room, share))
+    found = mesh.world.gather_plain((min(fitting), room))
+    least = min(range(len(found)), key=lambda rank: found[rank][0])
+    if found[least][0] < 1:
         raise C2GError(
-            f"micro_batch=auto: not one sample fits into {room / GIB:.2f} GiB of rank {int(sizes.argmin())}",
+            f"micro_batch=auto: not one sample fits into {found[least][1] / GIB:.2f} GiB of rank {least}, beside"
+            " classifiers and generator",
             "take a smaller generator or classifier, or processes with more memory",
         )
-    return int(sizes.min())
+    return found[least][0]

@@ -201,7 +201,8 @@ class TrainConfig:
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
         deterministic: the same bits on every number of ranks that divides ``virtual_shards``: these are the micro-batches
-            then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs.
+            then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs; ``micro_batch``,
+            ``deepspeed`` and the rest of ``distributed`` have no say in it.
         virtual_shards: a power of two, at most ``global_batch``.
         zero_stage: what DeepSpeed shares out among the ranks: 0 nothing, 1 Adam's state, 2 gradients too, 3 weights too. The result
             is the same to rounding.

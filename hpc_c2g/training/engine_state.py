@@ -53,14 +53,17 @@ class Layout:
 
     def gather(self, part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Full float32 tensors on the CPU, by parameter name, of what ``part`` takes from a master and is shaped like it."""
-        device = self.masters[0].device
-        full = {name: torch.zeros(shape.numel(), device=device) for name, shape in self.shapes.items()}
-        for name, f in self.fragments.items():
-            kept = part(f.master).detach().reshape(-1).narrow(0, f.start, f.count)
-            full[name].narrow(0, f.offset, f.count).copy_(kept)
-        if self.sum is not None:
-            self.sum(list(full.values()))
-        return {name: full[name].view(shape).cpu() for name, shape in self.shapes.items()}
+        device, full = self.masters[0].device, {}
+        for name, shape in self.shapes.items():  # one by one: the device may hold no second generator
+            whole = torch.zeros(shape.numel(), device=device)
+            if name in self.fragments:
+                f = self.fragments[name]
+                kept = part(f.master).detach().reshape(-1).narrow(0, f.start, f.count)
+                whole.narrow(0, f.offset, f.count).copy_(kept)
+            if self.sum is not None:
+                self.sum([whole])
+            full[name] = whole.view(shape).cpu()
+        return full
 
     @torch.no_grad()
     def scatter(self, part: Callable[[Tensor], Tensor], full: Mapping[str, Tensor]) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
 from hpc_c2g.monitoring.run_log import RunLog, due
-from hpc_c2g.training.assembly import Assembly, Parts
+from hpc_c2g.training.assembly import Assembly, Parts, lay_out
 from hpc_c2g.training.bundles import load_bundles
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config import TrainConfig
@@ -45,21 +46,23 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
         Preempted: a signal asked to stop; a checkpoint was published.
     """
     world = world or World.start(config.device, config.deterministic)
-    bundles = load_bundles(config.classifiers)
+    bundles = world.agreed(lambda: load_bundles(config.classifiers))
+    # before signals become a flag: where a rank dies while groups are made, the launcher's SIGTERM must end the others at once
+    mesh = lay_out(config, world)
     with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
 
         def hold() -> None:
             held.enter_context(RunDirectory(config))
 
         world.from_first(hold)
-        return _train(config, bundles, world, preemption)
+        return _train(config, bundles, mesh, preemption)
 
 
-def _train(config: TrainConfig, bundles: list[Bundle], world: World, preemption: PreemptionFlag) -> RunResult:
-    run_dir = Path(config.run_dir)
+def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: PreemptionFlag) -> RunResult:
+    world, run_dir = mesh.world, Path(config.run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     resumed = world.from_first(lambda: getattr(checkpoints.latest(), "step", 0))
-    checkpoint = checkpoints.at(resumed) if resumed else None
+    checkpoint = world.agreed(lambda: checkpoints.at(resumed)) if resumed else None
     fingerprints = [bundle.fingerprint for bundle in bundles]
     if checkpoint and checkpoint.state.get("classifiers") != fingerprints:
         raise C2GError(
@@ -76,14 +79,16 @@ def _train(config: TrainConfig, bundles: list[Bundle], world: World, preemption:
         if stop := asked_to_stop():
             raise Preempted(stop, 0)
 
-    layout: dict[str, int | None] = checkpoint.state["layout"] if checkpoint else {}
-    same_ranks = layout.get("world_size") == world.size
-    assembly = Assembly.of(config, bundles, world, layout.get("micro_batch") if same_ranks else None)
+    layout = {"world_size": world.size, "asked": str(config.micro_batch), "groups": str(config.distributed.groups)}
+    before = checkpoint.state["layout"] if checkpoint else {}
+    same = all(before.get(name) == value for name, value in layout.items())
+    assembly = Assembly.of(config, bundles, mesh, before.get("micro_batch") if same else None)
     parts = _started(assembly, checkpoint, boundary)
+    del checkpoint  # of the size of the generator and its moments
 
     def state() -> dict[str, Any]:
-        layout = {"world_size": world.size, "micro_batch": assembly.micro_batch}
-        return {**parts.state_dict(), "classifiers": fingerprints, "layout": layout}
+        kept = {**layout, "micro_batch": assembly.micro_batch}
+        return {**parts.state_dict(), "classifiers": fingerprints, "layout": kept}
 
     with contextlib.ExitStack() as open_files, checkpoints:
         log = open_files.enter_context(_log(config, resumed)) if world.is_first else None

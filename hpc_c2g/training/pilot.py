@@ -15,6 +15,7 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
+from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImages, FreeImagesConfig
 from hpc_c2g.training.account import Account
@@ -38,6 +39,9 @@ def pilot_alphas(
         config: of the run.
         world: the ranks.
         boundary: called by every rank equally often, between steps; may raise on all of them.
+
+    Raises:
+        C2GError: a classifier has no rates or no margin, or its pilot came to numbers that are not finite; on every rank.
     """
     if config.scale.start is not None:
         return [config.scale.start] * len(bundles)
@@ -45,24 +49,34 @@ def pilot_alphas(
     rounds = -(-len(bundles) // world.size)
     for number in range(rounds):
         k = number * world.size + world.rank
-        pilot = None
-        if k < len(bundles):
-            pilot = _Pilot(Objective(bundles[k], config, config.global_batch, world.device, torch.float32), config)
+        bundle = bundles[k] if k < len(bundles) else None
+        pilot = world.agreed(lambda bundle=bundle: bundle and _Pilot(bundle, config, world.device))  # type: ignore[misc]
+        fault: C2GError | None = None
         for step in range(1, config.scale.pilot_steps + 1):
             boundary()
-            if pilot is not None:
-                pilot.step(step)
+            if pilot is not None and fault is None:
+                try:
+                    pilot.step(step)
+                except C2GError as error:  # told when all ranks can hear it
+                    fault = error
+        world.agreed(lambda fault=fault: _raise(fault))  # type: ignore[misc]
         if pilot is not None:
             alphas[k] = pilot.step.alpha[0]
     world.sum([alphas])
     return [float(alpha) for alpha in alphas]
 
 
+def _raise(fault: C2GError | None) -> None:
+    if fault is not None:
+        raise fault
+
+
 class _Pilot:
     """Free images under the run's own objective, in one process."""
 
-    def __init__(self, objective: Objective, config: TrainConfig) -> None:
-        classes, device = objective.classes, objective.lower.device
+    def __init__(self, bundle: Bundle, config: TrainConfig, device: torch.device) -> None:
+        objective = Objective(bundle, config, config.global_batch, device, torch.float32)
+        classes = objective.classes
         count = IMAGES_PER_CLASS * classes
         steps = max(1, config.scale.pilot_steps)
         pilot = replace(

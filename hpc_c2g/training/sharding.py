@@ -86,9 +86,12 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
         counts = {k: min(needed[k], max(1, batches[k] // data.size)) for k in mesh.mine}
         if mesh.groups > 1:
             counts = dict.fromkeys(mesh.mine, max(needed))
-    pieces = {k: _pieces(batches[k], data.rank, data.size, count, k) for k, count in counts.items()}
+    for k, batch in enumerate(batches):  # of every classifier, so that every rank refuses
+        _check(k, batch, data.size, counts.get(k, max(counts.values())))
+    pieces = {k: _pieces(batches[k], data.rank, data.size, count) for k, count in counts.items()}
     held = max(sum(_largest(b, data.size) for b in batches[g : g + each]) for g in range(0, len(batches), each))
     one_pass = all(count == 1 for count in counts.values()) and held <= (micro_batch or held)
+    one_pass = one_pass and not config.deterministic  # a rank with one shard must do what a rank with several does
     return Sharding(batches, pieces, one_pass)
 
 
@@ -97,13 +100,17 @@ def _largest(batch: int, ranks: int) -> int:
     return -(-batch // ranks)
 
 
-def _pieces(batch: int, rank: int, ranks: int, count: int, classifier: int) -> list[Range]:
-    """Rank ``rank``'s ``count`` ranges of ``batch``: the same edges as when one rank had them all, where the numbers divide."""
-    whole = ranks * count
-    if batch < whole:
+def _check(classifier: int, batch: int, ranks: int, count: int) -> None:
+    if batch < ranks * count:
         raise C2GError(
-            f"global_batch gives classifier {classifier} {batch} samples for {whole} micro-batches ({ranks} ranks x {count})",
+            f"global_batch gives classifier {classifier} {batch} samples for {ranks * count} micro-batches"
+            f" ({ranks} ranks x {count})",
             "give a larger global_batch, other shares, a larger micro_batch, or fewer ranks",
         )
+
+
+def _pieces(batch: int, rank: int, ranks: int, count: int) -> list[Range]:
+    """Rank ``rank``'s ``count`` ranges of ``batch``: the same edges as when one rank had them all, where the numbers divide."""
+    whole = ranks * count
     edges = [batch * i // whole for i in range(rank * count, (rank + 1) * count + 1)]
     return list(itertools.pairwise(edges))

@@ -130,11 +130,11 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """Every alpha and where it started, and what each rank's wire carries from step to step; collective."""
         errors = [t.cpu() for t in self._wire_errors()]
-        carried = self.mesh.world.gather_plain(errors) if self.config.distributed.wire != "float32" else []
+        carried = self.mesh.world.collect(errors) if self.config.distributed.wire != "float32" else []
         return {"alpha": list(self.alpha), "alpha0": list(self.alpha0), "wire": carried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; on other ranks than it came from, the wire starts without errors."""
+        """Restore what ``state_dict`` returned; on other ranks, groups or buckets the wire starts without errors."""
         self.alpha, self.alpha0 = list(state["alpha"]), list(state["alpha0"])
         carried, errors = state.get("wire", []), self._wire_errors()
         if len(carried) == self.mesh.world.size:
