@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.classifiers.bundle import Bundle, build_model, load_bundle, save_bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
+from benchmarks.common import random_classifier
+from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
 from hpc_c2g.files import write_atomically
@@ -38,23 +38,11 @@ from hpc_c2g.training.step import StepResult, TrainStep
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 NETS = {
-    "64-500-10": {"target": "mlp", "input_shape": [1, 8, 8], "classes": 10, "width": 500},
-    "784-1000-1000-10": {"target": "mlp", "input_shape": [1, 28, 28], "classes": 10, "width": 1000, "depth": 3},
+    "64-500-10": {"size": 8, "classes": 10, "width": 500},
+    "784-1000-1000-10": {"size": 28, "classes": 10, "width": 1000, "depth": 3},
 }
 GLOBAL_BATCH = 1024
 CASES = [(1, 256), (1, 1024), (2, 256), (2, 512), (4, 128), (4, 256)]  # ranks, micro-batch: two passes, and one
-
-
-def random_bundle(architecture: dict[str, Any], folder: Path) -> None:
-    """A classifier whose weights nobody trained: costs do not depend on them."""
-    torch.manual_seed(0)
-    model = build_model(architecture).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    shape = tuple(architecture["input_shape"])
-    names = [str(i) for i in range(architecture["classes"])]
-    save_bundle(Bundle(model, architecture, names, shape, Normalisation.constant(shape, 0.5)), folder)
 
 
 def trained_seconds(config: TrainConfig, world: World) -> tuple[float, float]:
@@ -213,7 +201,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         for net, architecture in NETS.items():
-            random_bundle(architecture, Path(name) / net)
+            random_classifier(Path(name) / net, **architecture)
             for ranks, micro in CASES[::2] if quick else CASES:
                 results.append(compare(net, Path(name), ranks, micro, count, steps))
                 ratios = {k: round(results[-1][f"{k}_ratio"], 2) for k in ("time", "computation", "memory")}

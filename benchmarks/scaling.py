@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import show, write_result
-from benchmarks.plan import NETS, mean_rates, random_bundle, rounds
+from benchmarks.common import random_classifier, show, write_result
+from benchmarks.plan import NETS, mean_rates, rounds
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.planning.measure import profile_of
@@ -32,7 +32,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
-        random_bundle(NETS[net], Path(name) / net)
+        random_classifier(Path(name) / net, **NETS[net])
         for kind in ("strong", "weak"):
             first: tuple[float, float] | None = None
             for ranks in (1, 2) if quick else (1, 2, 4):

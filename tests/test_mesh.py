@@ -17,7 +17,7 @@ from hpc_c2g.distributed.reduction import ResidualSum, payload
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import stationarity
-from hpc_c2g.training.config import DistributedConfig
+from hpc_c2g.training.config import DistributedConfig, TrainConfig
 
 STEPS, BATCH = 3, 24
 # classifiers, ranks, micro-batch, distributed settings
@@ -198,11 +198,11 @@ def test_every_wire_sums_and_counts_its_bytes(tmp_path: Path) -> None:
 def test_batch_shares_are_whole_and_do_not_depend_on_the_ranks() -> None:
     from hpc_c2g.training.sharding import batch_shares
 
-    assert batch_shares(24, [3, 2, 4]) == [8, 5, 11]
-    assert batch_shares(10, [1, 1, 1]) == [4, 3, 3]
-    assert batch_shares(7, [0.5, 3.0]) == [1, 6]
+    assert batch_shares(TrainConfig(global_batch=24), [3, 2, 4]) == [8, 5, 11]
+    assert batch_shares(TrainConfig(global_batch=10), [1, 1, 1]) == [4, 3, 3]
+    assert batch_shares(TrainConfig(global_batch=7, shares=[0.5, 3.0]), [9, 9]) == [1, 6]
     with pytest.raises(C2GError, match="global_batch=2 with shares"):
-        batch_shares(2, [1, 1, 1])
+        batch_shares(TrainConfig(global_batch=2), [1, 1, 1])
 
 
 def test_a_share_moves_samples_to_its_classifier() -> None:

@@ -21,6 +21,7 @@ from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+from hpc_c2g.training.bundles import class_counts
 from hpc_c2g.training.config import DistributedConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import Run, load_run
@@ -112,9 +113,7 @@ def _baselines(
     """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier."""
     settings = replace(run.config, distributed=DistributedConfig())  # in this one process
     if len(settings.classifiers) > 1:
-        batch = batch_shares(settings.global_batch, settings.shares or [len(m.classes) for m in run.generator.members])[
-            k
-        ]
+        batch = batch_shares(settings, class_counts(run.generator.members))[k]
         own = settings.classifiers[k]
         settings = replace(settings, classifier=own, shares=[], global_batch=batch, micro_batch=None)
     folder = Path(config.run_dir) / "baselines"

@@ -1,4 +1,4 @@
-"""A run's classifier bundles, and what is read off them."""
+"""A run's classifier bundles, and what is read off them or off what a checkpoint keeps of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.trained import Member
 
 
 def load_bundles(folders: Sequence[str]) -> list[Bundle]:
@@ -27,12 +28,12 @@ def load_bundles(folders: Sequence[str]) -> list[Bundle]:
     return bundles
 
 
-def class_counts(bundles: Sequence[Bundle]) -> list[int]:
+def class_counts(classifiers: Sequence[Bundle | Member]) -> list[int]:
     """C_k."""
-    return [len(bundle.classes) for bundle in bundles]
+    return [len(classifier.classes) for classifier in classifiers]
 
 
-def boxes(bundles: Sequence[Bundle]) -> tuple[Tensor, Tensor]:
+def boxes(classifiers: Sequence[Bundle | Member]) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds of each classifier's normalised inputs, ``[K, *S]`` each."""
-    bounds = [bundle.normalisation.box() for bundle in bundles]
+    bounds = [classifier.normalisation.box() for classifier in classifiers]
     return torch.stack([b[0].float() for b in bounds]), torch.stack([b[1].float() for b in bounds])

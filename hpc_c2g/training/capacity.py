@@ -52,13 +52,18 @@ def _left_in_control_groups() -> float:
     return left
 
 
+def _kkt_bytes(bundles: list[Bundle], mesh: Mesh) -> int:
+    """What this rank's classifiers take for their KKT sums."""
+    return COPIES * sum(4 * p.numel() for k in mesh.mine for p in bundles[k].parameters.values())
+
+
 def check_classifiers(bundles: list[Bundle], mesh: Mesh, free: float) -> None:
     """Refuse classifiers whose KKT sums alone do not fit on this rank.
 
     Raises:
         C2GError: more classifiers than the ranks can hold.
     """
-    needed = COPIES * sum(4 * p.numel() for k in mesh.mine for p in bundles[k].parameters.values())
+    needed = _kkt_bytes(bundles, mesh)
     if needed > free * (1 - MARGIN):
         raise C2GError(
             f"{len(mesh.mine)} classifiers per process need {needed / GIB:.2f} GiB for their KKT sums,"
@@ -75,11 +80,9 @@ def largest_that_fits(bundles: list[Bundle], config: TrainConfig, mesh: Mesh, fr
     """
     share = -(-config.global_batch // mesh.data.size)
     dry = {k: DryRun(bundles[k], config) for k in mesh.mine}
-    costs = {k: one.cost(1) for k, one in dry.items()}
     # weights, their gradient and Adam's two moments, as if nothing were shared out; the sums of all of this rank's classifiers
-    held = 16 * max(cost.generator_parameters for cost in costs.values())
-    held += 4 * COPIES * sum(cost.classifier_parameters for cost in costs.values())
-    room = free * (1 - MARGIN) - held
+    held = 16 * max(sum(p.numel() for p in one.build().parameters()) for one in dry.values())
+    room = free * (1 - MARGIN) - held - _kkt_bytes(bundles, mesh)
     fitting = []
     for one in dry.values():
 

@@ -96,6 +96,15 @@ class Objective:
         """Gate widths gamma s."""
         return {gate: gamma * s for gate, s in self.gate_scales.items()}
 
+    def at_gates(self, gamma: float) -> stationarity.Classifier:
+        """Phi(x; theta) with gates of width gamma s."""
+        widths = self.widths(gamma)
+
+        def phi(theta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            return self.phi(theta, widths, x)
+
+        return phi
+
     def initial_alpha(self) -> float:
         """a0 on the high side, from probes of the classifier."""
         widths = self.widths(self.config.gates.end)
@@ -122,23 +131,13 @@ class Objective:
         on_ready: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Margins and G of one micro-batch; see ``stationarity.kkt_sum``."""
-        widths = self.widths(gamma)
-
-        def phi(theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-            return self.phi(theta, widths, inputs)
-
-        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
+        return stationarity.kkt_sum(self.at_gates(gamma), self.theta, x, labels, multipliers, keep_graph, on_ready)
 
     def directional_sum(
         self, gamma: float, residual: Residual, x: Tensor, labels: Tensor, multipliers: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``."""
-        widths = self.widths(gamma)
-
-        def phi(theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-            return self.phi(theta, widths, inputs)
-
-        return directional.directional_sum(phi, self.theta, residual.direction, x, labels, multipliers)
+        return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
         """L_stat's terms and direction from the *global* G."""

@@ -6,11 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator, members_from
+from hpc_c2g.training.bundles import boxes, class_counts
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import TrainConfig, config_from
 from hpc_c2g.training.engine_state import check_fit
@@ -41,10 +40,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         raise C2GError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
     kept = checkpoint.state["trained"]
     members = members_from(kept)
-    classes = [len(member.classes) for member in members]
-    bounds = [member.normalisation.box() for member in members]
-    lower, upper = (torch.stack([b[side].float() for b in bounds]) for side in (0, 1))
-    counts = batch_shares(config.global_batch, config.shares or classes)
+    classes, (lower, upper) = class_counts(members), boxes(members)
+    counts = batch_shares(config, classes)
     module = build_generator(config.generator, kept["dimensions"], classes, counts, lower, upper, config.seed)
     check_fit(checkpoint.state["engine"], {name: tensor.shape for name, tensor in module.state_dict().items()})
     module.load_state_dict(checkpoint.state["engine"]["weights"])

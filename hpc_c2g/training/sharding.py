@@ -33,12 +33,13 @@ class Sharding:
         return sum(map(len, self.pieces.values()))
 
 
-def batch_shares(global_batch: int, shares: Sequence[float]) -> list[int]:
-    """``global_batch`` in whole samples in proportion to ``shares``, the largest remainders rounded up.
+def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
+    """B_k: ``global_batch`` in whole samples in proportion to ``shares``, without them to the classes, the largest remainders rounded up.
 
     Raises:
         C2GError: a classifier would get no sample.
     """
+    global_batch, shares = config.global_batch, config.shares or classes
     exact = [global_batch * share / sum(shares) for share in shares]
     batches = [int(e) for e in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: batches[k] - exact[k])
@@ -69,7 +70,7 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
             f"shares={config.shares} names {len(config.shares)} shares for {len(classes)} classifiers",
             "give one share per classifier",
         )
-    batches = batch_shares(config.global_batch, config.shares or classes)
+    batches = batch_shares(config, classes)
     data, each = mesh.data, mesh.classifiers // mesh.groups
     if config.deterministic:
         if config.virtual_shards % data.size or mesh.groups > 1:
