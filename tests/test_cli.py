@@ -185,7 +185,8 @@ def test_a_run_in_use_is_one_line(c2g, places):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the picture of what exploded
 def test_an_explosion_is_one_line(c2g, places):
-    result = c2g("train", f"classifier={places['classifier']}", "run_dir=r", "optimiser.rate=1e20", *FEW)
+    rates = ["optimiser.rate=1e20", "optimiser.code_rate=1e20"]
+    result = c2g("train", f"classifier={places['classifier']}", "run_dir=r", *rates, *FEW)
     assert_one_line(result, "train", "step ", "the generator was not updated")
 
 
