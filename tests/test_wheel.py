@@ -32,6 +32,8 @@ def test_it_holds_every_module_and_every_settings_file_and_the_licence(wheel):
     assert {str(p.relative_to(ROOT)) for p in modules} <= names
     settings = {f"hpc_c2g/configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")}
     assert settings <= names
+    profiles = {f"hpc_c2g/slurm_profiles/{p.name}" for p in (ROOT / "slurm" / "profiles").glob("*.yaml")}
+    assert profiles == {name for name in names if name.startswith("hpc_c2g/slurm")} != set()
     (licence,) = (name for name in names if name.endswith("LICENSE"))
     assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
 
@@ -44,10 +46,12 @@ def test_it_holds_nothing_else(wheel):
 
 CHILD = """
 import sys
+from hpc_c2g.scheduling.profile import load_profile
 from launch.__main__ import main
 from launch.cli import config_folder
 
 print(config_folder())
+print(load_profile("local_slurm").name)
 sys.argv = ["c2g", "train", "--cfg", "job"]
 main()
 """
@@ -61,8 +65,9 @@ def test_it_runs_where_there_is_no_checkout(wheel, tmp_path):
     command = [sys.executable, "-c", CHILD]  # from an empty folder: -P came with 3.11
     child = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=100)
     assert child.returncode == 0, child.stderr
-    folder, *settings = child.stdout.splitlines()
+    folder, profile, *settings = child.stdout.splitlines()
     assert folder == str(target / "hpc_c2g" / "configs")
+    assert profile == "local_slurm"
     assert {"global_batch: 200", "classifier: ???"} <= set(settings)
 
 

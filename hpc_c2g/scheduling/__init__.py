@@ -1,0 +1,1 @@
+"""Slurm: what a cluster wants to be told, the batch script, the questions to the queue."""

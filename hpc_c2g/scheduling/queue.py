@@ -1,0 +1,215 @@
+"""Questions and orders to Slurm by its own commands. No answer is an error, never an empty queue."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from hpc_c2g.errors import C2GError
+
+JOB_ID = r"\d+(?:_\d+)?"
+JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_COLUMNS = ["ArrayJobID", "ArrayTaskID", "JobID", "State", "Reason", "NodeList", "StartTime", "RestartCnt", "Name"]
+_ENTRY = re.compile(
+    r"(\d+)\|(\d+|N/A)\|(\d+)\|(\w+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)\|(\d+)\|(.*)\|", re.ASCII | re.DOTALL
+)
+_AT_ONCE = 500
+"""Ids in one command line."""
+_FINAL = r"Invalid job id|denied|presently disabled|already finished|Not supported|invalid user|no longer"
+"""Refusals that another try does not change."""
+
+
+class NoAnswerError(C2GError):
+    """Slurm's controller is away or too busy: worth another try."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job, or one element of an array, that Slurm still has.
+
+    Attributes:
+        id: ``123`` or ``123_4``; an array has one entry per element, also where all of it waits.
+        raw_id: number of its own; elements that wait share the array's.
+        state: such as PENDING, RUNNING, COMPLETING.
+        reason: why it waits, "None" where there is none.
+        nodes: where it runs, such as ``gpu[01-04]``; empty while it waits.
+        start: seconds since the epoch, of the start or the expected one; None where Slurm cannot tell.
+        restarts: how often it was put back into the queue.
+        name: of the job.
+    """
+
+    id: str
+    raw_id: str
+    state: str
+    reason: str
+    nodes: str
+    start: float | None
+    restarts: int
+    name: str
+
+
+class Queue:
+    """Slurm as the user sees it.
+
+    Args:
+        timeout: seconds after which a command counts as not answered.
+        pause: seconds between two tries.
+    """
+
+    def __init__(self, timeout: float = 20.0, pause: float = 5.0) -> None:
+        self.timeout, self.pause = timeout, pause
+
+    def ask(self) -> dict[str, Entry]:
+        """The user's jobs that wait, run or end just now, by id, in one question.
+
+        Raises:
+            C2GError: Slurm does not answer. (Where it does, a job that is missing is not in the queue.)
+        """
+        columns = ",".join(f"{name}:|" for name in _COLUMNS)  # each as long as it is, with a bar behind it
+        text = self._run(["squeue", "--me", "-h", "-r", "-O", columns])
+        entries = {}
+        for record in (
+            re.split(r"\n(?=\d+\|)", text.rstrip("\n")) if text.strip() else []
+        ):  # a name may have several lines
+            parts = re.fullmatch(_ENTRY, record)
+            if not parts:
+                raise C2GError(f"squeue answered {record!r}, which cannot be read", "this Slurm is too old, or too new")
+            job, element, raw, state, reason, nodes, start, restarts, name = parts.groups()
+            id = job if element == "N/A" else f"{job}_{element}"
+            entries[id] = Entry(id, raw, state, reason, nodes, _seconds(start), int(restarts), name)
+        return entries
+
+    def find(self, job_name: str, days: int = 30) -> list[str]:
+        """Ids of the user's jobs and arrays of exactly this name, ended ones too as far back as Slurm knows.
+
+        Args:
+            job_name: as it was submitted.
+            days: how far back accounting is searched, where there is any.
+
+        Raises:
+            C2GError: Slurm does not answer. (No answer of accounting is no error: not every cluster has it.)
+        """
+        check_name(job_name)
+        found = self._run(["squeue", "--me", "-h", "--states=all", f"--name={job_name}", "-o", "%F|%j"]).splitlines()
+        command = ["sacct", "-n", "-X", "-P", f"--user={os.getuid()}", f"--name={job_name}"]
+        found += self._account([*command, f"--starttime=now-{days}days", "-o", "JobID,JobName"])
+        ids = {line.partition("|")[0].partition("_")[0] for line in found if line.partition("|")[2] == job_name}
+        return sorted((job for job in ids if re.fullmatch(JOB_ID, job, re.ASCII)), key=int)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Cancel jobs, elements or whole arrays; what has ended already stays as it is.
+
+        Raises:
+            C2GError: Slurm does not answer, or refuses.
+        """
+        check_ids(ids)
+        for begin in range(0, len(ids), _AT_ONCE):
+            self._run(["scancel", "--quiet", *ids[begin : begin + _AT_ONCE]])
+
+    def requeue(self, id: str, attempts: int = 12) -> None:
+        """Put a job back into the queue; waits for a controller that restarts.
+
+        A job may do this to itself, as its last act: all of its processes get SIGTERM at once. One that has ended is run
+        again as well, as long as Slurm remembers it.
+
+        Raises:
+            C2GError: Slurm refuses, or did not answer ``attempts`` times.
+        """
+        check_ids([id])
+        for attempt in range(1, attempts + 1):
+            try:
+                self._run(["scontrol", "requeue", id])
+            except NoAnswerError as error:
+                if "Job is pending" in error.what:  # an earlier try got through, its answer did not
+                    return
+                if attempt == attempts:
+                    raise
+                time.sleep(self.pause)
+            else:
+                return
+
+    def outcome(self, ids: Sequence[str]) -> dict[str, tuple[str, int]]:
+        """State and exit code (128 + number for a signal) of the last attempt, as far as accounting knows; {} without it."""
+        check_ids(ids)
+        outcomes = {}
+        for begin in range(0, len(ids), _AT_ONCE):
+            some = ids[begin : begin + _AT_ONCE]
+            for line in self._account(["sacct", "-n", "-X", "-P", "-j", ",".join(some), "-o", "JobID,State,ExitCode"]):
+                parts = re.fullmatch(r"([^|]*)\|(\w+)[^|]*\|(\d+):(\d+)", line, re.ASCII)
+                for job in _elements(parts[1]) if parts else []:
+                    if parts and {job, job.partition("_")[0]} & set(some):
+                        code, number = int(parts[3]), int(parts[4])
+                        outcomes[job] = (parts[2], 128 + number if number else code)
+        return outcomes
+
+    def _account(self, command: list[str]) -> list[str]:
+        try:
+            return self._run(command).splitlines()
+        except C2GError:
+            return []
+
+    def _run(self, command: list[str]) -> str:
+        own = ("SQUEUE_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")  # the user's habits would change the answer
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        environment["SLURM_BITSTR_LEN"] = "0"  # no "..." in a list of elements
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self.timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _no_answer(f"{command[0]} took more than {self.timeout:g} s") from error
+        except OSError as error:
+            mend = "run this where Slurm is installed"
+            raise C2GError(f"Slurm does not answer: {command[0]}: {error.strerror}", mend) from error
+        if done.returncode == 0:
+            return done.stdout
+        problem = " ".join(done.stderr.split()) or f"{command[0]} ended with {done.returncode}"
+        if re.search(_FINAL, problem):
+            raise C2GError(f"Slurm refuses: {problem}", f"see {command[0]}'s manual")
+        raise _no_answer(problem)
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raise unless each is ``123`` or ``123_4``."""
+    for job in ids:
+        if not re.fullmatch(JOB_ID, job, re.ASCII):
+            raise C2GError(f"{job!r} is no id of a Slurm job", "give ids such as 123 or 123_4")
+
+
+def check_name(job_name: str) -> None:
+    """Raise unless the name has one meaning for sbatch, squeue and the shell."""
+    if not re.fullmatch(JOB_NAME, job_name):
+        raise C2GError(f"job name {job_name!r} is not possible", "use letters, digits and . _ + -")
+
+
+def _no_answer(problem: str) -> NoAnswerError:
+    return NoAnswerError(f"Slurm does not answer: {problem}", "try again later; nothing was lost")
+
+
+def _elements(job: str) -> list[str]:
+    """Ids of what accounting shows in one line, such as ``7_[1-3,9%2]`` for elements that never started."""
+    parts = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", job, re.ASCII)
+    if not parts:
+        return [job]
+    found = []
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", parts[2]):
+        found += [f"{parts[1]}_{i}" for i in range(int(first), int(last or first) + 1, int(step or 1))]
+    return found
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # N/A
+        return None
