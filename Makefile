@@ -6,7 +6,10 @@ RUN_DIR ?= runs/demo
 # one thread: the demo's nets are too small to gain from more, and threads that wait for each other suffer on a busy machine
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install clean
+# the local Slurm cluster (slurm/local/README.md; needs root): test-slurm uses the one that is up here, else one of its own, which it ends
+export C2G_SLURM_DIR ?= /tmp/c2g-slurm
+
+.PHONY: demo test test-slurm slurm-up slurm-down lint install clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -20,7 +23,16 @@ demo: install
 	$(BIN)/c2g demo run_dir=$(RUN_DIR) $(if $(filter quick,$(CHECK)),quick=true)
 
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slurm" --numprocesses auto --dist loadfile
+
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm -p no:xdist tests/slurm
+
+slurm-up:
+	slurm/local/up.sh
+
+slurm-down:
+	slurm/local/down.sh
 
 lint: install
 	$(BIN)/ruff format --check .
