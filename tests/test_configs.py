@@ -18,6 +18,7 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.planning.profile import ClusterProfile
+from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.training.config import OptimiserConfig, TrainConfig
 from launch.__main__ import VERBS
 from launch.cli import composed, config_folder, register, typed
@@ -28,9 +29,16 @@ REQUIRED = {
     "certify": {"classifier": "c"},
     "train": {"classifier": "c", "run_dir": "r"},
     "sample": {"run_dir": "r", "out": "o.png"},
+    "bound": {"run_dir": "r"},
     "evaluate": {"run_dir": "r"},
     "demo": {},
     "plan": {"classifier": "c"},
+    "sweep": {"study_dir": "s"},
+    "status": {"study_dir": "s"},
+    "logs": {"run": "r"},
+    "cancel": {"study_dir": "s"},
+    "retry": {"study_dir": "s"},
+    "collect": {"study_dir": "s"},
 }
 ALSO_REQUIRED = {"custom": ["model._target_=my_pkg.Net"], "import": ["fit.state_dict=w.pt"]}
 
@@ -41,7 +49,8 @@ def verb_schema(verb: str) -> tuple[type, dict[str, dict[str, type]]]:
     module = importlib.import_module(f"launch.{verb}")
     given = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_verb", lambda *arguments: given.append(arguments))
+        patch.setattr(sys, "argv", ["c2g"])
+        patch.setattr(module, "run_verb", lambda *arguments, **_: given.append(arguments))
         module.main()
     (name, schema, _, *groups) = given[0]
     assert name == verb
@@ -77,6 +86,8 @@ def test_the_defaults_of_the_yaml_are_those_of_the_dataclass(verb):
     composed_config, plain = compose(verb), schema(**REQUIRED[verb])
     if verb == "classifier":  # the choice of a model names its arguments; the next test holds them against the code
         composed_config = replace(composed_config, model=plain.model)
+    if verb == "sweep":  # a study is all in its yaml; test_study_plan.py plans each
+        composed_config = replace(composed_config, study=plain.study)
     assert composed_config == plain
 
 
@@ -95,6 +106,9 @@ def test_every_choice_of_every_group_composes_into_its_dataclass(verb, group, ch
     elif group == "cluster" and choice != "here":  # its numbers are in the yaml alone
         assert isinstance(value, ClusterProfile)
         assert value.name == choice
+    elif group == "study":  # likewise
+        assert isinstance(value, StudyConfig)
+        assert (value.name, bool(value.about)) == (choice, True)
     else:
         dataclass = verb_schema(verb)[1][group][choice]
         wanted = dataclass(state_dict="w.pt") if choice == "import" else dataclass()
@@ -175,7 +189,14 @@ def test_a_missing_value_is_named(field):
 
 RANGES = [
     *("steps=0", "global_batch=0", "micro_batch=0", "micro_batch=201", "seed=-1", f"seed={2**63}", "dtype=float16"),
-    *("device=tpu", "optimiser.rate=0", "optimiser.rate=nan", "optimiser.code_rate=-1", "optimiser.betas=[0.9]"),
+    *(
+        "device=tpu",
+        "optimiser.rate=0",
+        "optimiser.rate=nan",
+        "optimiser.rate=1e38",
+        "optimiser.code_rate=-1",
+        "optimiser.betas=[0.9]",
+    ),
     *("optimiser.betas=[0.9,1]", "optimiser.betas=[0.9,0.9,0.9]", "optimiser.warmup_fraction=1"),
     *("optimiser.final_fraction=2", "optimiser.gradient_clipping=-1", "stationarity.left_side=x"),
     *("stationarity.weighting=x", "stationarity.weight=-1", "duality.feasibility=-1", "duality.slackness=-1"),

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from hpc_c2g.distributed.wire import WIRES
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.kkt.stationarity import LEFT_SIDES, WEIGHTINGS
+from hpc_c2g.settings import from_plain
 
 DTYPES = ("float32", "bfloat16")
 
@@ -126,7 +124,10 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         for name in ("rate", "code_rate", "multiplier_rate"):
-            _require(getattr(self, name) > 0, f"optimiser.{name}", getattr(self, name), "give a learning rate > 0")
+            # beyond, float32 overflows within the optimiser
+            _require(
+                0 < getattr(self, name) <= 1e30, f"optimiser.{name}", getattr(self, name), "give a rate in (0, 1e30]"
+            )
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _require(two, "optimiser.betas", self.betas, "give two numbers in [0, 1)")
         self.betas = (self.betas[0], self.betas[1])  # OmegaConf brings a list
@@ -299,14 +300,4 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         C2GError: an unknown key, or a value of the wrong type or out of range.
     """
-    name = (values.get("generator") or {}).get("name", "mlp")
-    if name not in GENERATORS:
-        raise C2GError(f"generator.name={name!r} is unknown", f"choose one of {', '.join(GENERATORS)}")
-    try:
-        schema = OmegaConf.structured(TrainConfig)
-        schema.generator = OmegaConf.structured(GENERATORS[name])
-        config = OmegaConf.to_object(OmegaConf.merge(schema, dict(values)))
-    except OmegaConfBaseException as error:
-        raise C2GError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
-    assert isinstance(config, TrainConfig)
-    return config
+    return from_plain(TrainConfig, values, {"generator": GENERATORS})

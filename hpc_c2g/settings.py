@@ -1,0 +1,41 @@
+"""Typed settings from plain values, such as those of a file: the same checks as on the command line, without Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpc_c2g.errors import C2GError
+
+T = TypeVar("T")
+
+
+def from_plain(
+    schema: type[T], values: Mapping[str, Any], choices: Mapping[str, Mapping[str, type]] | None = None
+) -> T:
+    """The dataclass of plain values; every ``__post_init__`` check passed.
+
+    Args:
+        schema: the dataclass.
+        values: by field, nested.
+        choices: for fields with several dataclasses, each by the name that its own field ``name`` holds.
+
+    Raises:
+        C2GError: an unknown key, or a value of the wrong type or out of range.
+    """
+    try:
+        node = OmegaConf.structured(schema)
+        for field, kinds in (choices or {}).items():
+            default = getattr(node[field], "name", None)
+            name = (values.get(field) or {}).get("name", default)
+            if name not in kinds:
+                raise C2GError(f"{field}.name={name!r} is unknown", f"choose one of {', '.join(kinds)}")
+            node[field] = OmegaConf.structured(kinds[name])
+        result = OmegaConf.to_object(OmegaConf.merge(node, dict(values)))
+    except OmegaConfBaseException as error:
+        raise C2GError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
+    assert isinstance(result, schema)
+    return result
