@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from hpc_c2g.classifiers.fitting import ImportFitConfig, MarginFitConfig, OrdinaryFitConfig
+from hpc_c2g.classifiers.fitting import FITS, MarginFitConfig
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from launch.cli import run_verb
 
 DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
-FITS: dict[str, dict[str, type]] = {
-    "fit": {"margin": MarginFitConfig, "ordinary": OrdinaryFitConfig, "import": ImportFitConfig}
-}
+GROUPS: dict[str, dict[str, type]] = {**DATA, "fit": {**FITS}}
 
 
 def classifier(config: ClassifierConfig) -> None:
@@ -34,7 +32,7 @@ def classifier(config: ClassifierConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_verb("classifier", ClassifierConfig, classifier, DATA | FITS)
+    run_verb("classifier", ClassifierConfig, classifier, GROUPS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hpc_c2g.classifiers.make import ClassifierConfig
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
 from hpc_c2g.training.config import GENERATORS, TrainConfig
 from launch.certify import CertifyConfig, certify
-from launch.classifier import DATA, FITS, classifier
+from launch.classifier import DATA, GROUPS, classifier
 from launch.cli import T, composed, register, run_verb, typed
 from launch.evaluate import evaluate
 from launch.train import train
@@ -45,7 +45,7 @@ def demo(config: DemoConfig) -> None:
         extra = QUICK.get(verb, []) if config.quick else []
         return typed(composed(verb, [*overrides, *extra]), schema)
 
-    register("classifier", ClassifierConfig, DATA | FITS)
+    register("classifier", ClassifierConfig, GROUPS)
     register("certify", CertifyConfig, DATA)
     register("train", TrainConfig, {"generator": GENERATORS})
     register("evaluate", EvaluateConfig, DATA)

@@ -92,6 +92,9 @@ class ImportFitConfig(FitConfig):
     state_dict: str = "???"
 
 
+FITS: dict[str, type[FitConfig]] = {"margin": MarginFitConfig, "ordinary": OrdinaryFitConfig, "import": ImportFitConfig}
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:

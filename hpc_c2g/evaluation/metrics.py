@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from hpc_c2g.data.choose import even_shares
 from hpc_c2g.data.dataset import Dataset, Split
@@ -231,6 +230,8 @@ def _ssim(
     """
     if queries.ndim != 4:
         return None
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes more than a second
+
     if len(queries) > SSIM_QUERIES:
         chosen = torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(queries))[:SSIM_QUERIES])
         queries, candidates = queries[chosen], candidates[chosen]
