@@ -12,8 +12,15 @@ VERBS = {
     "plan": "memory, seconds per step and scaling of a training run, here or on a cluster, before it runs",
     "train": "train a generator from a classifier bundle, without data",
     "sample": "draw images from a trained generator: a PNG grid or an .npz",
+    "bound": "error of the KKT sum against the batch size, beside its bound, without data",
     "evaluate": "judge a generator against real data, beside its baselines",
     "demo": "all of it on handwritten digits",
+    "sweep": "a study: many runs, here or as Slurm arrays, whatever happens to the machines",
+    "status": "where a study stands, and why what failed has failed",
+    "logs": "what a run of a study printed",
+    "cancel": "stop a study's runs; they save first",
+    "retry": "have a study's failed runs done again",
+    "collect": "a study's results as tables",
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,34 +38,45 @@ def config_folder() -> Path:
 
 
 def run_verb(
-    verb: str, schema: type[T], main: Callable[[T], None], groups: dict[str, dict[str, type]] | None = None
+    verb: str,
+    schema: type[T],
+    main: Callable[[T], None],
+    groups: dict[str, dict[str, type]] | None = None,
+    overrides: list[str] | None = None,
 ) -> None:
-    """Compose ``configs/<verb>.yaml`` with the overrides in sys.argv and call ``main`` with the typed configuration.
+    """Compose ``configs/<verb>.yaml`` with the overrides and call ``main`` with the typed configuration.
 
     Args:
         verb: name of the verb and of its config.
         schema: dataclass of the whole configuration.
         main: does the work.
         groups: per Hydra group, the dataclass of each choice.
+        overrides: of the fields; None takes the command line's.
     """
     register(verb, schema, groups or {})
-    sys.argv[0] = f"c2g {verb}"
+    sys.argv = [f"c2g {verb}", *(sys.argv[1:] if overrides is None else overrides)]
     warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing a user can mend
-    try:
+    with user_errors(verb):
         _check_overrides(verb, sys.argv[1:])
-    except C2GError as error:
-        _fail(verb, error)
 
     def task(config: DictConfig) -> None:
-        try:
+        with user_errors(verb):
             main(typed(config, schema))
-        except C2GError as error:
-            _fail(verb, error)
-        except Preempted as stop:
-            print(f"c2g {verb}: {stop}", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT if stop.signal_name == "SIGINT" else EXIT_PREEMPTED)
 
     hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(task)()
+
+
+@contextlib.contextmanager
+def user_errors(verb: str) -> Iterator[None]:
+    """Within, a user's mistake ends the process with one line, and a signal that was heeded with a code of its own."""
+    try:
+        yield
+    except C2GError as error:
+        print(f"c2g {verb}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Preempted as stop:
+        print(f"c2g {verb}: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT if stop.signal_name == "SIGINT" else EXIT_PREEMPTED)
 
 
 def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
@@ -93,7 +105,7 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     except MissingMandatoryValue as error:
         raise C2GError(str(error).splitlines()[0], "give it on the command line") from error
     assert isinstance(result, schema)
-    extra = set(_keys(OmegaConf.to_container(config))) - set(_keys(asdict(result)))  # type: ignore[call-overload]
+    extra = set(keys(OmegaConf.to_container(config))) - set(keys(asdict(result)))  # type: ignore[call-overload]
     if extra:  # Hydra's +key=value adds what no dataclass has
         raise C2GError(f"there is no setting {min(extra)!r}", "drop it; see --help for what can be set")
     return result
@@ -109,11 +121,6 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
         GlobalHydra.instance().clear()
 
 
-def _fail(verb: str, error: C2GError) -> None:
-    print(f"c2g {verb}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
-
-
 def _check_overrides(verb: str, argv: list[str]) -> None:
     """Compose once before Hydra does, to turn its several lines into one that says how to mend it."""
     args = get_args_parser().parse_args(argv)
@@ -121,7 +128,7 @@ def _check_overrides(verb: str, argv: list[str]) -> None:
         return
     plain = OmegaConf.to_container(composed(verb, []))
     assert isinstance(plain, dict)
-    known = list(_keys(plain))
+    known = list(keys(plain))
     chosen = [override.partition("=")[0] for override in args.overrides]
     for group in {name.partition(".")[0] for name in chosen if "." in name} - set(chosen):
         if group in plain and plain[group] is None:
@@ -129,10 +136,11 @@ def _check_overrides(verb: str, argv: list[str]) -> None:
     try:
         composed(verb, args.overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _readable(error, known) from error
+        raise readable(error, known) from error
 
 
-def _readable(error: Exception, known: list[str]) -> C2GError:
+def readable(error: Exception, known: list[str]) -> C2GError:
+    """Hydra's several lines as one that says how to mend it."""
     if isinstance(error, OverrideParseException):
         return C2GError(f"{error.override!r} cannot be read", "write field=value, a list as 'field=[1,2]' in quotes")
     text = f"{error}\n{error.__cause__ or ''}"
@@ -155,8 +163,9 @@ def _readable(error: Exception, known: list[str]) -> C2GError:
     return C2GError(" ".join(lines[:2]), "see --help for what can be set")
 
 
-def _keys(value: Any, prefix: str = "") -> Any:
+def keys(value: Any, prefix: str = "") -> Any:
+    """Dotted names of all fields of nested plain values."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield f"{prefix}{key}"
-            yield from _keys(item, f"{prefix}{key}.")
+            yield from keys(item, f"{prefix}{key}.")

@@ -219,7 +219,7 @@ def test_help_and_cfg_show_every_field_and_do_nothing(c2g, tmp_path, verb):
     code, plain, _ = c2g(verb, "--cfg", "job")
     assert code == 0
     fields = [line.split(":")[0] for line in plain.splitlines() if not line.startswith((" ", "-"))]
-    assert "run_dir" in fields or "out" in fields or "classifier" in fields
+    assert {"run_dir", "out", "classifier", "study_dir"} & set(fields)
     code, out, _ = c2g(verb, "--help")
     assert code == 0
     assert f"c2g {verb}" in out

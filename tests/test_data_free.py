@@ -28,10 +28,12 @@ KNOWS = {
     "generators": {"kkt", "classifiers"},
     "training": {"kkt", "classifiers", "generators", "distributed", "monitoring"},
     "planning": {"classifiers", "distributed", "training"},
+    "scheduling": set(),
     "data": {"classifiers"},
+    "studies": {"classifiers", "distributed", "training", "scheduling", "data", "evaluation"},
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }
-SHARED = {"errors", "files"}
+SHARED = {"errors", "files", "lease", "settings"}
 FITS_TO_DATA = "hpc_c2g.classifiers.make"
 """The one module of `classifiers` that knows data: it makes bundles, and no training reaches it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,39 @@ def detect(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
         master = first_host(values["SLURM_STEP_NODELIST"])
         return LaunchEnvironment("srun", rank, world, local, local_world, master, port)
     return LaunchEnvironment()
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The job that this process belongs to.
+
+    Attributes:
+        job: its name for people and for Slurm's commands, such as ``123_4``.
+        node: host of this process.
+        restart: how often Slurm has restarted it.
+        rank: of this process.
+    """
+
+    job: str
+    node: str
+    restart: int
+    rank: int
+
+
+def allocation(job: str | None = None, environ: Mapping[str, str] | None = None) -> Allocation:
+    """The Slurm job around this process, or ``job`` (None: the process itself) where there is none.
+
+    Raises:
+        C2GError: the launcher's variables are incomplete or contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    rank, node, slurm = detect(environ).rank, socket.gethostname(), environ.get("SLURM_JOB_ID")
+    if job is not None or slurm is None:
+        return Allocation(job or f"process {os.getpid()}", node, 0, rank)
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{element}" if array and element else slurm
+    restart = environ.get("SLURM_RESTART_COUNT", "0")
+    return Allocation(name, node, int(restart) if restart.isdigit() else 0, rank)
 
 
 def first_host(nodelist: str) -> str:

@@ -1,0 +1,58 @@
+"""``c2g cancel DIR [RUN ...]``: stop a study's tasks; what is at work saves first, and the same sweep goes on from there."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_c2g.files import write_atomically
+from hpc_c2g.scheduling.queue import Queue
+from hpc_c2g.studies.find import chosen
+from hpc_c2g.studies.here import stop_here
+from hpc_c2g.studies.ledger import Ledger
+from hpc_c2g.studies.study import read_study
+from hpc_c2g.studies.view import ACTIVE, look
+from launch.arguments import as_overrides
+from launch.cli import run_verb, user_errors
+
+
+@dataclass
+class CancelConfig:
+    """What to stop.
+
+    Attributes:
+        study_dir: of the study.
+        run: ids, beginnings of ids, or folders; none: everything.
+    """
+
+    study_dir: str = "???"
+    run: list[str] = field(default_factory=list)
+
+
+def cancel(config: CancelConfig) -> None:
+    """Mark first, so that nothing puts a job that ends back into the queue; then stop."""
+    study = Path(config.study_dir)
+    cluster = read_study(study).cluster
+    here = cluster in ("local", "debug")
+    queue = None if here else Queue()
+    views = chosen(look(study, Ledger(study).rows(), queue.ask() if queue else None), config.run)
+    views = [v for v in views if v.state in ACTIVE or (here and v.state in ("new", "interrupted"))]
+    for view in views:
+        write_atomically(study / view.row.folder / f"{view.row.stage}.cancelled", b"")
+    if queue:
+        queue.cancel([v.row.job for v in views])
+    else:
+        stop_here(study, views)
+    print(f"cancelled: {len(views)} tasks; the same `c2g sweep` goes on with them")
+
+
+def main() -> None:
+    """Entry point."""
+    with user_errors("cancel"):
+        overrides = as_overrides(sys.argv[1:], CancelConfig, ["study_dir", "run"])
+    run_verb("cancel", CancelConfig, cancel, overrides=overrides)
+
+
+if __name__ == "__main__":
+    main()
