@@ -29,8 +29,7 @@ def from_plain(
     try:
         node = OmegaConf.structured(schema)
         for field, kinds in (choices or {}).items():
-            default = getattr(node[field], "name", None)
-            name = (values.get(field) or {}).get("name", default)
+            name: str = (values.get(field) or {}).get("name", node[field].name)
             if name not in kinds:
                 raise C2GError(f"{field}.name={name!r} is unknown", f"choose one of {', '.join(kinds)}")
             node[field] = OmegaConf.structured(kinds[name])

@@ -58,7 +58,7 @@ def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = 
 
 def quoted(value: str) -> str:
     """A value as it is, whatever characters it has, in Hydra's syntax."""
-    if re.fullmatch(r"[\w./:-]+", value):
+    if re.fullmatch(r"[A-Za-z0-9_./:-]+", value):
         return value
     # within quotes Hydra reads a backslash only before a quote
     inner = re.sub(r'(\\*)"', lambda m: m[1] * 2 + '\\"', value)

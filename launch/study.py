@@ -270,7 +270,8 @@ def _groups(stage: str) -> frozenset[str]:
 @cache
 def _resolved(stage: str, overrides: tuple[str, ...]) -> str:
     """The stage's settings without paths, checked, as JSON."""
-    groups, plain = [], []
+    groups: list[Override] = []
+    plain: list[Override] = []
     for override in _parsed(overrides):
         simple = override.key_or_group not in _groups(stage) and not override.is_add() and not override.is_force_add()
         (plain if simple and not override.is_delete() else groups).append(override)

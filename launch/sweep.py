@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
 from hpc_c2g.errors import C2GError
-from hpc_c2g.scheduling.profile import SlurmProfile, load_profile
+from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.studies.collect import collect
 from hpc_c2g.studies.config import NEEDS, StudyConfig
 from hpc_c2g.studies.here import run_here, run_within
 from hpc_c2g.studies.launcher import Launcher, launching
@@ -27,22 +27,9 @@ from launch.arguments import as_overrides, split_grid
 from launch.cli import run_verb, user_errors
 from launch.status import counts_table, told
 from launch.study import expand, grid_of, plan
+from launch.where import DEBUG, Where, profile_of
 
-LOCAL, DEBUG = "local", "debug"
 LOOK_SECONDS = 10.0
-
-
-@dataclass
-class Where:
-    """Where a study runs.
-
-    Attributes:
-        name: ``local``, ``debug``, a name of slurm/profiles, or a profile's file; ``cluster=NAME`` on the command line.
-        profile: settings laid over the profile; ``profile.FIELD=VALUE`` on the command line.
-    """
-
-    name: str = LOCAL
-    profile: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,7 +116,7 @@ def hand_out(
                 views = run_within(launcher, only, tell)
             else:
                 views = run_here(launcher, study.parallel or len(os.sched_getaffinity(0)), only, tell)
-        _end(folder, views)
+        _end(folder, study.study.name, views)
         return
     arrays = SlurmArrays(launcher, profile, study.cluster, study.study.name)
     arrays.recover()
@@ -138,7 +125,7 @@ def hand_out(
         with Live(console=console, refresh_per_second=2, transient=True) as live:
             for views in watch(arrays, stages, only, LOOK_SECONDS):
                 live.update(counts_table(folder, views))
-        _end(folder, views)
+        _end(folder, study.study.name, views)
         return
     views = arrays.views()
     missing = launcher.wanted(views, only)
@@ -156,30 +143,21 @@ def config_path(folder: Path) -> str:
     return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
-def _end(folder: Path, views: Sequence[View]) -> None:
-    """Say how it ended; an exit code tells scripts whether all was done."""
+def _end(folder: Path, name: str, views: Sequence[View]) -> None:
+    """Collect the results, and say how it ended; an exit code tells scripts whether all was done."""
     print(f"study: {folder}: {told(views)}")
+    collect(folder, name, views)
+    print(f"written: {config_path(folder)}/results.md, results.csv, results.json")
     bad = [v for v in views if v.state != "done"]
     for view in bad[:10]:
         print(f"  {view.row.stage} {view.row.id} ({view.row.label}): {view.state}: {view.reason}", file=sys.stderr)
     if bad:
         print(f"next: c2g status {config_path(folder)}; c2g logs RUN; c2g retry {config_path(folder)}", file=sys.stderr)
         sys.exit(1)
-    print(f"next: c2g collect {config_path(folder)}")
 
 
 def _profile(config: SweepConfig) -> SlurmProfile | None:
-    if config.cluster.name in (LOCAL, DEBUG):
-        if config.cluster.profile:
-            raise C2GError(
-                f"profile.{next(iter(config.cluster.profile))} is set, but cluster={config.cluster.name} has no profile",
-                "drop it",
-            )
-        return None
-    over = dict(config.cluster.profile)
-    if config.parallel is not None:
-        over["throttle"] = config.parallel
-    return load_profile(config.cluster.name, over)
+    return profile_of(config.cluster, **({} if config.parallel is None else {"throttle": config.parallel}))
 
 
 def _show(config: SweepConfig, folder: Path, tasks: list[Task], profile: SlurmProfile | None) -> None:

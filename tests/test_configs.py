@@ -33,6 +33,7 @@ REQUIRED = {
     "evaluate": {"run_dir": "r"},
     "demo": {},
     "plan": {"classifier": "c"},
+    "doctor": {},
     "sweep": {"study_dir": "s"},
     "status": {"study_dir": "s"},
     "logs": {"run": "r"},

@@ -428,6 +428,29 @@ def test_errors_of_the_file_system_are_forgiven_for_a_while(tmp_path, world, mon
     assert not lease.still_mine()
 
 
+def test_a_renewal_counts_from_its_start_and_one_that_hung_takes_a_new_epoch(tmp_path, world, monkeypatch):
+    lease, touch, seconds = Lease(tmp_path, every=5.0, expires=10.0).acquire(), os.utime, 4.0
+
+    def hang(path: Path) -> None:
+        touch(path)
+        world.now += seconds
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(os, "utime", hang)
+    assert lease.still_mine()
+    assert lease.epoch == 1
+    seconds = 12.0  # others may have judged in the meantime
+    assert lease.still_mine()
+    assert lease.epoch == 2
+    seconds = 4.0
+    assert lease.still_mine()
+    monkeypatch.setattr(module, "_look", fail)
+    world.now += 7
+    assert not lease.still_mine()
+
+
 @pytest.mark.parametrize("removed", ["", "leases"])
 def test_a_holder_whose_folder_vanishes_for_long_is_told_once(tmp_path, removed):
     told = []
@@ -523,7 +546,7 @@ ACTIONS = st.lists(st.sampled_from(["claim and wait", "check", "claim", "release
 TURN = st.tuples(st.integers(0, ACTORS - 1), st.integers(1, 9), st.sampled_from([0.0, 0.0, 0.0, 5.0, 12.0]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     scripts=st.lists(ACTIONS, min_size=ACTORS, max_size=ACTORS),
     turns=st.lists(TURN, min_size=10, max_size=40),

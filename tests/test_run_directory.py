@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.lease import Lease
 from hpc_c2g.training.config import (
     CheckpointConfig,
     LogConfig,
@@ -167,3 +170,25 @@ def test_a_path_that_cannot_be_a_folder_is_named(config, tmp_path, run_dir):
     with pytest.raises(C2GError, match="cannot write") as caught:
         enter(replace(config, run_dir=str(tmp_path / run_dir)))
     assert str(tmp_path / run_dir) in caught.value.what
+
+
+def test_a_run_that_a_study_holds_on_another_host_is_refused_and_its_own_process_is_not(tmp_path):
+    config = TrainConfig(classifier="c", run_dir=str(tmp_path / "run"))
+    with Lease(tmp_path / "run", "job 7_1 on n2"):
+        with RunDirectory(config):
+            pass
+        file = max((tmp_path / "run" / "leases").glob("0*"))
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps({**told, "host": "n2", "boot": "another"}))
+        with pytest.raises(C2GError, match="is in use by job 7_1 on n2"), RunDirectory(config):
+            pass
+        file.write_text(json.dumps(told))
+
+
+def test_a_file_system_without_locks_is_no_run_in_use(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with RunDirectory(TrainConfig(classifier="c", run_dir=str(tmp_path / "run"))):
+        pass

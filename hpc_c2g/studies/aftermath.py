@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.lease import EXIT_LEASE_LOST
 from hpc_c2g.scheduling.queue import Queue
 from hpc_c2g.studies.reports import Report, read_report, write_report
 from hpc_c2g.studies.submissions import read_submission
@@ -20,8 +21,8 @@ from hpc_c2g.studies.tasks import Task, read_spec
 from hpc_c2g.training.preemption import EXIT_PREEMPTED
 
 SIGNALS = {9: "SIGKILL, out of memory perhaps", 6: "SIGABRT", 7: "SIGBUS", 11: "SIGSEGV"}
-STOPPED = (EXIT_PREEMPTED, 128 + 10, 128 + 12, 128 + 15)
-"""Codes of an attempt that a signal asked to stop, or that had not yet begun to listen to it."""
+STOPPED = (EXIT_PREEMPTED, EXIT_LEASE_LOST, 128 + 10, 128 + 12, 128 + 15)
+"""Codes of an attempt that a signal asked to stop, also before it listened to it, or that another has taken over."""
 REQUEUED = 255
 """submitit's own handler was faster: the job is in the queue again."""
 

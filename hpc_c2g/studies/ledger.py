@@ -113,7 +113,8 @@ class Ledger:
         """All tasks, in the order of stages and of the grid."""
         with self._open() as connection:
             found = connection.execute(f"select {','.join(COLUMNS)} from tasks order by position").fetchall()
-        return [Row(*r[:4], tuple(json.loads(r[4])), *r[5:]) for r in found]
+        named = [dict(zip(COLUMNS, values, strict=True)) for values in found]
+        return [Row(**{**row, "upstream": tuple(json.loads(row["upstream"]))}) for row in named]
 
     def add(self, tasks: Iterable[Task], allowed: int) -> None:
         """Enter tasks that are not there yet; what is known of the others stays, but for ``allowed``, which only grows."""

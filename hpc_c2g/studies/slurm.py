@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class SlurmArrays:
         count = len(submission.elements)
         aftermath = aftermath_command(self.profile, study, submission.token, count > 1)
         try:
-            job = _through_submitit(
+            job = through_submitit(
                 self.profile,
                 submitit_parameters(self.profile, batch.shape, submission.name, after, aftermath),
                 folder,
@@ -222,8 +222,8 @@ class SlurmArrays:
         self.launcher.ledger.submitted(submission, job)
 
 
-def _through_submitit(
-    profile: SlurmProfile, parameters: dict[str, Any], folder: Path, attempts: Sequence[Attempt]
+def through_submitit(
+    profile: SlurmProfile, parameters: dict[str, Any], folder: Path, attempts: Sequence[Callable[[], None]]
 ) -> str:
     """The job's number.
 

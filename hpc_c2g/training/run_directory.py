@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -16,8 +17,10 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf let
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.lease import live_holder
 from hpc_c2g.training.config import TrainConfig
 
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # what may differ when a run is resumed: it does not change the result
 FREE_TO_CHANGE = (
     "run_dir",
@@ -50,15 +53,9 @@ class RunDirectory:
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+        if holder := self._held_elsewhere():
             self._lock.close()
-            raise C2GError(
-                f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir"
-            ) from None
+            raise C2GError(f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -68,6 +65,20 @@ class RunDirectory:
             self._lock.close()
             raise
         return self
+
+    def _held_elsewhere(self) -> str | None:
+        """Who else holds the folder: a process that locks it here, or one on any host whose study holds its lease; else lock it."""
+        leased = live_holder(self.path)
+        if leased is not None and not (leased.is_here and leased.pid == os.getpid()):
+            return leased.text
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:  # some file systems have none; a study's lease does without
+                return None
+            self._lock.seek(0)
+            return self._lock.read().strip() or "another process"
+        return None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None

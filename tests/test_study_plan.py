@@ -1,0 +1,227 @@
+"""Laws of planning: Hydra's grammar expands the grid, shared tasks are there once, and mistakes are told before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_c2g.classifiers.make import ClassifierConfig
+from hpc_c2g.errors import C2GError
+from hpc_c2g.settings import from_plain
+from hpc_c2g.studies import identity
+from hpc_c2g.studies.config import NAME, STAGES, StudyConfig, Variant
+from hpc_c2g.studies.work import prepared
+from hpc_c2g.training.config import config_from
+from launch.cli import composed, config_folder, register, typed
+from launch.study import SCHEMAS, expand, grid_of, plan, resolved, routes
+from launch.sweep import SweepConfig
+
+CODE = dict.fromkeys(STAGES, "code")
+STUDIES = sorted(file.stem for file in (config_folder() / "study").glob("*.yaml"))
+
+
+def study(name: str) -> StudyConfig:
+    register("sweep", SweepConfig, {"study": {"study": StudyConfig}})
+    return typed(composed("sweep", [f"study={name}", "study_dir=s"]), SweepConfig).study
+
+
+def planned(config: StudyConfig, *grid: str):
+    return plan(config, expand(grid_of(config, grid)), CODE)
+
+
+def of(tasks, stage: str):
+    return [t for t in tasks.values() if t.stage == stage]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_s_own_grid_plans_into_tasks_that_build_on_each_other(name):
+    config = study(name)
+    tasks = planned(config)
+    assert {t.stage for t in tasks.values()} == set(config.stages)
+    for task in tasks.values():
+        assert [tasks[u].stage for u in task.upstream] == [
+            "train" if task.stage in ("evaluate", "bound") else "classifier"
+        ] * len(task.upstream)
+        assert task.inputs == tuple(tasks[u].folder for u in task.upstream)
+        assert bool(task.upstream) == (task.stage != "classifier")
+    assert len(of(tasks, "train")) == len(expand(grid_of(config, [])))
+    assert __import__("re").fullmatch(NAME, config.name)
+
+
+def test_the_studies_that_a_user_relies_on_are_there():
+    assert {
+        "multi_classifier",
+        "batch_scaling",
+        "data_scaling",
+        "architecture",
+        "sampling_bound",
+        "strong_scaling",
+        "weak_scaling",
+    } <= set(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("grid", "wanted"),
+    [
+        (["a=1,2", "b=x"], [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]),
+        (["a=range(3)"], [{"a": "0"}, {"a": "1"}, {"a": "2"}]),
+        (["a=choice(1,2)"], [{"a": "1"}, {"a": "2"}]),
+        (["a=[1,2],[3]"], [{"a": "[1,2]"}, {"a": "[3]"}]),
+        (["a='x,y'"], [{"a": "'x,y'"}]),
+        ([], [{}]),
+    ],
+)
+def test_the_grid_is_in_hydra_s_own_syntax(grid, wanted):
+    assert expand(grid) == wanted
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_points_are_the_product_of_the_fields_values_the_last_field_fastest(sizes):
+    grid = [f"f{i}={','.join(map(str, range(n)))}" for i, n in enumerate(sizes)]
+    points = expand(grid)
+    assert [tuple(p.values()) for p in points] == list(itertools.product(*(map(str, range(n)) for n in sizes)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "fragments"),
+    [
+        (["seed="], ("the grid of seed is empty", "seed=value1,value2")),
+        (["seed=1,1"], ("a value twice",)),
+        (["seed=0", "seed=1"], ("seed is in the grid twice",)),
+        (["~seed"], ("is no field with values",)),
+        (["seed=interval(0,1)"], ("is no list of values",)),
+        (["seed=[1"], ("cannot be read",)),
+        (["seed=range(200)", "steps=range(1,100)"], ("19800 points", "limit=500", "--yes")),
+    ],
+)
+def test_a_bad_grid_is_told(grid, fragments):
+    with pytest.raises(C2GError) as caught:
+        expand(grid, 500)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert caught.value.mend
+
+
+def test_a_classifier_that_several_runs_need_is_fitted_once():
+    tasks = planned(study("batch_scaling"), "global_batch=20,40", "seed=0,1")
+    assert [len(of(tasks, stage)) for stage in ("classifier", "certify", "train", "evaluate")] == [2, 2, 4, 4]
+    assert {t.upstream for t in of(tasks, "train")} == {(t.id,) for t in of(tasks, "classifier")}
+
+
+def test_a_field_goes_to_every_stage_that_has_it_and_a_named_stage_goes_first():
+    stages = ("classifier", "certify", "train", "evaluate")
+    assert [s for s, _ in routes("seed", stages)] == ["classifier", "train", "evaluate"]
+    assert [s for s, _ in routes("data", stages)] == ["classifier"]  # the others follow its record
+    assert [s for s, _ in routes("data.train_size", stages)] == ["classifier"]
+    assert [s for s, _ in routes("fit.epochs", stages)] == ["classifier"]  # a field of another choice
+    assert routes("train.seed", stages) == (("train", "seed"),)
+    assert routes("+deepspeed.x", stages) == (("train", "+deepspeed.x"),)
+    tasks = planned(study("batch_scaling"), "train.seed=5,6", "seed=0", "global_batch=20")
+    assert len(of(tasks, "classifier")) == 1
+    assert [t.config["seed"] for t in of(tasks, "train")] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("grid", "fragments"),
+    [
+        ("sed=1", ("'sed'", "seed")),
+        ("optimiser.rte=1", ("'optimiser.rte'", "optimiser.rate")),
+        ("run_dir=x", ("run_dir is given by the study",)),
+        ("train.run_dir=x", ("train.run_dir is given by the study",)),
+        ("optimiser.rate=fast", ("optimiser.rate=fast",)),
+        ("steps=0", ("train: steps=0",)),
+        ("generator=gan", ("generator=gan", "conv, free, mlp")),
+        ("data=cifar", ("data=cifar", "cifar10")),
+        ("nodes=0", ("nodes=0",)),
+        ("count=10,20", ("evaluate alone",)),
+    ],
+)
+def test_a_mistake_in_the_grid_is_told_by_name_before_anything_starts(grid, fragments):
+    with pytest.raises(C2GError) as caught:
+        planned(study("batch_scaling"), grid, "global_batch=20") if grid != "variant=x" else None
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert caught.value.mend
+
+
+def test_one_generator_may_have_several_classifiers():
+    tasks = planned(study("multi_classifier"), "variant=two_disjoint,only_0_to_4", "seed=0")
+    two, one = of(tasks, "train")
+    assert (len(two.upstream), len(one.upstream)) == (2, 1)
+    assert one.upstream[0] in two.upstream  # fitted once for both
+    classes = [tasks[u].config["data"]["classes"] for u in two.upstream]
+    assert classes == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_a_variant_must_exist_and_its_classifiers_must_differ():
+    with pytest.raises(C2GError, match="variant=three is unknown to study=multi_classifier"):
+        planned(study("multi_classifier"), "variant=three")
+    twice = StudyConfig(name="x", variants={"v": Variant(classifiers=[["seed=1"], ["seed=1"]])})
+    with pytest.raises(C2GError, match="has a classifier twice"):
+        planned(twice)
+
+
+def test_nodes_make_other_runs_of_the_same_settings():
+    tasks = planned(study("strong_scaling"), "nodes=1,2", "tasks_per_node=2")
+    assert [(t.nodes, t.tasks_per_node) for t in of(tasks, "train")] == [(1, 2), (2, 2)]
+    assert len(of(tasks, "classifier")) == 1
+    assert of(tasks, "classifier")[0].ranks == 1
+
+
+CASES = [
+    ("train", ("steps=7", "seed=3", "optimiser.betas=[0.5,0.6]", "micro_batch=auto", "scale.start=null")),
+    ("train", ("generator=conv", "generator.codes=3", "steps=5")),
+    ("train", ("generator=free",)),
+    ("classifier", ("fit=ordinary", "fit.epochs=3", "data.classes=[1,2]", "model=cnn", "model.width=4")),
+    ("evaluate", ("baselines=false", "count=5")),
+]
+
+
+@pytest.mark.parametrize(("stage", "overrides"), CASES)
+def test_the_fast_way_to_compose_gives_what_hydra_composes(stage, overrides):
+    schema, groups = SCHEMAS[stage]
+    register(stage, schema, groups)
+    given = {"classifier": ["out=o"], "train": ["classifier=c", "run_dir=r"], "evaluate": ["run_dir=r"]}[stage]
+    whole = typed(composed(stage, [*given, *overrides]), schema)
+    values = resolved(stage, overrides)
+    again = {
+        "classifier": lambda: from_plain(ClassifierConfig, {**values, "out": "o"}, {"fit": groups.get("fit", {})}),
+        "train": lambda: config_from({**values, "classifier": "c", "run_dir": "r"}),
+        "evaluate": lambda: from_plain(schema, {**values, "run_dir": "r"}),
+    }[stage]()
+    assert again == whole
+
+
+def test_every_stage_has_work():
+    for stage in STAGES:
+        assert callable(prepared(stage))
+        assert identity.code_version(stage)
+
+
+def test_an_identity_is_settings_upstream_shape_and_code_alone():
+    first = identity.run_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), "c")
+    assert first == identity.run_id("train", {"b": 2, "a": 1}, ["x"], (1, 1), "c")
+    others = [
+        identity.run_id("evaluate", {"a": 1, "b": 2}, ["x"], (1, 1), "c"),
+        identity.run_id("train", {"a": 1, "b": 3}, ["x"], (1, 1), "c"),
+        identity.run_id("train", {"a": 1, "b": 2}, ["y"], (1, 1), "c"),
+        identity.run_id("train", {"a": 1, "b": 2}, ["x"], (2, 1), "c"),
+        identity.run_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), "d"),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_comments_docstrings_and_layout_are_no_change_of_code():
+    plain = "def f(x):\n    return x + 1\n"
+    same = '"""About."""\n\n\ndef f(x):\n    """Adds."""\n    # one\n    return (x\n            + 1)\n'
+    assert identity._meaning(plain) == identity._meaning(same)
+    assert identity._meaning(plain) != identity._meaning(plain.replace("1", "2"))
+
+
+@pytest.mark.parametrize("stages", [["train"], ["classifier", "evaluate"], ["classifier", "paint"], []])
+def test_stages_need_what_they_build_on(stages):
+    with pytest.raises(C2GError, match=r"study\.stages"):
+        StudyConfig(name="x", stages=stages)
