@@ -16,6 +16,7 @@ from hpc_c2g.studies.view import View
 
 METRICS = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diversity")
 MEASURED = ("stationarity", "alpha", "rho", "samples_per_second")
+SAMPLED = ("error", "predicted", "quantile", "bound", "residual_bias")
 SEEDS = ("seed", "train.seed", "classifier.seed")
 Row = dict[str, Any]
 
@@ -131,6 +132,18 @@ def bounds(study: Path, views: Sequence[View]) -> list[Row]:
     return found
 
 
+def bound_groups(errors: Sequence[Row]) -> list[Row]:
+    """Means over runs of the sampling errors of each scheme and batch."""
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
+    for row in errors:
+        grouped.setdefault((row["classifier"], row["scheme"], row["batch"]), []).append(row)
+    return [
+        {"classifier": k, "scheme": scheme, "batch": batch, "runs": len(members)}
+        | {name: statistics.mean(m[name] for m in members) for name in SAMPLED}
+        for (k, scheme, batch), members in grouped.items()
+    ]
+
+
 def collect(study: Path, name: str, views: Sequence[View]) -> tuple[list[Row], list[str]]:
     """Write ``results.json``, ``results.csv`` and ``results.md`` into the study's folder; returns groups and what was left out.
 
@@ -149,7 +162,7 @@ def collect(study: Path, name: str, views: Sequence[View]) -> tuple[list[Row], l
     }
     write_atomically(study / "results.json", json.dumps(content, indent=1).encode())
     write_atomically(study / "results.csv", as_csv(found).encode())
-    write_atomically(study / "results.md", as_markdown(name, grouped, errors, left_out).encode())
+    write_atomically(study / "results.md", as_markdown(name, grouped, bound_groups(errors), left_out).encode())
     return grouped, left_out
 
 

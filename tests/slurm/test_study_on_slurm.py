@@ -38,6 +38,11 @@ def steps(study_dir: Path) -> int:
     return sum(f.read_text().count("\n") for f in study_dir.glob("runs/*/metrics.jsonl"))
 
 
+def active(cluster: Cluster) -> set[str]:
+    """Jobs that wait or run."""
+    return {job for job, state in cluster.queue().items() if state in ("PENDING", "RUNNING", "COMPLETING")}
+
+
 def finish(study_dir: Path, *more: str) -> None:
     sweep(study_dir, *ON_SLURM, "--watch", *more)
 
@@ -61,7 +66,7 @@ def test_arrays_wait_for_what_they_build_on_and_a_second_sweep_submits_nothing(c
     assert states(study_dir) == {"classifier": ["done"], "train": ["done", "done"]}
     assert {report(study_dir, row).attempts for row in rows(study_dir, "train")} == {1}
     printed = c2g("logs", study_dir / rows(study_dir, "train")[0].folder)
-    assert "train" in printed
+    assert "Job completed successfully" in printed
 
 
 def test_a_preempted_run_is_the_undisturbed_run_bitwise(cluster: Cluster, tmp_path: Path, undisturbed: Path):
@@ -127,7 +132,7 @@ def test_a_submission_whose_launcher_was_killed_is_found_again(cluster: Cluster,
     assert "0 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
     (study_dir / FILE).unlink()  # and where it was lost altogether
     assert "0 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
-    assert len(cluster.queue()) == 2
+    assert len(active(cluster)) == 2
 
 
 def test_cancelled_jobs_do_not_come_back_by_themselves(cluster: Cluster, tmp_path: Path):
@@ -137,7 +142,7 @@ def test_cancelled_jobs_do_not_come_back_by_themselves(cluster: Cluster, tmp_pat
     c2g("cancel", study_dir)
     cluster.idle(60)
     time.sleep(8)  # a requeued job would be back by now
-    assert set(cluster.queue().values()) <= {"CANCELLED", "COMPLETED", "FAILED"}
+    assert active(cluster) == set()
     assert states(study_dir)["train"] == ["cancelled"]
     assert "saved after step" in report(study_dir, rows(study_dir, "train")[0]).cause
     assert "1 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
@@ -165,7 +170,7 @@ def test_what_sbatch_refuses_is_one_line_and_nothing_is_submitted(cluster: Clust
         (line,) = [line for line in out.splitlines() if line.strip()]
         assert "sbatch refuses" in line
         assert told in line.lower()
-    assert cluster.queue() == {}
+    assert active(cluster) == set()
 
 
 def test_status_warns_where_slurm_does_not_answer(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
