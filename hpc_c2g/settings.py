@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
 
 from hpc_c2g.errors import C2GError
 
@@ -38,3 +40,26 @@ def from_plain(
         raise C2GError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
     assert isinstance(result, schema)
     return result
+
+
+def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, Any]:
+    """Plain values of a yaml file.
+
+    Args:
+        file: to read.
+        absent: what is wrong where it cannot be read, such as ``run_dir=x is no run``.
+        begin: what to do then.
+        restore: what to do where it is damaged.
+
+    Raises:
+        C2GError: the file cannot be read, or holds no settings.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(file.read_text()))
+    except OSError as error:
+        raise C2GError(f"{absent}: {file.name} cannot be read ({error.strerror})", begin) from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise C2GError(f"{file} is damaged: {str(error).splitlines()[0]}", restore) from error
+    if not isinstance(values, dict):
+        raise C2GError(f"{file} is damaged: it holds no settings", restore)
+    return {str(k): v for k, v in values.items()}

@@ -15,6 +15,7 @@ VERBS = {
     "bound": "error of the KKT sum against the batch size, beside its bound, without data",
     "evaluate": "judge a generator against real data, beside its baselines",
     "demo": "all of it on handwritten digits",
+    "doctor": "what would stop a study on this cluster, before it does",
     "sweep": "a study: many runs, here or as Slurm arrays, whatever happens to the machines",
     "status": "where a study stands, and why what failed has failed",
     "logs": "what a run of a study printed",

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -97,3 +99,15 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert ids
     for row in rows(one, "train"):
         assert differences(one / row.folder, other / row.folder) == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def steps(study_dir: Path) -> int:
+    """Lines of metrics of all runs."""
+    return sum(f.read_text().count("\n") for f in study_dir.glob("runs/*/metrics.jsonl"))

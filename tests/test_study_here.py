@@ -6,11 +6,23 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from studies import SMALL, assert_same_runs, c2g, environment, report, rows, start, states, status, sweep
+from studies import (
+    SMALL,
+    assert_same_runs,
+    c2g,
+    environment,
+    report,
+    rows,
+    start,
+    states,
+    status,
+    steps,
+    sweep,
+    wait_for,
+)
 
 from hpc_c2g.studies.ledger import FILE
 
@@ -24,18 +36,6 @@ def finished(tmp_path_factory) -> Path:
     out = sweep(study_dir, "cluster=debug", *GRID)
     assert "3 done" in out
     return study_dir
-
-
-def wait_for(condition, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def steps(study_dir: Path) -> int:
-    """Lines of metrics of all runs."""
-    return sum(f.read_text().count("\n") for f in study_dir.glob("runs/*/metrics.jsonl"))
 
 
 def test_the_same_command_does_nothing_twice(finished):

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
-from hpc_c2g.settings import from_plain
+from hpc_c2g.settings import from_plain, read_plain
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.identity import code_version
 from hpc_c2g.studies.ledger import Ledger
@@ -51,21 +49,8 @@ def read_study(folder: Path) -> StudyFile:
     Raises:
         C2GError: no study there, or its file is damaged.
     """
-    file = folder / FILE
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(file.read_text()))
-    except OSError as error:
-        raise C2GError(
-            f"study_dir={folder} is no study: {FILE} cannot be read ({error.strerror})",
-            "begin one: `c2g sweep study=NAME`",
-        ) from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise C2GError(
-            f"{file} is damaged: {str(error).splitlines()[0]}", "restore it, or choose another study_dir"
-        ) from error
-    if not isinstance(values, dict):
-        raise C2GError(f"{file} is damaged: it holds no settings", "restore it, or choose another study_dir")
-    return from_plain(StudyFile, {str(k): v for k, v in values.items()})
+    absent, restore = f"study_dir={folder} is no study", "restore it, or choose another study_dir"
+    return from_plain(StudyFile, read_plain(folder / FILE, absent, "begin one: `c2g sweep study=NAME`", restore))
 
 
 def joined(folder: Path, new: StudyFile, extend: bool, accept_code: bool) -> StudyFile:

@@ -12,12 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.lease import live_holder
+from hpc_c2g.settings import read_plain
 from hpc_c2g.training.config import TrainConfig
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -123,18 +122,9 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         C2GError: missing or no yaml mapping.
     """
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(file.read_text()))
-    except OSError as error:
-        raise C2GError(
-            f"run_dir={file.parent} is no run: {file.name} cannot be read ({error.strerror})",
-            "train first: `c2g train`",
-        ) from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise C2GError(f"{file} is damaged: {str(error).splitlines()[0]}", "train again in another run_dir") from error
-    if not isinstance(values, dict):
-        raise C2GError(f"{file} is damaged: it holds no settings", "train again in another run_dir")
-    return {str(k): v for k, v in values.items()}
+    return read_plain(
+        file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
+    )
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

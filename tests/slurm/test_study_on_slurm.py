@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from studies import assert_same_runs, c2g, report, rows, states, status, sweep
+from studies import assert_same_runs, c2g, report, rows, states, status, steps, sweep, wait_for
 
 from hpc_c2g.studies.ledger import FILE
 
@@ -25,17 +25,6 @@ def undisturbed(tmp_path_factory) -> Path:
     study_dir = tmp_path_factory.mktemp("studies") / "undisturbed"
     sweep(study_dir, "cluster=debug", *SLOW)
     return study_dir
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
-def steps(study_dir: Path) -> int:
-    return sum(f.read_text().count("\n") for f in study_dir.glob("runs/*/metrics.jsonl"))
 
 
 def active(cluster: Cluster) -> set[str]:

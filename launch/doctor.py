@@ -1,0 +1,127 @@
+"""``c2g doctor``: what would stop a study on this cluster, before it does. Imports no torch: it must answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+import hpc_c2g
+from hpc_c2g.errors import C2GError
+from hpc_c2g.scheduling.batch_script import Shape
+from hpc_c2g.scheduling.doctor import Finding, examine_machine, examine_slurm, slurm_answers
+from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.scheduling.study_folder import examine_folder, examine_mount
+from launch.arguments import as_overrides, split_grid
+from launch.cli import run_verb, user_errors
+from launch.where import Where, profile_of
+
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red", "unknown": "dim"}
+
+
+@dataclass
+class DoctorConfig:
+    """What to look at.
+
+    Attributes:
+        study_dir: the study's folder, or one beside which studies will be.
+        cluster: where the study will run.
+        job: also look at nodes, by a small job.
+        nodes: of a run, and of that job.
+        tasks_per_node: ranks on each.
+        wait: seconds within which that job must start.
+        json: a machine-readable answer.
+    """
+
+    study_dir: str = "."
+    cluster: Where = field(default_factory=Where)
+    job: bool = False
+    nodes: int = 1
+    tasks_per_node: int = 1
+    wait: float = 300.0
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        Shape(self.nodes, self.tasks_per_node)
+        if not self.wait > 0:
+            raise C2GError(f"wait={self.wait} is no time", "give seconds > 0")
+
+
+def examined(config: DoctorConfig) -> list[Finding]:
+    """All findings."""
+    folder, profile = Path(os.path.abspath(config.study_dir)), profile_of(config.cluster)
+    if profile is None:
+        if config.job:
+            raise C2GError(f"--job is set, but cluster={config.cluster.name} sends no jobs", "add cluster=PROFILE")
+        return examine_machine() + examine_folder(folder, slurm=False)
+    shape = Shape(config.nodes, config.tasks_per_node)
+    there = examine_folder(folder, slurm=True)
+    found = [*examine_slurm(profile, shape, folder), *there]
+    told: list[Finding] = []
+    if config.job and not any(f.level == "error" for f in there) and slurm_answers():
+        told = _told_by_nodes(profile, shape, folder, config.wait, found)
+    if not any(f.level == "ok" for f in told):  # no node has told whether it sees the files
+        if not any(f.level == "error" for f in there):
+            found.append(examine_mount(f"study_dir={folder}", folder))
+        if not profile.container:
+            found.append(examine_mount("the package", Path(hpc_c2g.__file__).parent))
+    return found + told
+
+
+def _told_by_nodes(
+    profile: SlurmProfile, shape: Shape, folder: Path, wait: float, found: Sequence[Finding]
+) -> list[Finding]:
+    from hpc_c2g.studies.checkup_job import examine_nodes
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the job is cancelled then, too
+    try:
+        with Status("", console=Console(stderr=True)) as line:
+            return examine_nodes(profile, shape, folder, wait, line.update)
+    except C2GError as error:  # sbatch refuses, for a reason that may be known already
+        return [] if any(f.level == "error" for f in found) else [Finding("error", error.what, error.mend)]
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Look, show, and end with 1 where something is wrong."""
+    found = examined(config)
+    errors = sum(f.level == "error" for f in found)
+    if config.json:
+        print(json.dumps({"errors": errors, "findings": [asdict(f) for f in found]}, indent=1))
+    else:
+        show(found)
+    if errors:
+        sys.exit(1)
+
+
+def show(found: Sequence[Finding]) -> None:
+    """A table for people; a plain line per finding for programs."""
+    if not sys.stdout.isatty():
+        for finding in found:
+            print(f"{finding.level:<8} {finding.what}{' -- ' if finding.mend else ''}{finding.mend}")
+        return
+    out = Table(box=None, pad_edge=False)
+    for column in ("", "finding", "mend"):
+        out.add_column(column)
+    for finding in found:
+        out.add_row(Text(finding.level, style=STYLES[finding.level]), Text(finding.what), Text(finding.mend))
+    Console().print(out)
+
+
+def main() -> None:
+    """Entry point."""
+    with user_errors("doctor"):
+        own, others = split_grid(as_overrides(sys.argv[1:], DoctorConfig, ["study_dir"]), DoctorConfig)
+    run_verb("doctor", DoctorConfig, doctor, overrides=[*own, *others])
+
+
+if __name__ == "__main__":
+    main()
