@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_c2g.errors import C2GError
-from hpc_c2g.scheduling.profile import load_profile
 from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.launcher import Launcher, launching
 from hpc_c2g.studies.study import read_study, rebuilt
@@ -15,6 +14,7 @@ from hpc_c2g.studies.tasks import find_specs
 from launch.arguments import as_overrides
 from launch.cli import run_verb, user_errors
 from launch.sweep import hand_out
+from launch.where import Where, profile_of
 
 
 @dataclass
@@ -36,10 +36,8 @@ def retry(config: RetryConfig) -> None:
     """Forgive the failures, and hand out."""
     folder = Path(config.study_dir).absolute()
     study = read_study(folder)
-    profile = None
-    if study.cluster not in ("local", "debug"):
-        over = study.profile if study.parallel is None else {**study.profile, "throttle": study.parallel}
-        profile = load_profile(study.cluster, over)
+    throttle = {} if study.parallel is None else {"throttle": study.parallel}
+    profile = profile_of(Where(study.cluster, study.profile), **throttle)
     with launching(folder):
         launcher = Launcher(folder, rebuilt(folder, study.retries), {t.id: t for t in find_specs(folder)})
         views = chosen(launcher.look(None), config.run)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.scheduling.batch_script import check_folder
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.studies.collect import collect
 from hpc_c2g.studies.config import NEEDS, StudyConfig
@@ -84,6 +85,8 @@ def sweep(config: SweepConfig, grid: Sequence[str] = ()) -> None:
     # mistakes in the grid are told before it is compared with what is there
     plan(config.study, expand(grid, limit), dict.fromkeys(config.study.stages, ""))
     profile = _profile(config)
+    if profile is not None:
+        check_folder(folder)
     wanted = StudyFile(
         config.study, [grid], config.cluster.name, config.cluster.profile, config.parallel, config.retries
     )

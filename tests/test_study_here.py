@@ -191,3 +191,11 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(tmp_path, more, message):
     assert line.startswith("c2g sweep: error: ")
     assert message in line
     assert not list(tmp_path.glob("s/runs/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a$(touch x)b", "a'b", 'a"b', "a`b`", "a%jb", "a\\b"])
+def test_a_folder_that_a_shell_or_slurm_would_interpret_is_refused_before_anything_is_written(tmp_path, name):
+    for more in ([], ["--dry-run"]):
+        out = c2g("sweep", *SMALL, "--study-dir", f"{tmp_path}/{name}", "cluster=local_slurm", *more, code=2)
+        assert "which Slurm or the shell interprets" in out
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,8 @@ class StudyConfig:
     tasks_per_node: int = 1
 
     def __post_init__(self) -> None:
+        if self.name != "???" and not re.fullmatch(NAME, self.name):
+            raise C2GError(f"study.name={self.name!r} cannot name a job", "use letters, digits, dots and dashes")
         for stage in self.stages:
             if stage not in STAGES:
                 raise C2GError(f"study.stages names {stage!r}", f"choose from {', '.join(STAGES)}")
