@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.status import Status
@@ -18,7 +19,7 @@ from rich.text import Text
 import hpc_c2g
 from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling.batch_script import Shape
-from hpc_c2g.scheduling.doctor import Finding, examine_machine, examine_slurm, slurm_answers
+from hpc_c2g.scheduling.doctor import Finding, examine_machine, examine_slurm
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.study_folder import examine_folder, examine_mount
 from launch.arguments import as_overrides, split_grid
@@ -65,10 +66,11 @@ def examined(config: DoctorConfig) -> list[Finding]:
         return examine_machine() + examine_folder(folder, slurm=False)
     shape = Shape(config.nodes, config.tasks_per_node)
     there = examine_folder(folder, slurm=True)
-    found = [*examine_slurm(profile, shape, folder), *there]
+    asked, startable = examine_slurm(profile, shape, folder)
+    found = [*asked, *there]
     told: list[Finding] = []
-    if config.job and not any(f.level == "error" for f in there) and slurm_answers():
-        told = _told_by_nodes(profile, shape, folder, config.wait, found)
+    if config.job and startable and not any(f.level == "error" for f in there):
+        told = _told_by_nodes(profile, shape, folder, config.wait)
     if not any(f.level == "ok" for f in told):  # no node has told whether it sees the files
         if not any(f.level == "error" for f in there):
             found.append(examine_mount(f"study_dir={folder}", folder))
@@ -77,17 +79,21 @@ def examined(config: DoctorConfig) -> list[Finding]:
     return found + told
 
 
-def _told_by_nodes(
-    profile: SlurmProfile, shape: Shape, folder: Path, wait: float, found: Sequence[Finding]
-) -> list[Finding]:
+def _told_by_nodes(profile: SlurmProfile, shape: Shape, folder: Path, wait: float) -> list[Finding]:
     from hpc_c2g.studies.checkup_job import examine_nodes
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the job is cancelled then, too
+    signal.signal(signal.SIGTERM, _end)
     try:
         with Status("", console=Console(stderr=True)) as line:
             return examine_nodes(profile, shape, folder, wait, line.update)
-    except C2GError as error:  # sbatch refuses, for a reason that may be known already
-        return [] if any(f.level == "error" for f in found) else [Finding("error", error.what, error.mend)]
+    except C2GError as error:
+        return [Finding("error", error.what, error.mend.replace("see `c2g doctor`", "correct profile.FIELD=VALUE"))]
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """So that the job is cancelled first; a second signal must not interrupt that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def doctor(config: DoctorConfig) -> None:

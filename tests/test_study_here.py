@@ -51,7 +51,7 @@ def test_processes_give_what_one_process_gives(finished, tmp_path):
 
 
 def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finished, tmp_path):
-    study_dir, slow = tmp_path / "s", ("steps=300", *GRID)
+    study_dir, slow = tmp_path / "s", ("steps=120", *GRID)
     process = start("sweep", *SMALL[:-1], "seed=0", f"study_dir={study_dir}", "cluster=local", *slow)
     wait_for(lambda: steps(study_dir) > 20)
     process.kill()
@@ -62,7 +62,7 @@ def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finis
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
-    slow = ("steps=150", *GRID)
+    slow = ("steps=80", *GRID)
     sweep(tmp_path / "whole", "cluster=debug", *slow)
     study_dir = tmp_path / "s"
     process = start("sweep", *SMALL, f"study_dir={study_dir}", "cluster=local", *slow)

@@ -21,8 +21,10 @@ from hpc_c2g.scheduling.profile import SlurmProfile
 
 PATIENCE = 20.0
 """Seconds after which a command counts as not answered."""
-NEEDED = ("sbatch", "squeue", "scontrol", "scancel")
+NEEDED = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 USEFUL = {"sacct": "jobs that end without a word", "sacctmgr": "account and qos"}
+MEMORY = "MiB of memory"
+ELSEWHERE = "or name another profile.partition (`sinfo -o '%P %c %m %G'`)"
 Record = Mapping[str, str]
 
 
@@ -84,8 +86,10 @@ def settings(text: str) -> dict[str, str]:
 # --- questions ------------------------------------------------------------------------------------------------------------
 
 
-def examine_slurm(profile: SlurmProfile, shape: Shape, folder: Path, seconds: float = PATIENCE) -> list[Finding]:
-    """All that the login node can ask.
+def examine_slurm(
+    profile: SlurmProfile, shape: Shape, folder: Path, seconds: float = PATIENCE
+) -> tuple[list[Finding], bool]:
+    """(all that the login node can ask, whether a job that is submitted now may start at all).
 
     Args:
         profile: of the cluster.
@@ -95,12 +99,11 @@ def examine_slurm(profile: SlurmProfile, shape: Shape, folder: Path, seconds: fl
     """
     found = judge_programs({name: shutil.which(name) for name in (*NEEDED, *USEFUL)})
     found += judge_variables(os.environ)
-    if any(f.level == "error" for f in found):
-        return found
-    alive = judge_ping(ask("scontrol", "ping", seconds=seconds))
-    found.append(alive)
-    if alive.level == "error":
-        return found
+    if _wrong(found):
+        return found, False
+    found.append(judge_ping(ask("scontrol", "ping", seconds=seconds)))
+    if _wrong(found):
+        return found, False
     config = settings(ask("scontrol", "show", "config", seconds=seconds).output)
     partitions = records(ask("scontrol", "-a", "-o", "show", "partition", seconds=seconds).output)
     named, chosen = judge_partitions(profile, partitions)
@@ -108,17 +111,19 @@ def examine_slurm(profile: SlurmProfile, shape: Shape, folder: Path, seconds: fl
     found += judge_limits(profile, shape, chosen) + judge_array(profile, config)
     found += _account(profile, config, seconds)
     hardware: list[Finding] = []
+    service: list[Finding] = []
     if chosen:
         nodes = records(ask("scontrol", "-a", "-o", "show", "node", seconds=seconds).output)
         hosts = {name: _hosts(getattr(profile, name), seconds) for name in ("nodelist", "exclude")}
-        hardware, states = judge_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
-        found += states
-    return settled(found, hardware, *_rehearsal(profile, shape, folder, seconds))
+        hardware, service = judge_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
+    taken, words = _rehearsal(profile, shape, folder, seconds)
+    # away nodes make sbatch refuse a rehearsal, but no job
+    startable = not _wrong([*found, *hardware]) and (taken is not False or _wrong(service))
+    return settled([*found, *service], hardware, taken, words), startable
 
 
-def slurm_answers(seconds: float = PATIENCE) -> bool:
-    """Whether it makes sense to submit anything."""
-    return shutil.which("sbatch") is not None and judge_ping(ask("scontrol", "ping", seconds=seconds)).level == "ok"
+def _wrong(found: Sequence[Finding]) -> bool:
+    return any(f.level == "error" for f in found)
 
 
 def _hosts(names: str | None, seconds: float) -> list[str] | None:
@@ -283,7 +288,7 @@ def judge_account(profile: SlurmProfile, enforced: str, rows: Sequence[Sequence[
         return [Finding(level, what, f"profile.account=NAME, one of {', '.join(accounts)}")]
     own = [r for r in rows if profile.account is None or r[0].lower() == profile.account.lower()]
     qos = list(dict.fromkeys(q for row in own for q in row[2].split(",") if q))
-    if profile.qos is not None and profile.qos not in qos:
+    if profile.qos is not None and profile.qos.lower() not in (q.lower() for q in qos):
         what = f"qos={profile.qos} is not allowed for account {profile.account or ', '.join(accounts)}{lax}"
         return [Finding(level, what, f"profile.qos=NAME, one of {', '.join(qos) or 'none'}")]
     told = ", ".join(f"{k} {v}" for k, v in (("account", profile.account), ("qos", profile.qos)) if v)
@@ -320,11 +325,11 @@ def judge_nodes(
     asked = _asked(profile, shape)
     has = {n["NodeName"]: _has(n, profile.gpu_type) for n in mine}
     lacking = []
-    for thing, (amount, reckoning, mend) in asked.items():
+    for thing, (amount, reckoning) in asked.items():
         most = max(h[thing] for h in has.values())
         if amount > most:
             what = f"the profile asks for {amount} {thing} on a node ({reckoning}), a node of {_names(partitions)} has at most {most}"
-            lacking.append(Finding("error", what, mend.format(most=most, each=most / shape.tasks_per_node)))
+            lacking.append(Finding("error", what, _less(thing, most, amount // shape.tasks_per_node)))
     if lacking:
         return lacking, []
     fitting = [n for n in mine if all(has[n["NodeName"]][t] >= amount for t, (amount, *_) in asked.items())]
@@ -353,7 +358,7 @@ def settled(found: Sequence[Finding], hardware: Sequence[Finding], taken: bool |
     found = [*found, *hardware]
     if taken is None:
         return [*found, Finding("unknown", words, "try again when the cluster is less busy")]
-    if not any(f.level == "error" for f in found):  # else one fault would be told twice
+    if not _wrong(found):  # else one fault would be told twice
         mend = "correct the profile (profile.FIELD=VALUE); `sinfo -o '%P %c %m %G %l %f'` tells what there is"
         found.append(Finding("error", f"sbatch refuses the script: {words}", mend))
     return found
@@ -381,30 +386,28 @@ def gpus(gres: str, kind: str | None = None) -> int:
     return sum(int(number) for name, number in found if kind is None or name.lower() == kind.lower())
 
 
-def _asked(profile: SlurmProfile, shape: Shape) -> dict[str, tuple[int, str, str]]:
-    """thing -> (how much on a node, how that was reckoned, how to mend it)."""
-    ranks, elsewhere = shape.tasks_per_node, "or name another profile.partition (`sinfo -o '%P %c %m %G'`)"
-    asked = {
-        "CPUs": (
-            profile.cpus_per_task * ranks,
-            f"cpus_per_task={profile.cpus_per_task} x {ranks} ranks",
-            "profile.cpus_per_task={each:.0f}, fewer ranks per node, " + elsewhere,
-        )
-    }
+def _asked(profile: SlurmProfile, shape: Shape) -> dict[str, tuple[int, str]]:
+    """thing -> (how much on a node, how that was reckoned)."""
+    ranks = shape.tasks_per_node
+    asked = {"CPUs": (profile.cpus_per_task * ranks, f"cpus_per_task={profile.cpus_per_task} x {ranks} ranks")}
     if profile.mem_gb:
-        asked["MiB of memory"] = (
-            int(profile.mem_gb * ranks * 1024),
-            f"mem_gb={profile.mem_gb:g} x {ranks} ranks",
-            "profile.mem_gb=0 takes all of the node, fewer ranks per node, " + elsewhere,
-        )
+        asked[MEMORY] = (int(profile.mem_gb * ranks * 1024), f"mem_gb={profile.mem_gb:g} x {ranks} ranks")
     if profile.gpus_per_task:
         kind = f" of type {profile.gpu_type}" if profile.gpu_type else ""
-        asked["GPUs"] = (
-            profile.gpus_per_task * ranks,
-            f"gpus_per_task={profile.gpus_per_task} x {ranks} ranks{kind}",
-            "fewer ranks per node, another gpu_type, " + elsewhere,
-        )
+        asked["GPUs"] = (profile.gpus_per_task * ranks, f"gpus_per_task={profile.gpus_per_task} x {ranks} ranks{kind}")
     return asked
+
+
+def _less(thing: str, most: int, each: int) -> str:
+    """What to ask for where a node has ``most`` and a rank wants ``each``."""
+    if most >= each:
+        return f"tasks_per_node={most // each} at most, {ELSEWHERE}"
+    fields = {
+        "CPUs": f"profile.cpus_per_task={most} at most",
+        MEMORY: f"profile.mem_gb={int(most / 102.4) / 10} at most (0 takes all of the node)",
+        "GPUs": f"profile.gpus_per_task={most} at most",
+    }
+    return f"{fields[thing]}, {ELSEWHERE}"
 
 
 def _has(node: Record, gpu_type: str | None) -> dict[str, int]:
@@ -412,7 +415,7 @@ def _has(node: Record, gpu_type: str | None) -> dict[str, int]:
         return int(node[key]) if node.get(key, "").isdecimal() else 0
 
     cpus = number("CPUEfctv") or number("CPUTot")
-    return {"CPUs": cpus, "MiB of memory": number("RealMemory"), "GPUs": gpus(node.get("Gres", ""), gpu_type)}
+    return {"CPUs": cpus, MEMORY: number("RealMemory"), "GPUs": gpus(node.get("Gres", ""), gpu_type)}
 
 
 def _names(partitions: Sequence[Record]) -> str:

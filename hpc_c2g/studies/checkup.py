@@ -282,6 +282,7 @@ def absent(world: World) -> list[int]:
 
 def after(folder: Path, code: str) -> int:
     """What the job's shell calls at the end, outside of any container, as it would call a study's aftermath."""
+    importlib.import_module("hpc_c2g.studies.aftermath")
     write_atomically(folder / AFTER, json.dumps({"code": int(code)}).encode())
     return int(code)
 

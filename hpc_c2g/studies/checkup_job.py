@@ -19,7 +19,6 @@ from hpc_c2g.scheduling.batch_script import Shape, check_folder, python_command,
 from hpc_c2g.scheduling.doctor import Finding, ask, records
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.studies.checkup import (
-    AFTER,
     MEET_SECONDS,
     PLAN,
     REPLY_SECONDS,
@@ -154,28 +153,29 @@ def _watch(job: str, shape: Shape, folder: Path, wait: float, tell: Tell) -> Job
             if not waits and started is None:
                 started, limit = now, now + RUN_SECONDS
             if waits and started is None and now - began > wait:
-                return Job(job, where, _reason(state), waited=wait)
+                reason = "it does not answer" if where == "UNKNOWN" else _reason(state)
+                return Job(job, where, reason, waited=wait)
             if where in ENDED:
                 late = where == "COMPLETED" and len(reports) < shape.tasks  # its files may be on their way
-                limit = min(limit, now + (REPLY_SECONDS if late else GRACE_SECONDS))
+                never = _reason(state) == "JobLaunchFailure"
+                limit = min(limit, now + (REPLY_SECONDS if late else 0.0 if never else GRACE_SECONDS))
             elif _launch_failures(folder):
                 limit = min(limit, now + GRACE_SECONDS)
         if done >= shape.tasks or (started is not None and now > limit):
             break
         time.sleep(0.1)
-    return _ended(job, shape, folder, tell)
+    if done < shape.tasks and state["JobState"] not in ENDED:
+        tell(f"job {job} does not get on: it is cancelled")
+        ask("scancel", "--quiet", job)
+    return _ended(job, shape, folder)
 
 
-def _ended(job: str, shape: Shape, folder: Path, tell: Tell) -> Job:
+def _ended(job: str, shape: Shape, folder: Path) -> Job:
     """The job once its shell has ended, which is soon where the ranks are done."""
     end = time.monotonic() + 2 * GRACE_SECONDS
     while (state := _state(job))["JobState"] not in ENDED and time.monotonic() < end:
         time.sleep(0.2)
-    ended = state["JobState"] in ENDED
-    if not ended:
-        tell(f"job {job} does not end: it is cancelled")
     nodes = tuple(ask("scontrol", "show", "hostnames", state.get("NodeList", "")).output.split())
-    after = (folder / AFTER).exists()
     return Job(
         job,
         state["JobState"],
@@ -185,7 +185,7 @@ def _ended(job: str, shape: Shape, folder: Path, tell: Tell) -> Job:
         state.get("BatchHost", ""),
         errors={rank: line for rank in range(shape.tasks) if (line := _last_error(folder / f"{job}_{rank}_log.err"))},
         launch=_launch_failures(folder),
-        shell_ok=after or (None if state["JobState"] != "COMPLETED" else False),
+        shell_ok={"COMPLETED": True, "FAILED": False}.get(state["JobState"]),  # its exit code is the aftermath's
         logs=str(folder),
     )
 

@@ -16,6 +16,9 @@ CLOCK_SECONDS, SLOW_FILES, SLOW_IMPORT = 2.0, 15.0, 60.0
 SHOWN = 5
 NO_LOG = "Slurmd could not connect IO"
 """What srun says where a node cannot open a task's log."""
+SHARE = "choose a folder that all nodes share, or have it mounted with a shorter cache (NFS: actimeo=10)"
+NO_SCRIPT_LOG = "0:53"
+"""Exit code and signal of a job whose script's log cannot be opened."""
 BUSY = ("Priority", "Resources", "None", "BeginTime", "")
 REASONS = {
     r"DOWN|ReqNodeNotAvail|UnavailableNodes": "see `sinfo -R`: wait until the nodes return, or name another profile.partition",
@@ -30,10 +33,10 @@ REASONS = {
 }
 FAULTS = {
     r"No module named": "install it in the environment of profile.python, or load what brings it by profile.modules or setup",
-    r"execve|[Nn]o such file|not found.*python|python.*not found": "profile.python, container and modules must exist on the nodes",
+    r"mkdir": "name another profile.scratch",
     r"\bmodule\b|[Ll]mod": "correct profile.modules (`module avail` on a node)",
     r"[Kk]illed|oom|[Oo]ut [Oo]f [Mm]emory": "raise profile.mem_gb",
-    r"mkdir": "name another profile.scratch",
+    r"execve|[Nn]o such file|not found": "profile.python, container and setup must exist on the nodes",
 }
 
 
@@ -51,7 +54,7 @@ class Job:
         waited: seconds that it waited for its start; None where it started.
         errors: per rank, the last line that tells a fault in its log.
         launch: per rank that did not start, why.
-        shell_ok: whether its shell could run the aftermath; None where it did not come that far.
+        shell_ok: whether its shell ended well, the aftermath last; None where something else ended the job.
         logs: their folder.
     """
 
@@ -92,7 +95,7 @@ def judge(
     """All findings; ``reports`` may be incomplete, ``folder`` is the study's."""
     if job.waited is not None:
         return [judge_wait(job)]
-    blocked = judge_silence(profile, shape, folder, job, reports)
+    blocked = judge_silence(shape, folder, job, reports)
     found = [*blocked, *judge_files(folder, reports), *judge_versions(login, reports), *judge_clocks(login, reports)]
     found += judge_scratch(reports) + judge_devices(profile, shape, reports)
     network = judge_interfaces(profile, reports)
@@ -112,11 +115,9 @@ def judge_wait(job: Job) -> Finding:
     return Finding(level, what, mend)
 
 
-def judge_silence(
-    profile: SlurmProfile, shape: Shape, folder: str, job: Job, reports: Sequence[Mapping[str, Any]]
-) -> list[Finding]:
+def judge_silence(shape: Shape, folder: str, job: Job, reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Ranks that told nothing, or did not come to their end."""
-    if job.reason == "JobLaunchFailure" or (job.state == "FAILED" and job.code.endswith(":53")):
+    if job.code == NO_SCRIPT_LOG:
         return [_unwritable(folder, [job.batch_host or "?"])]
     found = []
     nodes = _unique(job.node(rank, shape) for rank, why in job.launch.items() if NO_LOG in why)
@@ -130,20 +131,25 @@ def judge_silence(
     for cause in _unique(causes.values()):
         ranks = [rank for rank in silent if causes[rank] == cause]
         who = f"rank {_some(ranks)} of {shape.tasks} on {_some(_unique(job.node(r, shape) for r in ranks))}"
+        if not cause and job.state == "COMPLETED":
+            what = f"{who} ended well, but what it wrote into study_dir={folder} does not arrive here"
+            found.append(Finding("error", what, SHARE))
+            continue
         why = cause or f"the job ended as {job.state} {job.code}".rstrip()
         found.append(Finding("error", f"{who} told nothing: {why}", _mend(FAULTS, why, f"see {job.logs}")))
     for node, why in _by_text((r["node"], r["stopped"]) for r in reports if r.get("stopped")):
         what = f"the package cannot be used on {node}: {why}"
         found.append(Finding("error", what, _mend(FAULTS, why, f"see {job.logs}")))
-    stuck = [r for r in reports if r.get("part") != "done"]
+    stuck = [r for r in reports if r.get("part") != "done" and not nodes]  # else they waited for those in vain
     for node, part in _by_text((r["node"], str(r.get("part"))) for r in stuck):
         errors = [job.errors[r["rank"]] for r in stuck if r.get("rank") in job.errors]
         why = f": {errors[0]}" if errors else f" (the job ended as {job.state})"
         what = f"the checks on {node} did not get through the part {part!r}{why}"
         found.append(Finding("error", what, _mend(FAULTS, why, f"see {job.logs}")))
     if job.shell_ok is False and not found:
-        what = "the job's shell could not run python -m hpc_c2g.studies.checkup outside of the ranks"
-        mend = f"profile.python must have the package without profile.container too; see {job.logs}"
+        why = job.errors.get(0, f"exit code {job.code}")
+        what = f"the job's shell could not run what follows the ranks, outside of any container: {why}"
+        mend = f"profile.python must have the package without profile.container, too; see {job.logs}"
         found.append(Finding("error", what, mend))
     return found
 
@@ -159,8 +165,7 @@ def judge_files(folder: str, reports: Sequence[Mapping[str, Any]]) -> list[Findi
     lost = _unique(node for node, reply in replies if reply["got"] is None)
     if lost:
         what = f"files in study_dir={folder} do not arrive: {_some(lost)} greeted, and did not see the answer in time"
-        mend = "have it mounted with a shorter cache (NFS: actimeo=10, lookupcache=positive), or choose another folder"
-        return [Finding("error", what, mend)]
+        return [Finding("error", what, SHARE)]
     if not replies:
         return []
     slowest, node = max((reply["got"] - reply["sent"], node) for node, reply in replies)
