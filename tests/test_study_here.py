@@ -62,7 +62,7 @@ def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finis
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
-    slow = ("steps=80", *GRID)
+    slow = ("steps=250", *GRID)
     sweep(tmp_path / "whole", "cluster=debug", *slow)
     study_dir = tmp_path / "s"
     process = start("sweep", *SMALL, f"study_dir={study_dir}", "cluster=local", *slow)
