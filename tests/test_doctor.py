@@ -729,7 +729,12 @@ def test_a_part_that_does_not_end_is_named():
     reports = all_reports(part="import")
     del reports[3]["sum"], reports[3]["gpus"]
     the_only(
-        judged(reports, replace(DONE, state="CANCELLED")), "error", "on n2", "'import'", "CANCELLED", "/s/doctor/x"
+        judged(reports, replace(DONE, state="CANCELLED")),
+        "error",
+        "rank 3 on n2",
+        "'import'",
+        "CANCELLED",
+        "/s/doctor/x",
     )
 
 

@@ -141,10 +141,12 @@ def judge_silence(shape: Shape, folder: str, job: Job, reports: Sequence[Mapping
         what = f"the package cannot be used on {node}: {why}"
         found.append(Finding("error", what, _mend(FAULTS, why, f"see {job.logs}")))
     stuck = [r for r in reports if r.get("part") != "done" and not nodes]  # else they waited for those in vain
-    for node, part in _by_text((r["node"], str(r.get("part"))) for r in stuck):
-        errors = [job.errors[r["rank"]] for r in stuck if r.get("rank") in job.errors]
-        why = f": {errors[0]}" if errors else f" (the job ended as {job.state})"
-        what = f"the checks on {node} did not get through the part {part!r}{why}"
+    for part in _unique(str(r.get("part")) for r in stuck):
+        here = [r for r in stuck if str(r.get("part")) == part]
+        ranks = [r["rank"] for r in here if r.get("rank") is not None]
+        who = (f"rank {_some(ranks)} on " if ranks else "") + _some(_unique(r["node"] for r in here))
+        why = next((job.errors[rank] for rank in ranks if rank in job.errors), f"the job ended as {job.state}")
+        what = f"the checks of {who} did not get through the part {part!r}: {why}"
         found.append(Finding("error", what, _mend(FAULTS, why, f"see {job.logs}")))
     if job.shell_ok is False and not found:
         why = job.errors.get(0, f"exit code {job.code}")
