@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_c2g.files import write_atomically
 from hpc_c2g.scheduling.queue import Queue
+from hpc_c2g.studies.aftermath import cancel_mark
 from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.here import stop_here
 from hpc_c2g.studies.ledger import Ledger
@@ -39,7 +40,7 @@ def cancel(config: CancelConfig) -> None:
     views = chosen(look(study, Ledger(study).rows(), queue.ask() if queue else None), config.run)
     views = [v for v in views if v.state in ACTIVE or (here and v.state in ("new", "interrupted"))]
     for view in views:
-        write_atomically(study / view.row.folder / f"{view.row.stage}.cancelled", b"")
+        write_atomically(cancel_mark(study, view.row), b"")
     if queue:
         queue.cancel([v.row.job for v in views])
     else:

@@ -14,7 +14,7 @@ from hpc_c2g.studies.config import STAGES
 from hpc_c2g.studies.find import chosen, study_of
 from hpc_c2g.studies.here import LOGS
 from hpc_c2g.studies.ledger import Ledger
-from hpc_c2g.studies.reports import load_report
+from hpc_c2g.studies.reports import read_report
 from hpc_c2g.studies.submissions import FOLDER
 from hpc_c2g.studies.view import View, look
 from launch.arguments import as_overrides
@@ -48,7 +48,7 @@ class LogsConfig:
 
 def log_files(study: Path, view: View) -> list[Path]:
     """Files that the task's attempts printed into, the last attempt's last; errors after output."""
-    report = load_report(study / view.row.folder / f"{view.row.stage}.report.json", view.row.id)
+    report = read_report(study, view.row)
     jobs = [h["job"] for h in report.history] + [report.job] if report else []
     jobs = list(dict.fromkeys([*jobs, view.row.job]))
     found: list[Path] = []

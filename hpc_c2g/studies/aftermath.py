@@ -17,7 +17,7 @@ from hpc_c2g.lease import EXIT_LEASE_LOST
 from hpc_c2g.scheduling.queue import Queue
 from hpc_c2g.studies.reports import Report, read_report, write_report
 from hpc_c2g.studies.submissions import read_submission
-from hpc_c2g.studies.tasks import Task, read_spec
+from hpc_c2g.studies.tasks import Placed, Task, read_spec
 from hpc_c2g.training.preemption import EXIT_PREEMPTED
 
 SIGNALS = {9: "SIGKILL, out of memory perhaps", 6: "SIGABRT", 7: "SIGBUS", 11: "SIGSEGV"}
@@ -71,7 +71,7 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-def cancel_mark(study: Path, task: Task) -> Path:
+def cancel_mark(study: Path, task: Placed) -> Path:
     """Stands while a person does not want the task to go on."""
     return study / task.folder / f"{task.stage}.cancelled"
 

@@ -20,7 +20,7 @@ from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.aftermath import settle
 from hpc_c2g.studies.attempt import attempt
 from hpc_c2g.studies.launcher import Launcher
-from hpc_c2g.studies.tasks import Task
+from hpc_c2g.studies.tasks import Task, spec_name
 from hpc_c2g.studies.view import ACTIVE, View
 from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted, PreemptionFlag
 
@@ -60,7 +60,7 @@ class Pool:
             C2GError: no process can be started, or no log written.
         """
         job = f"local-{uuid.uuid4().hex[:8]}"
-        command = ["-m", "hpc_c2g.studies.attempt", str(self.study), f"{task.folder}/{task.stage}.task.json", job]
+        command = ["-m", "hpc_c2g.studies.attempt", str(self.study), spec_name(task), job]
         if task.ranks > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks), *command]
         root = str(Path(hpc_c2g.__file__).parent.parent)  # a checkout that is not installed works too
@@ -178,7 +178,7 @@ def run_within(launcher: Launcher, only: str, tell: Tell) -> list[View]:
         launcher.clear_marks([view])
         launcher.ledger.assign(task.id, job)
         tell(launcher.look({job: _entry(job, task)}))
-        code = attempt(launcher.study, f"{task.folder}/{task.stage}.task.json", job)
+        code = attempt(launcher.study, spec_name(task), job)
         if settle(launcher.study, task, job, 0, code, view.row.allowed):
             if code == EXIT_PREEMPTED:
                 raise Preempted("a signal", 0)

@@ -12,7 +12,7 @@ from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.aftermath import cancel_mark
 from hpc_c2g.studies.config import STAGES
 from hpc_c2g.studies.ledger import Ledger, Row
-from hpc_c2g.studies.reports import load_report
+from hpc_c2g.studies.reports import read_report
 from hpc_c2g.studies.tasks import Task
 from hpc_c2g.studies.view import ACTIVE, View, look
 
@@ -55,7 +55,7 @@ class Launcher:
         found = []
         for row in rows:
             if row.state == "new":
-                report = load_report(self.study / row.folder / f"{row.stage}.report.json", row.id)
+                report = read_report(self.study, row)
                 found += [report] if report else []
         self.ledger.report(found)
 
@@ -68,22 +68,17 @@ class Launcher:
         """
         chosen: list[View] = []
         ids: set[str] = set()
+        under_way = {v.row.id for v in views if v.state in ("done", *ACTIVE)}
         for view in sorted(views, key=lambda v: STAGES.index(v.row.stage)):
             if view.row.id not in self.tasks or view.state in ("done", *ACTIVE) or view.given_up:
                 continue
             below = any(u in ids for u in view.row.upstream)
-            stuck = view.state == "blocked" and not self._hope(view, views, ids)
+            stuck = view.state == "blocked" and not all(u in ids or u in under_way for u in view.row.upstream)
             if stuck or (only == "failed" and not (below or view.state in ("failed", "blocked", "lost"))):
                 continue
             chosen.append(view)
             ids.add(view.row.id)
         return chosen
-
-    @staticmethod
-    def _hope(view: View, views: Sequence[View], chosen: set[str]) -> bool:
-        """Whether all that a task builds on is done or under way."""
-        state = {v.row.id: v.state for v in views}
-        return all(u in chosen or state.get(u) in ("done", *ACTIVE) for u in view.row.upstream)
 
     def forgive(self, views: Sequence[View], retries: int) -> None:
         """Give tasks that were given up another chance."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.files import write_atomically
-from hpc_c2g.studies.tasks import Task
+from hpc_c2g.studies.tasks import Placed
 
 KEPT = 20
 """Attempts whose story is kept."""
@@ -70,12 +70,12 @@ class Report:
         self.failures += state == "failed"
 
 
-def report_file(study: Path, task: Task) -> Path:
+def report_file(study: Path, task: Placed) -> Path:
     """Where a task's report lies."""
     return study / task.folder / f"{task.stage}.report.json"
 
 
-def read_report(study: Path, task: Task) -> Report | None:
+def read_report(study: Path, task: Placed) -> Report | None:
     """The task's report; None where there is none, or one of other settings, or a damaged one."""
     return load_report(report_file(study, task), task.id)
 
@@ -91,7 +91,7 @@ def load_report(file: Path | str, task_id: str) -> Report | None:
     return report if report.id == task_id else None
 
 
-def write_report(study: Path, task: Task, report: Report) -> None:
+def write_report(study: Path, task: Placed, report: Report) -> None:
     """Publish it.
 
     Raises:

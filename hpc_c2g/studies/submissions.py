@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
-from hpc_c2g.studies.tasks import Task
+from hpc_c2g.studies.tasks import Task, spec_name
 
 FOLDER = "submissions"
 MANIFEST = "submission.json"
@@ -55,10 +55,7 @@ class Submission:
     ) -> Submission:
         """A new one; ``failures`` per task as in ``Element``."""
         token, stage = token or uuid.uuid4().hex[:12], tasks[0].stage
-        elements = [
-            Element(t.id, f"{t.folder}/{t.stage}.task.json", allowed)
-            for t, allowed in zip(tasks, failures, strict=True)
-        ]
+        elements = [Element(t.id, spec_name(t), allowed) for t, allowed in zip(tasks, failures, strict=True)]
         return cls(token, f"c2g-{study_name}-{stage}-{token}", stage, tuple(elements))
 
     def folder(self, study: Path) -> Path:

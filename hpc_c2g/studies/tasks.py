@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
@@ -56,6 +56,27 @@ class Task:
         return " ".join(f"{k}={v}" for k, v in point.items())
 
 
+class Placed(Protocol):
+    """What has a place among the study's results: a task, or its row in the ledger."""
+
+    @property
+    def id(self) -> str:
+        """Of the task."""
+
+    @property
+    def stage(self) -> str:
+        """Its stage."""
+
+    @property
+    def folder(self) -> str:
+        """Of its results, below the study's."""
+
+
+def spec_name(task: Placed) -> str:
+    """The file of a task's description, below the study's folder."""
+    return f"{task.folder}/{task.stage}.task.json"
+
+
 def _common(points: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """What all points agree in."""
     points = list(points)
@@ -64,7 +85,7 @@ def _common(points: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 def spec_file(study: Path, task: Task) -> Path:
     """Where a task's description lies: in the folder of its results."""
-    return study / task.folder / f"{task.stage}.task.json"
+    return study / spec_name(task)
 
 
 def write_spec(study: Path, task: Task) -> None:

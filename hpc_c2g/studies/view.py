@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,8 +113,6 @@ def residual(study: Path, row: Row) -> tuple[int, float] | None:
             lines = file.read().splitlines()
     except OSError:
         return None
-    import json
-
     for line in reversed(lines):
         try:
             values = json.loads(line)
