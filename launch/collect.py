@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.studies.collect import collect as gather
-from hpc_c2g.studies.collect import shown
+from hpc_c2g.reporting.results import collect as gather
+from hpc_c2g.reporting.results import shown
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import look

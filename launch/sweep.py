@@ -15,7 +15,7 @@ from rich.live import Live
 from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling.batch_script import check_folder
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.studies.collect import collect
+from hpc_c2g.reporting.results import collect
 from hpc_c2g.studies.config import NEEDS, StudyConfig
 from hpc_c2g.studies.here import run_here, run_within
 from hpc_c2g.studies.launcher import Launcher, launching

@@ -31,6 +31,7 @@ KNOWS = {
     "scheduling": set(),
     "data": {"classifiers"},
     "studies": {"classifiers", "distributed", "training", "scheduling", "data", "evaluation"},
+    "reporting": {"studies", "monitoring"},
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }
 SHARED = {"errors", "files", "lease", "settings"}
