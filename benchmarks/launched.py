@@ -23,7 +23,8 @@ from hpc_c2g.training.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 FINISH_WITHIN = 300.0
-TIMED = ("samples_per_second", "memory/peak_gib", "wire/seconds", "wire/hidden")  # what differs between equal runs
+TIMED = re.compile(r"samples_per_second|memory/.*|wire/(seconds|hidden)|time/.*")
+"""What differs between equal runs."""
 
 
 class LaunchedRun:
@@ -185,4 +186,4 @@ def _same(a: Any, b: Any) -> bool:
 
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+    return [{k: v for k, v in line.items() if not TIMED.fullmatch(k)} for line in lines]

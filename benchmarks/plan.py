@@ -52,9 +52,9 @@ def trained_seconds(config: TrainConfig, world: World) -> tuple[float, float]:
     starts: list[tuple[float, float]] = []
     original = TrainStep.__call__
 
-    def timed(self: TrainStep, step: int, watch: bool = False) -> StepResult:
+    def timed(self: TrainStep, step: int, watch: bool = False, ease: float = 1.0) -> StepResult:
         starts.append((time.perf_counter(), time.thread_time()))
-        return original(self, step, watch)
+        return original(self, step, watch, ease)
 
     TrainStep.__call__ = timed  # type: ignore[method-assign]
     try:

@@ -48,13 +48,16 @@ def counted(world: World, configs: list[TrainConfig]) -> list[dict[str, Any]]:
 
 def _count(world: World, config: TrainConfig) -> dict[str, Any]:
     handed: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     told: list[dict[str, float]] = []
     step = TrainStep.__call__
 
-    def watched(self: TrainStep, number: int, watch: bool = False) -> StepResult:
+    def watched(self: TrainStep, number: int, watch: bool = False, ease: float = 1.0) -> StepResult:
         if number == FIRST:  # what is sent once, and with the first line of the log, is not a step's
             handed.clear()
-        result = step(self, number, watch=False)
+        if number == config.steps:  # as little as what is sent with the last one
+            counted.update(handed)
+        result = step(self, number, watch, ease)
         told.append(result.scalars)
         return result
 
@@ -79,9 +82,9 @@ def _count(world: World, config: TrainConfig) -> dict[str, Any]:
         TrainStep.__call__ = step  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(dist, name, original)
-    later = told[FIRST - 1 :]
+    later = told[FIRST - 1 : -1]
     mean = {key: sum(line[key] for line in later) / len(later) for key in ("wire/bytes", "wire/seconds", "wire/hidden")}
-    return {"handed": {name: size / len(later) for name, size in handed.items()}, **mean}
+    return {"handed": {name: size / len(later) for name, size in counted.items()}, **mean}
 
 
 def main() -> None:

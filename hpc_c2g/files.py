@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from hpc_c2g.errors import C2GError
 
@@ -34,6 +36,27 @@ def cannot_write(path: Path, error: OSError) -> C2GError:
     return C2GError(
         f"cannot write {path}: {error.strerror}", "free disk space or choose another folder; earlier files are intact"
     )
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a file of JSON objects, such as metrics.jsonl, read from its end; empty where there is none."""
+    block = 8192
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while True:
+                file.seek(max(0, size - block))
+                lines = file.read(block).splitlines()
+                for line in reversed(lines[block < size :]):  # the first may lack its beginning
+                    with contextlib.suppress(ValueError):
+                        found = json.loads(line)
+                        if isinstance(found, dict):
+                            return found
+                if block >= size:
+                    return {}
+                block *= 8
+    except OSError:
+        return {}
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from benchmarks.common import random_classifier
 from hpc_c2g.errors import C2GError
-from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due
-from hpc_c2g.training.config import LogConfig
+from hpc_c2g.monitoring.layout import layout
+from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
+from hpc_c2g.training.config import DualityConfig, LogConfig, PriorConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.loop import train
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
 
@@ -32,10 +36,29 @@ def scalars(step: int) -> dict[str, float]:
     return {"stationarity": 1 / step, "loss": 2 / step}
 
 
-def run(log: RunLog, start: int, stop: int, bands=()) -> None:
+def run(log: RunLog, start: int, stop: int) -> None:
     with log:
         for step in range(start, stop):
-            log.step(step, scalars(step), bands)
+            log.step(step, scalars(step))
+
+
+@pytest.fixture(scope="module")
+def line_of(tmp_path_factory):
+    """Names in the last line of metrics of a run over 1 or 2 classifiers."""
+
+    def names(classifiers: int) -> set[str]:
+        folder = tmp_path_factory.mktemp("line")
+        bundles = [str(random_classifier(folder / f"classifier{k}", seed=k)) for k in range(classifiers)]
+        settings = {"steps": 15, "log": LogConfig(every=1, progress=False), "scale": ScaleConfig(start=0.0)}
+        everything = {
+            "duality": DualityConfig(slackness=0.1),
+            "prior": PriorConfig(total_variation=0.1, repulsion=0.1),
+            "deterministic": True,
+        }
+        train(TrainConfig(bundles, str(folder / "run"), global_batch=16, device="cpu", **settings, **everything))
+        return set(lines(folder / "run" / "metrics.jsonl")[-1])
+
+    return names
 
 
 class FullDisk:
@@ -110,23 +133,64 @@ def test_a_resumed_log_hides_the_curve_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 4, 8, 12, 16]
 
 
-def test_quantiles_and_the_share_of_zeros_are_those_of_the_values(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    margins = torch.randn(501, generator=generator)
-    multipliers = torch.cat([torch.zeros(30), torch.rand(70, generator=generator) + 0.1])
-    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, [(margins, multipliers)])
-    (line,) = lines(tmp_path / "metrics.jsonl")
-    for name, values in (("margins", margins), ("multipliers", multipliers)):
-        for q in (5, 25, 50, 75, 95):
-            assert line[f"{name}/q{q:02d}"] == pytest.approx(float(np.quantile(values.numpy(), q / 100)), abs=1e-6)
-    assert line["multipliers/share_of_zeros"] == pytest.approx(0.3)
+def accumulated(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    events.Reload()
+    return events
 
 
-def test_quantiles_of_many_values_are_those_of_an_even_sample(tmp_path):
-    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 2, [(torch.linspace(0, 1, 20_000_000), torch.ones(1))])
-    (line,) = lines(tmp_path / "metrics.jsonl")
-    assert line["margins/q05"] == pytest.approx(0.05, abs=1e-4)
-    assert line["margins/q95"] == pytest.approx(0.95, abs=1e-4)
+def test_all_scalars_of_a_step_are_one_event(tmp_path):
+    run(RunLog(tmp_path, QUIET, 10, 8, 0), 1, 11)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = [event for event in EventFileLoader(str(file)).Load() if event.summary.value]
+    assert [event.step for event in events] == [1, 4, 8, 10]
+    assert {value.tag for value in events[0].summary.value} == {*scalars(1), "samples_per_second", "memory/peak_gib"}
+
+
+def test_a_run_introduces_itself_before_its_first_step(tmp_path):
+    log = RunLog(tmp_path, QUIET, 10, 8, 0)
+    with log:
+        log.introduce(
+            {"1 settings": "steps: 10", "2 versions": "torch"}, {"rate": 0.1, "kind": "mlp", "on": True}, [""]
+        )
+        log.step(1, scalars(1))
+    tags = accumulated(tmp_path).Tags()["tensors"]
+    assert {"1 settings/text_summary", "2 versions/text_summary", "custom_scalars__config__"} <= set(tags)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= {
+        value.tag for event in EventFileLoader(str(file)).Load() for value in event.summary.value
+    }
+
+
+@pytest.mark.parametrize("prefixes", [[""], ["classifier0/", "classifier1/"]])
+def test_every_chart_of_the_layout_finds_a_curve_that_a_run_writes(prefixes, line_of):
+    names = line_of(len(prefixes))
+    for charts in layout(prefixes).values():
+        for title, (kind, patterns) in charts.items():
+            found = {n for n in names for p in patterns if (n == p if kind == "Margin" else re.match(p, n))}
+            alone = "per classifier" in title and len(prefixes) == 1  # the total says it all
+            ranks = "slowest" in title  # one process is not slower than itself
+            assert bool(found) is not (alone or ranks), title
+            assert kind != "Margin" or len(found) == 3, title
+
+
+def test_an_alarm_is_told_beside_the_progress_and_in_tensorboard(tmp_path, capfd):
+    log = RunLog(tmp_path, QUIET, 10, 8, 0)
+    with log:
+        log.step(4, scalars(4), ["instability"])
+    assert "step 4: instability: the residual or the gradient" in capfd.readouterr().err.replace("\n", " ")
+    assert "alarm/instability/text_summary" in accumulated(tmp_path).Tags()["tensors"]
+
+
+def test_a_picture_is_bounded(tmp_path):
+    log = RunLog(tmp_path, QUIET, 10, 8, 0)
+    with log:
+        log.images(1, "many", torch.rand(1000 * 100, 1, 8, 8), 1000)
+        log.images(1, "large", torch.rand(1, 1, 5000, 300), 1)
+    for tag in ("many", "large"):
+        (image,) = accumulated(tmp_path).Images(tag)
+        assert max(image.width, image.height) <= 2048 + 2
+    assert (image.height, image.width) == (1667 + 2, 100 + 2)
 
 
 def test_samples_per_second_counts_the_steps_since_the_last_line(tmp_path, monkeypatch):
@@ -163,17 +227,17 @@ def test_a_disk_that_is_full_at_the_end_is_named(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("what", ["add_scalar", "add_image"])
+@pytest.mark.parametrize("what", ["scalars", "image"])
 def test_tensorboard_on_a_full_disk_is_named(tmp_path, monkeypatch, what):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(log.board, what, refuse)
+    monkeypatch.setattr(writer_of(log.board), "add_summary", refuse)
     call = {
-        "add_scalar": lambda: log.step(1, scalars(1), []),
-        "add_image": lambda: log.images(1, "samples", torch.zeros(4, 1, 2, 2), 2),
+        "scalars": lambda: log.step(1, scalars(1)),
+        "image": lambda: log.images(1, "samples", torch.zeros(4, 1, 2, 2), 2),
     }[what]
     with pytest.raises(C2GError, match=r"cannot write \S+tensorboard: No space left on device"), log:
         call()

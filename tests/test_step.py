@@ -258,4 +258,7 @@ def test_measured_margins_and_multipliers_are_those_of_the_batch(bundles, micro_
             smallest = min(float(logits[i, y] - logits[i, j]) for j in range(classes) if j != y)
             assert float(band.margins[i]) == pytest.approx(math.exp(ALPHA0) * smallest, rel=1e-5)
         expected = [F.softplus(h[i, j]).item() for i, y in enumerate(labels) for j in range(classes) if j != y]
-        assert band.multipliers.tolist() == pytest.approx(expected, rel=1e-5)
+        assert band.multipliers.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+        assert band.labels.tolist() == labels
+        lower, upper = bundle.normalisation.box()
+        assert torch.allclose(band.samples, ((x - lower) / (upper - lower)).float(), atol=1e-6)

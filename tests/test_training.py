@@ -15,12 +15,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_flatten
 
+from benchmarks.launched import TIMED
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.monitoring.signatures import SIGNATURES
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import (
     CheckpointConfig,
@@ -36,7 +38,6 @@ from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.step import TrainStep
 
 STEPS, STEPS_OF_SHORT, MARGIN = 60, 4, 50.0
-TIMED = ("samples_per_second", "memory/peak_gib")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def published(run_dir: Path) -> list[int]:
 
 def metrics(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+    return [{k: v for k, v in line.items() if not TIMED.fullmatch(k)} for line in lines]
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:
@@ -106,10 +107,10 @@ def at_step(monkeypatch, number: int, action) -> None:
     """Call ``action`` while step ``number`` runs."""
     original = TrainStep.__call__
 
-    def call(self, step, watch):
+    def call(self, step, *rest):
         if step == number:
             action()
-        return original(self, step, watch)
+        return original(self, step, *rest)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
 
@@ -144,6 +145,8 @@ def test_tensorboard_holds_every_promised_curve_and_picture(base, finished):
     promised = {"loss", "stationarity", "duality", "feasibility", "slackness", "box", "alpha", "rho"}
     promised |= {f"stationarity/{name}" for name in load_bundle(base.classifier).parameters}
     promised |= {f"{kind}/q{q}" for kind in ("margins", "multipliers") for q in ("05", "25", "50", "75", "95")}
+    promised |= {"diversity", "unsupported", "class_mass", "roughness", "saturation", "time/kkt_sum", "time/checkpoint"}
+    promised |= {f"{kind}/{s.name}" for kind in ("signature", "alarm") for s in SIGNATURES}
     promised |= {"multipliers/share_of_zeros", "gradient/x", "gradient/multipliers", "memory/peak_gib"}
     assert promised | {"samples_per_second"} <= tags
     lines = metrics(finished)

@@ -193,3 +193,17 @@ def deepspeed_variables(launch: LaunchEnvironment, device: torch.device) -> Iter
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+RECORDED = (
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST",
+    "SLURM_NNODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_ALGO", "NCCL_PROTO", "GLOO_SOCKET_IFNAME",
+)  # fmt: skip
+"""Variables that may be written down: an environment holds tokens and passwords too."""
+
+
+def recorded(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What of the environment is written down with a run: variables of ``RECORDED`` that are set, and no others."""
+    environ = os.environ if environ is None else environ
+    return {name: environ[name] for name in RECORDED if name in environ}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator
+from hpc_c2g.monitoring.evaluation_log import log_evaluation
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
 from hpc_c2g.training.bundles import class_counts
 from hpc_c2g.training.config import DistributedConfig
@@ -62,7 +63,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Judge the run and write ``evaluation.json`` and ``nearest.png`` into it.
+    """Judge the run and write ``evaluation.json``, ``nearest.png`` and a TensorBoard run of its own into it.
 
     Of a run with several classifiers each one's samples are judged against its own data (``evaluation.json`` has them under
     ``classifiers``); returns one result per classifier.
@@ -79,15 +80,44 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
             f"data={config.data.name} is given for {len(folders)} classifiers",
             "leave it out: each is judged on the data that its record names",
         )
-    results = []
+    results: list[dict[str, Any]] = []
+    scalars: dict[str, float] = {}
+    pictures: dict[str, Tensor] = {}
+    texts: dict[str, str] = {}
     for k in range(len(folders)):
-        results.append(_evaluate(config, run, k, f"-classifier{k}" if several else "", tell))
+        suffix = f"-classifier{k}" if several else ""
+        result, picture = _evaluate(config, run, k, suffix, tell)
+        results.append(result)
+        scalars |= {f"{name}{suffix}": value for name, value in _figures(result).items()}
+        texts[f"beside its baselines{suffix}"] = _as_markdown(result)
+        if picture is not None:
+            save_png(picture, run_dir / f"nearest{suffix}.png", zoom_for(run.generator.input_shape[-1]))
+            pictures[f"training images, below them the nearest samples{suffix}"] = picture
     content = {"uses_real_data": True, "classifiers": results} if several else results[0]
     write_atomically(run_dir / "evaluation.json", json.dumps(content, indent=2).encode())
+    log_evaluation(run_dir, run.step, scalars, pictures, texts)
     return results
 
 
-def _evaluate(config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row, of those with quartiles the mean."""
+    means = {name: value.get("mean") if isinstance(value, dict) else value for name, value in row.items()}
+    return {name: value for name, value in means.items() if isinstance(value, float)}
+
+
+def _as_markdown(result: Mapping[str, Any]) -> str:
+    """The generator and its baselines, a line each."""
+    names = list(_figures(result))
+    lines = [["samples", *names], ["---"] * (1 + len(names))]
+    for who, row in {"generator": result, **result["baselines"]}.items():
+        lines.append([who, *(f"{_figures(row)[n]:.3f}" if n in _figures(row) else "" for n in names)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _evaluate(
+    config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """(figures, a picture of training images beside their nearest samples) of one classifier."""
     folder, generator = run.config.classifiers[k], run.generator.only(k)
     data = fitted_data(folder, config.data)
     split = load_split(data)
@@ -101,10 +131,7 @@ def _evaluate(config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Calla
         "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
         "baselines": _baselines(config, run, k, suffix, split, tell) if config.baselines else {},
     }
-    if drawable(generator.input_shape):
-        picture = side_by_side(samples, split.train.samples)
-        save_png(picture, Path(config.run_dir) / f"nearest{suffix}.png", zoom_for(samples.shape[-1]))
-    return result
+    return result, side_by_side(samples, split.train.samples) if drawable(generator.input_shape) else None
 
 
 def _baselines(

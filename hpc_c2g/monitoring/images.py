@@ -11,10 +11,23 @@ from torch import Tensor
 
 from hpc_c2g.files import write_atomically
 
+SIDE = 2048
+"""Pixels of a picture that is logged or kept: what a page shows and a browser bears."""
+
 
 def drawable(shape: tuple[int, ...]) -> bool:
     """Whether samples of ``shape`` are grey or colour images."""
     return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def bounded(images: Tensor, columns: int) -> tuple[Tensor, int]:
+    """As many rows and columns of a grid, from its first on, as a picture of ``SIDE`` pixels holds; larger images are thinned."""
+    h, w = images.shape[-2:]
+    coarse = max(1, -(-max(h, w) // SIDE))
+    images = images[..., ::coarse, ::coarse]
+    h, w = images.shape[-2:]
+    rows, kept = min(-(-len(images) // columns), max(1, SIDE // (h + 1))), min(columns, max(1, SIDE // (w + 1)))
+    return torch.cat([images[r * columns : r * columns + kept] for r in range(rows)]), kept
 
 
 def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:

@@ -14,6 +14,7 @@ from hpc_c2g.kkt.stationarity import LEFT_SIDES, WEIGHTINGS
 from hpc_c2g.settings import from_plain
 
 DTYPES = ("float32", "bfloat16")
+POLICIES = ("go_on", "stop", "lower_rate")
 
 
 def _require(condition: bool, name: str, value: object, mend: str) -> None:
@@ -154,6 +155,24 @@ class LogConfig:
 
 
 @dataclass
+class AlarmConfig:
+    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
+
+    Attributes:
+        policy: ``go_on`` and tell of it; ``stop`` after a checkpoint; ``lower_rate``: all learning rates times ``factor``, each time that
+            a signature begins to fire.
+        factor: in (0, 1).
+    """
+
+    policy: str = "go_on"
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
+        _require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
+
+
+@dataclass
 class CheckpointConfig:
     """How often (in steps) a checkpoint is published, and how many are kept."""
 
@@ -230,6 +249,7 @@ class TrainConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     zero_stage: int = 0

@@ -16,12 +16,15 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
 from hpc_c2g.monitoring.run_log import RunLog, due
 from hpc_c2g.training.assembly import Assembly, Parts, lay_out
-from hpc_c2g.training.bundles import load_bundles
+from hpc_c2g.training.bundles import class_counts, load_bundles
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.introduction import hyperparameters, introduction
+from hpc_c2g.training.phases import shares
 from hpc_c2g.training.pilot import pilot_alphas
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
+from hpc_c2g.training.watch import Watch, of_samples, stopped
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,39 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
     same = all(before.get(name) == value for name, value in layout.items())
     assembly = Assembly.of(config, bundles, mesh, before.get("micro_batch") if same else None)
     parts = _started(assembly, checkpoint, boundary)
+    watch = Watch(config.alarms, config.steps, checkpoint.state.get("watch") if checkpoint else None)
     del checkpoint  # of the size of the generator and its moments
 
     def state() -> dict[str, Any]:
         kept = {**layout, "micro_batch": assembly.micro_batch}
-        return {**parts.state_dict(), "classifiers": fingerprints, "layout": kept}
+        own = {"classifiers": fingerprints, "layout": kept, "watch": watch.state_dict()}
+        return {**parts.state_dict(), **own}
 
+    classes = class_counts(bundles)
     with contextlib.ExitStack() as open_files, checkpoints:
-        log = open_files.enter_context(_log(config, resumed)) if world.is_first else None
+        log = open_files.enter_context(_log(config, resumed, assembly)) if world.is_first else None
+        phases, verdict = parts.step.phases, watch.verdict
+        phases.start()
         for step in range(resumed + 1, config.steps + 1):
             watched = due(step, config.log.every, config.steps)
-            result = parts.step(step, watched)
+            result = parts.step(step, watched, verdict.ease)
+            scalars = result.scalars
+            if watched:
+                scalars = {**scalars, **of_samples(result.bands, classes), **shares(phases.take(), world)}
+                verdict = world.from_first(functools.partial(watch.look, step, scalars))
             if log:
-                log.step(step, result.scalars, [(b.margins, b.multipliers) for b in result.bands])
+                log.step(step, {**scalars, **verdict.scalars} if watched else scalars, verdict.begun if watched else ())
             if due(step, config.log.images_every, config.steps):
                 _draw(parts, log, step, config)
+            phases.mark("log")
+            failing = watched and verdict.firing and config.alarms.policy == "stop"
             stop = asked_to_stop()
-            if checkpoints.due(step, config.steps) or stop:
-                publish = checkpoints.publish if stop else checkpoints.publish_later
+            if checkpoints.due(step, config.steps) or stop or failing:
+                publish = checkpoints.publish if stop or failing else checkpoints.publish_later
                 world.from_first(functools.partial(publish, step, state()))  # every rank has its part in the state
+            phases.mark("checkpoint")
+            if failing:
+                raise stopped(step, verdict)
             if stop and step < config.steps:
                 raise Preempted(stop, step)
         world.from_first(checkpoints.finish)
@@ -118,8 +135,12 @@ def _started(assembly: Assembly, checkpoint: Checkpoint | None, boundary: Callab
     return parts
 
 
-def _log(config: TrainConfig, resumed: int) -> RunLog:
-    return RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
+def _log(config: TrainConfig, resumed: int, assembly: Assembly) -> RunLog:
+    log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
+    count = len(assembly.bundles)
+    prefixes = [f"classifier{k}/" for k in range(count)] if count > 1 else [""]
+    log.introduce(introduction(assembly), hyperparameters(config), prefixes)
+    return log
 
 
 def _draw(parts: Parts, log: RunLog | None, step: int, config: TrainConfig) -> None:

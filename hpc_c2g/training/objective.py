@@ -92,6 +92,10 @@ class Objective:
         noise = torch.randn(count, *self.lower.shape, generator=generator, dtype=torch.float64).to(self.lower)
         return (self.lower + self.upper) / 2 + (self.upper - self.lower) / 8 * noise
 
+    def within_box(self, x: Tensor) -> Tensor:
+        """Samples in 0..1 from the box's lower to its upper end, which is raw images' own range; without a graph."""
+        return (x.detach() - self.lower) / (self.upper - self.lower)
+
     def widths(self, gamma: float) -> dict[str, Tensor]:
         """Gate widths gamma s."""
         return {gate: gamma * s for gate, s in self.gate_scales.items()}

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,8 @@ FREE_TO_CHANGE = (
     "log",
     "checkpoint",
 )
+EASING = "lower_rate"
+"""With this policy the result depends on when the run is looked at."""
 
 
 class RunDirectory:
@@ -90,10 +93,11 @@ class RunDirectory:
         new = plain(self.config)
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
             old = read_config(file)
+            free_names = _free_to_change(old, new)
             differences = [
                 f"{name}={old_value} there, {new_value} now"
                 for name, old_value, new_value in _differences(old, new)
-                if not any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+                if not any(name == free or name.startswith(f"{free}.") for free in free_names)
             ]
             if differences:
                 raise C2GError(
@@ -102,6 +106,13 @@ class RunDirectory:
                 )
             return
         write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)).encode())
+
+
+def _free_to_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    policies = [values.get("alarms", {}).get("policy") for values in (old, new)]
+    if EASING in policies:
+        return tuple(name for name in FREE_TO_CHANGE if name != "log")
+    return (*FREE_TO_CHANGE, "alarms")
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

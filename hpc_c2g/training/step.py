@@ -19,6 +19,7 @@ from hpc_c2g.training.account import BALANCE, Account, rho
 from hpc_c2g.training.bands import BandCollector, Bands
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.objective import Objective, Residual
+from hpc_c2g.training.phases import Phases
 from hpc_c2g.training.schedules import gate_width, rate_factor
 from hpc_c2g.training.sharding import Range, Sharding
 
@@ -94,6 +95,9 @@ class TrainStep:
         mesh: the ranks.
         sharding: this rank's part.
         alpha0: where each classifier's alpha starts.
+
+    Attributes:
+        phases: where the time goes.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class TrainStep:
         self.config, self.account, self.engine, self.mesh = config, account, engine, mesh
         self.alpha, self.alpha0 = list(alpha0), list(alpha0)
         self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
-        self.lane = Lane(mesh.world.device)
+        self.lane, self.phases = Lane(mesh.world.device), Phases(mesh.world.device)
         settings = config.distributed
         bucket_bytes = int(settings.bucket_mib * 2**20)
         self.shares = [
@@ -146,16 +150,16 @@ class TrainStep:
     def _wire_errors(self) -> list[Tensor]:
         return [error for share in self.shares for error in share.G.state()]
 
-    def __call__(self, step: int, watch: bool = False) -> StepResult:
-        """Train on the global batch of ``step`` (counted from 1); ``watch`` collects bands too.
+    def __call__(self, step: int, watch: bool = False, ease: float = 1.0) -> StepResult:
+        """Train on the global batch of ``step`` (counted from 1); ``watch`` collects bands too, ``ease`` is a factor on the rates.
 
         Raises:
             C2GError: a term is not finite; on every rank, before the update.
         """
-        config = self.config
+        config, phases = self.config, self.phases
         gamma = gate_width(config.gates, step, config.steps)
         scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
-        bands = BandCollector(self.batches, self.classes, self.mesh.world) if watch else None
+        bands = self._collector() if watch else None
         kept: dict[int, tuple[Samples, Tensor, dict[str, Tensor]]] = {}
 
         for share, S in zip(self.shares, scales, strict=True):
@@ -173,13 +177,16 @@ class TrainStep:
                 share.G.add(G)
                 if self.one_pass:
                     kept[share.classifier] = samples, margins, G
+        phases.mark("kkt_sum")
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
             ahead = None
             if not (self.one_pass or self.engine.gathers_in_forward):  # while G is on its way
                 ahead = self._draw(share, step, share.pieces[0], S, keep_graph=True)
+            phases.mark("cotangents")
             residual = objective.residual(share.G.total(), alpha)
+            phases.mark("all_reduce")
             reference = self._reference(share, step)
             for piece in share.pieces:
                 if k in kept:
@@ -206,13 +213,17 @@ class TrainStep:
                 self.engine.backward(surrogate / self.mesh.classifiers)
                 self.account.add(k, _scalars(piece, residual, losses, margins, samples.multipliers, S, gx, gmu))
                 if bands is not None:
-                    bands.note(k, piece[0], margins, samples.multipliers, alpha, objective.batch / S)
+                    x = objective.within_box(samples.x_leaf)
+                    bands.note(k, piece[0], x, margins, samples.multipliers, alpha, objective.batch / S)
         self.engine.reduce()
+        phases.mark("cotangents")
 
         figures, norm = self.account.close(step, self.engine.gradient_norm())
+        phases.mark("all_reduce")
         scalars = self.account.tell(figures, self.alpha, norm, config.stationarity.weight)
-        self.engine.step(rate_factor(config.optimiser, step, config.steps))
+        self.engine.step(ease * rate_factor(config.optimiser, step, config.steps))
         self._follow(figures)
+        phases.mark("optimiser")
         return StepResult({**scalars, **self._wire()}, bands.close() if bands else [])
 
     def _draw(self, share: Share, step: int, piece: Range, S: float, keep_graph: bool) -> Samples:
@@ -226,6 +237,10 @@ class TrainStep:
             x, h = x.to(objective.lower), h[:, : objective.classes].to(objective.lower)
             mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
         return Samples(latents, x, mu, x.detach().requires_grad_(), mu.detach().requires_grad_())
+
+    def _collector(self) -> BandCollector:
+        shape = next(share.objective for share in self.shares).lower.shape
+        return BandCollector(self.batches, self.classes, shape, self.mesh.world)
 
     def _reference(self, share: Share, step: int) -> tuple[Tensor, Tensor] | None:
         """The samples that repel: the first of the classifier's batch, drawn again because they may be another rank's."""

@@ -1,0 +1,42 @@
+"""An evaluation in TensorBoard: a run of its own, because it *uses real data* and the training beside it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hpc_c2g.files import cannot_write
+from hpc_c2g.monitoring.run_log import add_scalars
+
+FOLDER = "evaluation"
+"""Below the run's folder."""
+
+
+def log_evaluation(
+    run_dir: Path, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> None:
+    """Replace what an earlier evaluation of the run said.
+
+    Args:
+        run_dir: the run.
+        step: that the generator had reached.
+        scalars: by name.
+        pictures: ``[channels, H, W]`` in 0..1 by name; of real images beside generated ones.
+        texts: in markdown, by name.
+
+    Raises:
+        C2GError: it cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    try:
+        with SummaryWriter(str(run_dir / FOLDER), purge_step=0) as board:
+            add_scalars(board, {f"uses_real_data/{name}": value for name, value in scalars.items()}, step)
+            for name, picture in pictures.items():
+                board.add_image(f"uses_real_data/{name}", picture, step)
+            for name, text in texts.items():
+                board.add_text(f"uses_real_data/{name}", text, step)
+    except OSError as error:
+        raise cannot_write(run_dir / FOLDER, error) from error

@@ -1,0 +1,77 @@
+"""What a run writes into TensorBoard before its first step: its settings, its versions, how the work is laid out, its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hpc_c2g.distributed.environment import recorded
+from hpc_c2g.monitoring.provenance import as_table, machine, revision, versions
+from hpc_c2g.training.assembly import Assembly
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.run_directory import plain
+
+PLAN = "plan.json"
+"""In the run's folder, where ``c2g plan ... out=`` wrote one."""
+PLACES = ("classifier", "run_dir", "log.progress")
+"""Settings that say nothing about a run."""
+
+
+def introduction(assembly: Assembly) -> dict[str, str]:
+    """Texts by name, in markdown."""
+    config = assembly.config
+    return {
+        "1 settings": f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain(config)))}```",
+        "2 versions": as_table({"revision": revision(), **versions(), "machine": machine()}),
+        "3 layout": as_table(_layout(assembly)),
+        "4 plan": _plan(Path(config.run_dir) / PLAN),
+        "5 environment": as_table(recorded(), ("variable", "value")),
+    }
+
+
+def _layout(assembly: Assembly) -> dict[str, object]:
+    config, world, sharding = assembly.config, assembly.world, assembly.sharding
+    return {
+        "processes": world.size,
+        "device": world.device,
+        "launched by": world.launch.launcher,
+        "groups of processes": assembly.mesh.groups,
+        "global batch": config.global_batch,
+        "micro-batch": assembly.micro_batch or "the whole share",
+        "passes": "one" if sharding.one_pass else "two",
+        "ZeRO stage": config.zero_stage,
+        "classifier parameters": ", ".join(
+            str(sum(p.numel() for p in bundle.parameters.values())) for bundle in assembly.bundles
+        ),
+        "classifiers": ", ".join(bundle.fingerprint for bundle in assembly.bundles),
+    }
+
+
+def _plan(file: Path) -> str:
+    try:
+        plan = json.loads(file.read_text())
+        step, memory = plan["step"], plan["memory"]
+        rows = {"seconds per step": f"{step['total']:.4g}", "GiB per rank": f"{memory['total'] / 2**30:.3f}"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"none: `c2g plan ... out=RUN_DIR/{PLAN}` before the run begins writes one"
+    return as_table({**rows, "cluster": plan.get("profile", {}).get("name", "")})
+
+
+def hyperparameters(config: TrainConfig) -> dict[str, Any]:
+    """The settings as flat names with plain values, without places."""
+    return {name: value for name, value in _flat(plain(config)) if name not in PLACES}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{name}.")
+        else:
+            found.append((name, value if isinstance(value, (bool, int, float, str)) else str(value)))
+    return found

@@ -1,0 +1,84 @@
+"""Watches a run's logged scalars for signatures of failure, and does what the run's policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.monitoring.signatures import BY_NAME, GRACE, WINDOW, judged, levels
+from hpc_c2g.monitoring.traits import traits
+from hpc_c2g.training.bands import Bands
+from hpc_c2g.training.config import AlarmConfig
+
+
+def of_samples(bands: Sequence[Bands], classes: Sequence[int]) -> dict[str, float]:
+    """What is logged of every classifier's samples, each under its prefix where there are several."""
+    found: dict[str, float] = {}
+    for k, (band, count) in enumerate(zip(bands, classes, strict=True)):
+        prefix = f"classifier{k}/" if len(bands) > 1 else ""
+        own = traits(band.margins, band.multipliers, band.labels, band.samples, count)
+        found |= {f"{prefix}{name}": value for name, value in own.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a look at a run found.
+
+    Attributes:
+        scalars: to log.
+        firing: names of the signatures that fire.
+        begun: those that did not fire at the look before.
+        ease: factor on the learning rates from now on.
+    """
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    firing: tuple[str, ...] = ()
+    begun: tuple[str, ...] = ()
+    ease: float = 1.0
+
+
+class Watch:
+    """Looks at every logged step; its verdicts are functions of the last ``WINDOW`` lines, which a checkpoint keeps.
+
+    Args:
+        config: what to do.
+        steps: of the run.
+        state: what ``state_dict`` returned, of a run that goes on.
+    """
+
+    def __init__(self, config: AlarmConfig, steps: int, state: Mapping[str, Any] | None = None) -> None:
+        self.config, self.steps = config, steps
+        state = state or {}
+        self.verdict = Verdict(firing=tuple(state.get("firing", ())), ease=state.get("ease", 1.0))
+        self.lines = [dict(line) for line in state.get("lines", ())]
+
+    def look(self, step: int, line: Mapping[str, float]) -> Verdict:
+        """Judge the run after another logged step."""
+        before = self.verdict
+        if step > GRACE * self.steps:
+            self.lines = [*self.lines, judged(line)][-WINDOW:]
+        if len(self.lines) == WINDOW:
+            found = levels(self.lines)
+            firing = tuple(name for name, level in found.items() if level > 1)
+            begun = tuple(name for name in firing if name not in before.firing)
+            lowered = begun and self.config.policy == "lower_rate"
+            scalars = {f"signature/{name}": level for name, level in found.items()}
+            scalars |= {f"alarm/{name}": float(name in firing) for name in found}
+            self.verdict = Verdict(scalars, firing, begun, before.ease * (self.config.factor if lowered else 1.0))
+        return self.verdict
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"ease": self.verdict.ease, "firing": list(self.verdict.firing), "lines": self.lines}
+
+
+def stopped(step: int, verdict: Verdict) -> C2GError:
+    """The error that ends a run with ``alarms.policy=stop``."""
+    first = BY_NAME[verdict.firing[0]]
+    return C2GError(
+        f"step {step}: {', '.join(verdict.firing)}: {first.reason}; saved, and stopped because alarms.policy=stop",
+        f"in another run_dir {first.advice}; alarms.policy=go_on goes on from here all the same",
+    )
