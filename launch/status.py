@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.scheduling.queue import Entry, Queue
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import ACTIVE, STATES, View, look, residual
+from hpc_c2g.studies.view import ACTIVE, STATES, Progress, View, look, progress
 from launch.arguments import as_overrides
 from launch.cli import run_verb, user_errors
 
@@ -112,20 +113,44 @@ def counts_table(folder: Path, views: Sequence[View]) -> Table:
 
 def tasks_table(folder: Path, views: Sequence[View], everything: bool) -> Table:
     """A line per task that is at work or in trouble, or per task."""
-    troubled = [v for v in views if everything or v.state not in ("done", "new", "pending")]
+    troubled = [v for v in views if everything or v.alarms or v.state not in ("done", "new", "pending")]
     out = Table()
-    for column in ("stage", "run", "point", "state", "tries", "step", "residual", "job", "why"):
+    for column in ("stage", "run", "point", "state", "tries", "step", "residual", "alarms", "job", "why"):
         out.add_column(column, justify="right" if column in ("tries", "step", "residual") else "left")
     for view in troubled if everything else troubled[:SHOWN]:
-        last = residual(folder, view.row) if view.row.stage == "train" else None
-        step, value = (str(last[0]), f"{last[1]:.4f}") if last else ("", "")
+        last = progress(folder, view.row) if view.row.stage == "train" else None
+        step, value = (str(last.step), f"{last.residual:.4f}") if last else ("", "")
+        fired = "\n".join(_alarms(view, last))
         state = Text(view.state, style=STYLES.get(view.state, ""))
         out.add_row(
-            view.row.stage, view.row.id, view.row.label, state, str(view.attempts), step, value, _job(view), view.reason
+            view.row.stage,
+            view.row.id,
+            view.row.label,
+            state,
+            str(view.attempts),
+            step,
+            value,
+            Text(fired, style="yellow"),
+            _job(view),
+            view.reason,
         )
     if len(troubled) > SHOWN and not everything:
         out.caption = f"{len(troubled) - SHOWN} more: --all lists them"
     return out
+
+
+def _alarms(view: View, last: Progress | None) -> tuple[str, ...]:
+    """Signatures of failure that fire now, or fired when the run ended."""
+    return last.alarms if last and view.state in ACTIVE else view.alarms
+
+
+def advice(folder: Path, views: Sequence[View]) -> list[str]:
+    """A line for each signature that fires in a run that is at work, or fired when one ended."""
+    at_work = [v for v in views if v.state == "running" and v.row.stage == "train"]
+    found = {name for v in views for name in v.alarms} | {
+        name for v in at_work for name in _alarms(v, progress(folder, v.row))
+    }
+    return [f"{name}: {s.reason} -- {s.advice}" for name, s in BY_NAME.items() if name in found]
 
 
 def _job(view: View) -> str:
@@ -151,7 +176,7 @@ def as_json(folder: Path, views: Sequence[View], warning: str) -> dict[str, Any]
     """Everything, plain."""
     tasks: list[Mapping[str, Any]] = []
     for view in views:
-        last = residual(folder, view.row) if view.row.stage == "train" and view.state != "new" else None
+        last = progress(folder, view.row) if view.row.stage == "train" and view.state != "new" else None
         tasks.append(
             {
                 "stage": view.row.stage,
@@ -163,8 +188,9 @@ def as_json(folder: Path, views: Sequence[View], warning: str) -> dict[str, Any]
                 "failures": view.failures,
                 "job": _job(view),
                 "reason": view.reason,
-                "step": last[0] if last else None,
-                "residual": last[1] if last else None,
+                "step": last.step if last else None,
+                "residual": last.residual if last else None,
+                "alarms": list(_alarms(view, last)),
                 "upstream": list(view.row.upstream),
             }
         )
@@ -190,6 +216,7 @@ def status(config: StatusConfig) -> None:
         parts: list[Any] = [counts_table(folder, views)]
         table = tasks_table(folder, views, config.all)
         parts += [table] if table.row_count else []
+        parts += [Text(line, style="yellow") for line in advice(folder, views)]
         return Group(*parts, *([Text(f"warning: {warning}", style="yellow")] if warning else []))
 
     views, warning = now()

@@ -30,7 +30,7 @@ KNOWS = {
     "planning": {"classifiers", "distributed", "training"},
     "scheduling": set(),
     "data": {"classifiers"},
-    "studies": {"classifiers", "distributed", "training", "scheduling", "data", "evaluation"},
+    "studies": {"classifiers", "distributed", "monitoring", "training", "scheduling", "data", "evaluation"},
     "reporting": {"studies", "monitoring"},
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }

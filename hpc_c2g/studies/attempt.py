@@ -16,6 +16,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.files import last_line
+from hpc_c2g.monitoring.signatures import firing
 from hpc_c2g.studies.config import NEEDS
 from hpc_c2g.studies.reports import Report, load_report, read_report, write_report
 from hpc_c2g.studies.tasks import Task, read_spec
@@ -124,6 +126,9 @@ def _lead(study: Path, task: Task, place: Allocation, imported: float) -> int:
             report.end("done")
             return 0
         finally:
+            report.alarms = (
+                list(firing(last_line(study / task.folder / "metrics.jsonl"))) if task.stage == "train" else []
+            )
             write_report(study, task, report)
 
 

@@ -26,7 +26,7 @@ create table if not exists tasks (
     nodes integer not null, tasks_per_node integer not null,
     state text not null default 'new', attempts integer not null default 0, failures integer not null default 0,
     allowed integer not null default 0, cause text not null default '', job text not null default '',
-    submission text not null default '', seconds real, position integer not null);
+    submission text not null default '', seconds real, alarms text not null default '', position integer not null);
 create table if not exists submissions (token text primary key, name text not null, stage text not null, job text, cluster text not null);
 """
 
@@ -51,6 +51,7 @@ class Row:
         job: that worked on it last, or will: ``123_4``.
         submission: token of its last submission.
         seconds: of its last attempt.
+        alarms: signatures of failure that fired when that ended.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Row:
     job: str
     submission: str
     seconds: float | None
+    alarms: tuple[str, ...] = ()
 
     @property
     def given_up(self) -> bool:
@@ -114,7 +116,10 @@ class Ledger:
         with self._open() as connection:
             found = connection.execute(f"select {','.join(COLUMNS)} from tasks order by position").fetchall()
         named = [dict(zip(COLUMNS, values, strict=True)) for values in found]
-        return [Row(**{**row, "upstream": tuple(json.loads(row["upstream"]))}) for row in named]
+        return [
+            Row(**{**row, "upstream": tuple(json.loads(row["upstream"])), "alarms": tuple(row["alarms"].split())})
+            for row in named
+        ]
 
     def add(self, tasks: Iterable[Task], allowed: int) -> None:
         """Enter tasks that are not there yet; what is known of the others stays, but for ``allowed``, which only grows."""
@@ -135,9 +140,15 @@ class Ledger:
         """Take over what tasks told of themselves."""
         with self._open() as connection:
             connection.executemany(
-                "update tasks set state = ?, attempts = ?, failures = ?, cause = ?, job = ?, seconds = ? where id = ?",
+                "update tasks set state = ?, attempts = ?, failures = ?, cause = ?, job = ?, seconds = ?,"
+                " alarms = ? where id = ?",
                 [
-                    (r.state, r.attempts, r.failures, r.cause, r.job, r.ended - r.began if r.ended else None, r.id)
+                    (
+                        *(r.state, r.attempts, r.failures, r.cause, r.job),
+                        r.ended - r.began if r.ended else None,
+                        " ".join(r.alarms),
+                        r.id,
+                    )
                     for r in reports
                 ],
             )

@@ -32,6 +32,7 @@ class Report:
         began: when the last attempt began, seconds since 1970.
         ended: when it ended.
         seconds: phases of the last attempt.
+        alarms: signatures of failure that fired when it ended.
         code: version of the code that ran.
         versions: of Python, torch and hpc_c2g.
         history: of earlier attempts.
@@ -48,6 +49,7 @@ class Report:
     began: float = 0.0
     ended: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
     code: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -31,6 +31,7 @@ class Task:
         nodes: it runs on.
         tasks_per_node: processes on each.
         code: version of its code.
+        overrides: of its verb, that make these settings.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Task:
     nodes: int = 1
     tasks_per_node: int = 1
     code: str = ""
+    overrides: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -109,6 +111,7 @@ def read_spec(file: Path) -> Task:
         values = json.loads(file.read_text())
         for name in ("upstream", "inputs", "points"):
             values[name] = tuple(values[name])
+        values["overrides"] = tuple(values.get("overrides", ()))  # of a study of before there were any
         return Task(**values)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise C2GError(f"{file} describes no task: {error}", "run the `c2g sweep` of the study again") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_c2g.files import last_line
 from hpc_c2g.lease import live_holder
+from hpc_c2g.monitoring.signatures import firing
 from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.config import NEEDS
 from hpc_c2g.studies.ledger import Row
@@ -47,9 +48,29 @@ class View:
         return self.report.failures if self.report else self.row.failures
 
     @property
+    def alarms(self) -> tuple[str, ...]:
+        """Signatures of failure that fired when the last attempt ended."""
+        return tuple(self.report.alarms) if self.report else self.row.alarms
+
+    @property
     def given_up(self) -> bool:
         """Whether it failed more often than allowed."""
         return self.state == "failed" and self.failures > self.row.allowed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training run is.
+
+    Attributes:
+        step: its last logged one.
+        residual: there.
+        alarms: signatures of failure that fired there.
+    """
+
+    step: int
+    residual: float
+    alarms: tuple[str, ...]
 
 
 def look(study: Path, rows: Sequence[Row], queue: Mapping[str, Entry] | None) -> list[View]:
@@ -105,18 +126,9 @@ def _stand(study: Path, row: Row, report: Report | None, entry: Entry | None, as
     return View(row, state, report, cause)
 
 
-def residual(study: Path, row: Row) -> tuple[int, float] | None:
-    """(step, relative residual) of a training run's last line of metrics; None where there is none."""
-    try:
-        with open(study / row.folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-            lines = file.read().splitlines()
-    except OSError:
+def progress(study: Path, row: Row) -> Progress | None:
+    """How far a training run is, from its last line of metrics; None where there is none."""
+    line = last_line(study / row.folder / "metrics.jsonl")
+    if "step" not in line or "stationarity" not in line:
         return None
-    for line in reversed(lines):
-        try:
-            values = json.loads(line)
-            return int(values["step"]), float(values["stationarity"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
+    return Progress(int(line["step"]), float(line["stationarity"]), firing(line))
