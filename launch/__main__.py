@@ -21,7 +21,9 @@ VERBS = {
     "logs": "what a run of a study printed",
     "cancel": "stop a study's runs; they save first",
     "retry": "have a study's failed runs done again",
-    "collect": "a study's results as tables",
+    "collect": "a study's runs brought together: tables, means over seeds, figures",
+    "board": "TensorBoard on a study or a run",
+    "report": "a study as one HTML file to send",
 }
 
 

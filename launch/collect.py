@@ -1,4 +1,4 @@
-"""``c2g collect DIR``: a study's results as tables: results.md, results.csv and results.json in its folder."""
+"""``c2g collect DIR``: a study's runs brought together: tables in its folder, and its board for TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.reporting.results import collect as gather
-from hpc_c2g.reporting.results import shown
+from hpc_c2g.reporting.board import FOLDER
+from hpc_c2g.reporting.collect import Collected
+from hpc_c2g.reporting.collect import collect as bring_together
+from hpc_c2g.reporting.tables import shown
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import look
 from launch.arguments import as_overrides
 from launch.cli import run_verb, user_errors
+
+SHOWN = 20
+"""Lines about what was left out or skipped, unless all are asked for."""
 
 
 @dataclass
@@ -24,26 +29,38 @@ class CollectConfig:
 
     Attributes:
         study_dir: its folder.
+        all: tell of everything that was left out or skipped.
     """
 
     study_dir: str = "???"
+    all: bool = False
+
+
+def collected(folder: Path) -> Collected:
+    """The study's tables and board, up to date."""
+    study = read_study(folder)
+    return bring_together(folder, study.study.name, look(folder, Ledger(folder).rows(), None))
 
 
 def collect(config: CollectConfig) -> None:
-    """Write the tables, and show the means."""
+    """Bring together, and show the means."""
     folder = Path(config.study_dir)
-    study = read_study(folder)
-    grouped, left_out = gather(folder, study.study.name, look(folder, Ledger(folder).rows(), None))
-    columns, cells = shown(grouped)
-    out = Table(title=f"{study.study.name}: means ± standard deviations over seeds; evaluation uses real data")
+    found = collected(folder)
+    columns, cells = shown(found.results.groups)
+    out = Table(title=f"{folder}: means ± standard deviations over seeds; evaluation uses real data")
     for column in columns:
         out.add_column(column, justify="right")
     for line in cells:
         out.add_row(*line)
     Console(width=180).print(out)
-    for text in left_out:
-        print(f"left out: {text}", file=sys.stderr)
-    print(f"written: {folder}/results.md, results.csv, results.json")
+    notes = [f"left out: {text}" for text in found.results.left_out]
+    notes += [f"run {key}: {text}" for key, told in found.complaints.items() for text in told]
+    for text in notes if config.all else notes[:SHOWN]:
+        print(text, file=sys.stderr)
+    if len(notes) > SHOWN and not config.all:
+        print(f"{len(notes) - SHOWN} more: --all tells them", file=sys.stderr)
+    board = f"{len(found.changed)} parts of {folder / FOLDER}" if found.changed else "nothing new for the board"
+    print(f"written: {folder}/{', '.join(found.files)}; {board} (c2g board {folder} shows it)")
 
 
 def main() -> None:

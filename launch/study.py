@@ -170,22 +170,22 @@ def _tasks(study: StudyConfig, point: Point, code: Mapping[str, str]) -> list[Ta
             for stage, field in routes(key, tuple(study.stages)):
                 share[stage].append(f"{field}={value}")
 
-    def settings(stage: str, *more: str) -> dict[str, Any]:
+    def settings(stage: str, *more: str) -> tuple[str, ...]:
         shared = [*getattr(study, stage), *getattr(variant, stage, [])]
-        return resolved(stage, (*GIVEN.get(stage, []), *shared, *share[stage], *more))
+        return (*GIVEN.get(stage, []), *shared, *share[stage], *more)
 
     def task(
         stage: str,
-        config: dict[str, Any],
+        overrides: tuple[str, ...],
         upstream: Sequence[Task] = (),
         inside: str | None = None,
         shape: tuple[int, int] = (1, 1),
     ) -> Task:
-        ids = [t.id for t in upstream]
+        ids, config = [t.id for t in upstream], resolved(stage, overrides)
         name = run_id(stage, config, ids, shape, code[stage])
         folder = inside or f"{FOLDERS[stage]}/{name}"
         inputs = tuple(t.folder for t in upstream)
-        return Task(name, stage, folder, config, tuple(ids), inputs, (), *shape, code[stage])
+        return Task(name, stage, folder, config, tuple(ids), inputs, (), *shape, code[stage], overrides)
 
     made: list[Task] = []
     fitted = [task("classifier", settings("classifier", *more)) for more in variant.classifiers or [[]]]

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.live import Live
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.reporting.results import results
+from hpc_c2g.reporting.tables import write_tables
 from hpc_c2g.scheduling.batch_script import check_folder
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.reporting.results import collect
 from hpc_c2g.studies.config import NEEDS, StudyConfig
 from hpc_c2g.studies.here import run_here, run_within
 from hpc_c2g.studies.launcher import Launcher, launching
@@ -149,8 +150,7 @@ def config_path(folder: Path) -> str:
 def _end(folder: Path, name: str, views: Sequence[View]) -> None:
     """Collect the results, and say how it ended; an exit code tells scripts whether all was done."""
     print(f"study: {folder}: {told(views)}")
-    collect(folder, name, views)
-    print(f"written: {config_path(folder)}/results.md, results.csv, results.json")
+    print(f"written: {config_path(folder)}/{', '.join(write_tables(folder, name, results(folder, views)))}")
     bad = [v for v in views if v.state != "done"]
     for view in bad[:10]:
         print(f"  {view.row.stage} {view.row.id} ({view.row.label}): {view.state}: {view.reason}", file=sys.stderr)

@@ -40,6 +40,8 @@ REQUIRED = {
     "cancel": {"study_dir": "s"},
     "retry": {"study_dir": "s"},
     "collect": {"study_dir": "s"},
+    "board": {"study_dir": "s"},
+    "report": {"study_dir": "s"},
 }
 ALSO_REQUIRED = {"custom": ["model._target_=my_pkg.Net"], "import": ["fit.state_dict=w.pt"]}
 

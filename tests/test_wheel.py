@@ -39,7 +39,11 @@ def test_it_holds_every_module_and_every_settings_file_and_the_licence(wheel):
 
 
 def test_it_holds_nothing_else(wheel):
-    strange = [n for n in wheel.namelist() if not n.endswith((".py", ".yaml", "LICENSE")) and ".dist-info/" not in n]
+    strange = [
+        n
+        for n in wheel.namelist()
+        if not n.endswith((".py", ".yaml", ".html.j2", "LICENSE")) and ".dist-info/" not in n
+    ]
     assert strange == []
     assert {name.split("/")[0].split("-")[0] for name in wheel.namelist()} == {"hpc_c2g", "launch"}
 

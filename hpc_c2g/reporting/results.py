@@ -1,54 +1,107 @@
-"""A study's results in one place: a row per training run, and means over what only the seed sets apart. Evaluation *uses real data*."""
+"""A study's results: a row per training run, and means over what only the seed sets apart. Evaluation *uses real data*."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_c2g.files import write_atomically
+from hpc_c2g.files import last_line
 from hpc_c2g.studies.view import View
 
 METRICS = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diversity")
+"""With real data."""
 MEASURED = ("stationarity", "alpha", "rho", "samples_per_second")
+"""While training, without data."""
+OF_CLASSIFIERS = ("certificate", "classifier_accuracy")
+MEASURES = (*MEASURED, *METRICS, *OF_CLASSIFIERS)
 SAMPLED = ("error", "predicted", "quantile", "bound", "residual_bias")
 SEEDS = ("seed", "train.seed", "classifier.seed")
+NO_POINT = (*MEASURES, "id", "steps", "alarms")
+"""Fields of a row that say nothing of its place in the grid."""
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study came to so far.
+
+    Attributes:
+        rows: one per training run that is done.
+        groups: means and standard deviations over rows that only their seed sets apart.
+        sampling: errors of the KKT sum that its runs measured.
+        left_out: what is missing, and why.
+    """
+
+    rows: list[Row]
+    groups: list[Row]
+    sampling: list[Row]
+    left_out: list[str]
+
+
+def results(study: Path, views: Sequence[View]) -> Results:
+    """Read what the study's runs left in their folders."""
+    found, left_out = rows(study, views)
+    return Results(found, groups(found), bounds(study, views), left_out)
 
 
 def rows(study: Path, views: Sequence[View]) -> tuple[list[Row], list[str]]:
     """(a row per training run that is done, what was left out and why)."""
     by_id = {v.row.id: v for v in views}
+    judges = {v.row.folder: v for v in views if v.row.stage == "evaluate"}
+    trained = training_runs(views) or [v for v in views if v.row.stage == "classifier"]
+    several = len({v.row.nodes for v in trained}) > 1
     found: list[Row] = []
     left_out: list[str] = []
-    trained = [v for v in views if v.row.stage == "train"] or [v for v in views if v.row.stage == "classifier"]
     for view in trained:
         name = f"{view.row.stage} {view.row.id} ({view.row.label})"
         if view.state != "done":
             left_out.append(f"{name}: {view.state}{f': {view.reason}' if view.reason else ''}")
             continue
-        row: Row = {"id": view.row.id, **_point(view.row.label)}
+        row: Row = {"id": view.row.id, **point_of(view.row.label)}
+        if several:
+            row["nodes"] = view.row.nodes
         folders = [by_id[u].row.folder for u in view.row.upstream if u in by_id] or [view.row.folder]
         for reader in (_certificates, _fits):
             row |= reader(study, folders)
         if view.row.stage == "train":
             row |= _measured(study / view.row.folder)
-            judged = [v for v in views if v.row.stage == "evaluate" and v.row.folder == view.row.folder]
-            if any(v.state == "done" for v in judged):
-                row |= _evaluation(study / view.row.folder)
-            elif judged:
-                left_out.append(f"evaluation of {view.row.id} ({view.row.label}): {judged[0].state}")
+            judge = judges.get(view.row.folder)
+            if judge is not None and judge.state == "done":
+                judged = _evaluation(study / view.row.folder)
+                row |= judged
+                if not judged:
+                    left_out.append(f"evaluation of {view.row.id} ({view.row.label}): evaluation.json cannot be read")
+            elif judge is not None:
+                left_out.append(f"evaluation of {view.row.id} ({view.row.label}): {judge.state}")
+            if view.alarms:
+                row["alarms"] = " ".join(view.alarms)
         found.append(row)
     return found, left_out
 
 
-def _point(label: str) -> Row:
+def training_runs(views: Sequence[View]) -> list[View]:
+    """The study's training runs."""
+    return [v for v in views if v.row.stage == "train"]
+
+
+def point_of(label: str) -> Row:
+    """The fields of the grid in a label such as ``global_batch=50 seed=0``, numbers as numbers."""
     return {key: _number(value) for key, _, value in (part.partition("=") for part in label.split(" ")) if key}
+
+
+def without_seeds(point: Row) -> Row:
+    """What runs of one group have in common."""
+    return {k: v for k, v in point.items() if k not in SEEDS}
+
+
+def label_of(point: Row) -> str:
+    """What people call a group."""
+    return " ".join(f"{k}={v}" for k, v in point.items()) or "all runs"
 
 
 def _number(text: str) -> Any:
@@ -81,16 +134,15 @@ def _fits(study: Path, folders: Sequence[str]) -> Row:
 
 
 def _measured(folder: Path) -> Row:
-    try:
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return {}
-    return {name: last[name] for name in MEASURED if name in last} | {"steps": last.get("step")}
+    last = last_line(folder / "metrics.jsonl")
+    return {name: last[name] for name in MEASURED if name in last} | {"steps": last.get("step")} if last else {}
 
 
 def _evaluation(folder: Path) -> Row:
     """Of one generator's samples; with several classifiers the mean over them."""
-    content = _load(folder / "evaluation.json") or {}
+    content = _load(folder / "evaluation.json")
+    if not isinstance(content, dict):
+        return {}
     parts = content.get("classifiers", [content])
     found = {}
     for name in METRICS:
@@ -100,21 +152,28 @@ def _evaluation(folder: Path) -> Row:
     return found
 
 
-def groups(found: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation (of the sample) over runs that only their seed sets apart."""
-    measures = [*MEASURED, *METRICS, "certificate", "classifier_accuracy"]
+def members(found: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each group by its label."""
     grouped: dict[str, list[Row]] = {}
     for row in found:
-        point = {k: v for k, v in row.items() if k not in (*measures, *SEEDS, "id", "steps")}
-        grouped.setdefault(json.dumps(point, sort_keys=True), []).append(row)
+        point = {k: v for k, v in row.items() if k not in NO_POINT}
+        grouped.setdefault(label_of(without_seeds(point)), []).append(row)
+    return grouped
+
+
+def groups(found: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation (of the sample) over runs that only their seed sets apart."""
     result = []
-    for key, members in grouped.items():
-        out: Row = {**json.loads(key), "runs": len(members)}
-        for name in measures:
-            values = [m[name] for m in members if isinstance(m.get(name), (int, float)) and math.isfinite(m[name])]
+    for own in members(found).values():
+        point = without_seeds({k: v for k, v in own[0].items() if k not in NO_POINT})
+        out: Row = {**point, "runs": len(own)}
+        for name in MEASURES:
+            values = [m[name] for m in own if isinstance(m.get(name), (int, float)) and math.isfinite(m[name])]
             if values:
                 out[name] = statistics.mean(values)
                 out[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        if alarmed := sum("alarms" in m for m in own):
+            out["alarmed"] = alarmed
         result.append(out)
     return result
 
@@ -127,7 +186,7 @@ def bounds(study: Path, views: Sequence[View]) -> list[Row]:
             content = _load(study / view.row.folder / "sampling_error.json") or {}
             for k, part in enumerate(content.get("classifiers", [])):
                 found += [
-                    {"id": view.row.upstream[0], **_point(view.row.label), "classifier": k, **r} for r in part["rows"]
+                    {"id": view.row.upstream[0], **point_of(view.row.label), "classifier": k, **r} for r in part["rows"]
                 ]
     return found
 
@@ -138,80 +197,7 @@ def bound_groups(errors: Sequence[Row]) -> list[Row]:
     for row in errors:
         grouped.setdefault((row["classifier"], row["scheme"], row["batch"]), []).append(row)
     return [
-        {"classifier": k, "scheme": scheme, "batch": batch, "runs": len(members)}
-        | {name: statistics.mean(m[name] for m in members) for name in SAMPLED}
-        for (k, scheme, batch), members in grouped.items()
+        {"classifier": k, "scheme": scheme, "batch": batch, "runs": len(own)}
+        | {name: statistics.mean(m[name] for m in own) for name in SAMPLED}
+        for (k, scheme, batch), own in grouped.items()
     ]
-
-
-def collect(study: Path, name: str, views: Sequence[View]) -> tuple[list[Row], list[str]]:
-    """Write ``results.json``, ``results.csv`` and ``results.md`` into the study's folder; returns groups and what was left out.
-
-    Raises:
-        C2GError: a file cannot be written.
-    """
-    found, left_out = rows(study, views)
-    grouped, errors = groups(found), bounds(study, views)
-    content = {
-        "study": name,
-        "uses_real_data": True,
-        "runs": found,
-        "groups": grouped,
-        "sampling": errors,
-        "left_out": left_out,
-    }
-    write_atomically(study / "results.json", json.dumps(content, indent=1).encode())
-    write_atomically(study / "results.csv", as_csv(found).encode())
-    write_atomically(study / "results.md", as_markdown(name, grouped, bound_groups(errors), left_out).encode())
-    return grouped, left_out
-
-
-def _columns(found: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(k for row in found for k in row))
-
-
-def as_csv(found: Sequence[Row]) -> str:
-    """All rows, a column per field that any of them has."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _columns(found), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    return out.getvalue()
-
-
-def shown(grouped: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the table of groups, mean +- standard deviation."""
-    columns = [c for c in _columns(grouped) if not c.endswith("_sd")]
-    cells = []
-    for row in grouped:
-        cells.append([_cell(row.get(c), row.get(f"{c}_sd")) for c in columns])
-    return columns, cells
-
-
-def _cell(value: Any, deviation: Any = None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}" if deviation is None else f"{value:.4g} ± {deviation:.2g}"
-    return str(value)
-
-
-def as_markdown(name: str, grouped: Sequence[Row], errors: Sequence[Row], left_out: Sequence[str]) -> str:
-    """The table of groups, the sampling errors, and what is missing."""
-    lines = [
-        f"# {name}",
-        "",
-        "Means ± standard deviations over runs that differ in their seed alone; evaluation uses real data.",
-        "",
-    ]
-    for table in (grouped, errors):
-        if table:
-            columns, cells = shown(table)
-            lines += [_line(columns), _line(["---"] * len(columns)), *map(_line, cells), ""]
-    if left_out:
-        lines += ["Left out:", "", *(f"- {text}" for text in left_out), ""]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,193 @@
+"""Brings a study's runs together: tables, and a folder for TensorBoard; what has not changed since the last time is left as it is."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.monitoring.run_log import BOARD
+from hpc_c2g.reporting.archive import Archive, gather
+from hpc_c2g.reporting.board import (
+    FOLDER,
+    Board,
+    named,
+    numeric_variables,
+    write_against,
+    write_averages,
+    write_pictures,
+)
+from hpc_c2g.reporting.board import write_hyperparameters as write_session
+from hpc_c2g.reporting.curves import Average, Curves, average
+from hpc_c2g.reporting.drawing import Figure
+from hpc_c2g.reporting.events import event_files, stamp_of
+from hpc_c2g.reporting.figures import CURVES, figures
+from hpc_c2g.reporting.mosaics import mosaic, ranked
+from hpc_c2g.reporting.page import Picture
+from hpc_c2g.reporting.results import (
+    NO_POINT,
+    Results,
+    bound_groups,
+    label_of,
+    members,
+    point_of,
+    results,
+    training_runs,
+    without_seeds,
+)
+from hpc_c2g.reporting.tables import as_markdown, write_tables
+from hpc_c2g.studies.tasks import read_spec, spec_name
+from hpc_c2g.studies.view import View
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+CACHE, PLAN = "cache", "plan.json"
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What there is now.
+
+    Attributes:
+        results: tables.
+        files: names of the tables' files in the study's folder.
+        changed: parts of the board that were written again.
+        complaints: what of the runs' event files was skipped and why, by run.
+    """
+
+    results: Results
+    files: list[str]
+    changed: list[str]
+    complaints: dict[str, tuple[str, ...]]
+
+
+def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
+    """Write the tables and the board.
+
+    Args:
+        study: its folder.
+        name: of the study.
+        views: of all its tasks.
+
+    Raises:
+        C2GError: a file cannot be written.
+    """
+    found = results(study, views)
+    files = write_tables(study, name, found)
+    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    archive = Archive(study / FOLDER / CACHE)
+    gathered = gather(archive, {key: study / v.row.folder / BOARD for key, v in runs.items()}, _processes())
+    board = Board(study)
+    stamps = {key: list(event_files(study / v.row.folder / BOARD).items()) for key, v in runs.items()}
+    sources = {label: {key: stamps[key] for key in own} for label, own in grouped(runs).items()}
+    for label, own in sources.items():
+        board.part(f"mean/{named(label)}", own, functools.partial(_write_means, archive, list(own)))
+    for variable, lines in numeric_variables(found.groups).items():
+        for rest, rows in lines.items():
+            title = f"against {variable}/{named(rest)}" if len(lines) > 1 else f"against {variable}"
+            board.part(title, rows, write_against(variable, rows))
+    for row in found.rows:
+        point = {k: v for k, v in row.items() if k not in NO_POINT}
+        board.part(f"hparams/{row['id']}", row, write_session(point, row))
+    pictures = {
+        row["id"]: stamp_of(study / runs[row["id"]].row.folder / "samples.png")
+        for row in found.rows
+        if row["id"] in runs
+    }
+    prediction = predicted(study, runs)
+    source = [found.rows, found.sampling, found.left_out, sources, pictures, prediction]
+    board.part(
+        "pictures",
+        source,
+        lambda writer: write_pictures(
+            drawn(study, archive, found, runs, prediction),
+            mosaics(study, found, runs),
+            {"results": as_markdown(name, found)},
+        )(writer),
+    )
+    board.link(links(study, runs))
+    board.close()
+    skipped = {key: told for key, told in gathered.complaints.items() if told}
+    return Collected(found, files, board.written, skipped)
+
+
+def _write_means(archive: Archive, keys: Sequence[str], writer: SummaryWriter) -> None:
+    write_averages(averages(archive, keys))(writer)
+
+
+def _processes() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def grouped(runs: Mapping[str, View]) -> dict[str, list[str]]:
+    """Ids of the runs of each group, those at work too, by its label."""
+    found: dict[str, list[str]] = {}
+    for key, view in runs.items():
+        found.setdefault(label_of(without_seeds(point_of(view.row.label))), []).append(key)
+    return found
+
+
+def averages(
+    archive: Archive, keys: Sequence[str] | Mapping[str, object], tags: Sequence[str] | None = None
+) -> dict[str, Average]:
+    """Every scalar's average over some runs."""
+    curves = [reading.curves for key in keys if (reading := archive.load(key))]
+    if tags is not None:
+        curves = [_only(one, tags) for one in curves]
+    return average(curves)
+
+
+def _only(curves: Curves, tags: Sequence[str]) -> Curves:
+    kept = [i for i, tag in enumerate(curves.tags) if tag in tags]
+    return Curves(curves.steps, tuple(curves.tags[i] for i in kept), curves.values[:, kept])
+
+
+def drawn(
+    study: Path, archive: Archive, found: Results, runs: Mapping[str, View], prediction: Mapping[int, float] | None
+) -> list[Figure]:
+    """The study's figures."""
+    curves = {label: averages(archive, keys, tuple(CURVES)) for label, keys in grouped(runs).items()}
+    return figures(found.groups, bound_groups(found.sampling), curves, prediction)
+
+
+def mosaics(study: Path, found: Results, runs: Mapping[str, View]) -> list[Picture]:
+    """A picture per group: its best, median and worst run."""
+    folders = {key: study / view.row.folder for key, view in runs.items()}
+    made = [mosaic(label, ranked(rows), folders) for label, rows in members(found.rows).items()]
+    return [picture for picture in made if picture is not None]
+
+
+def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
+    """Samples per second by nodes of the study's ``plan.json`` (`c2g plan ... out=`); None where there is none.
+
+    Weak scaling where the runs' batch grows with their nodes, else strong.
+    """
+    try:
+        plan = json.loads((study / PLAN).read_text())
+        rows = {
+            kind: {r["nodes"]: r["global_batch"] / r["step"]["total"] for r in plan[kind]}
+            for kind in ("strong", "weak")
+        }
+        batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config["global_batch"] for v in runs.values()}
+    except (OSError, ValueError, LookupError, TypeError, C2GError):
+        return None
+    return rows["weak" if len(set(batches.values())) > 1 else "strong"]
+
+
+def links(study: Path, runs: Mapping[str, View]) -> dict[str, Path]:
+    """Event folders of every run, and of its evaluation, by names that people know."""
+    labels = {key: named(view.row.label) for key, view in runs.items()}
+    found = {}
+    for key, view in runs.items():
+        several = sum(label == labels[key] for label in labels.values()) > 1 or not view.row.label
+        name = f"{labels[key]} {key}" if several else labels[key]
+        found[name] = study / view.row.folder / BOARD
+        found[f"{name} evaluation (uses real data)"] = study / view.row.folder / EVALUATION
+    return found

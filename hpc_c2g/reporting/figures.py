@@ -1,0 +1,119 @@
+"""The figures of a study, drawn from its tables: quality, laws, speed, curves. Pure functions of plain rows; no file is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpc_c2g.reporting.curves import Average
+from hpc_c2g.reporting.drawing import Figure, Panel, decades, figure, logarithmic, marks, short
+from hpc_c2g.reporting.law_figures import batch_law, efficiency, sampling
+from hpc_c2g.reporting.laws import Row, number
+from hpc_c2g.reporting.quality_figures import LINES, against_category, against_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "Figure",
+    "against_category",
+    "against_number",
+    "batch_law",
+    "efficiency",
+    "figures",
+    "learning_curves",
+    "sampling",
+]
+
+CURVES = {
+    "loss": "training loss, no data",
+    "stationarity": "relative KKT residual, no data",
+    "duality": "no data",
+    "rho": "no data · 1 where the KKT conditions hold",
+}
+"""The scalars whose curves are drawn, and what is said of them."""
+CURVE_POINTS = 300
+
+
+def figures(
+    groups: Sequence[Row],
+    sampling_rows: Sequence[Row],
+    averages: Mapping[str, Mapping[str, Average]],
+    prediction: Mapping[int, float] | None = None,
+) -> list[Figure]:
+    """All figures that the tables allow, each under a name of its own."""
+    found = [
+        *against_number(groups),
+        *against_category(groups),
+        *batch_law(groups),
+        *sampling(sampling_rows),
+        *efficiency(groups, prediction),
+        *learning_curves(averages, list(CURVES)),
+    ]
+    names: dict[str, int] = {}
+    for k, one in enumerate(found):
+        names[one.name] = names.get(one.name, 0) + 1
+        if names[one.name] > 1:
+            found[k] = replace(one, name=f"{one.name}-{names[one.name]}")
+    return found
+
+
+def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequence[str]) -> list[Figure]:
+    """Mean curves with their intervals as bands, a panel per tag, a line per group; eight groups at most in a figure.
+
+    Args:
+        averages: group's label -> tag -> its average over seeds.
+        tags: which to draw, in this order; those that no group has are left out.
+    """
+    found: list[Figure] = []
+    kept = {label: cut for label, one in averages.items() if (cut := {t: _finite(one[t]) for t in tags if t in one})}
+    kept = {label: cut for label, one in kept.items() if (cut := {t: a for t, a in one.items() if len(a.steps)})}
+    pages = -(-len(kept) // LINES)
+    for page in range(pages):
+        here = dict(list(kept.items())[page * LINES : (page + 1) * LINES])
+        present = [t for t in tags if any(t in one for one in here.values())]
+        of = f" ({page + 1} of {pages})" if pages > 1 else ""
+        told = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
+        told += [_told(t, here) for t in present]
+        panels = [Panel(t, CURVES.get(t, "no data"), _curves(t, here)) for t in present]
+        name = "learning_curves" if page == 0 else f"learning_curves-{page + 1}"
+        found.append(figure(name, f"Learning curves{of}", " ".join(told), panels))
+    return found
+
+
+def _finite(a: Average) -> Average:
+    kept = np.flatnonzero(np.isfinite(a.mean) & np.isfinite(a.low) & np.isfinite(a.high))
+    if len(kept) > CURVE_POINTS:
+        kept = kept[np.unique(np.linspace(0, len(kept) - 1, CURVE_POINTS).round().astype(int))]
+    return Average(a.steps[kept], a.mean[kept], a.low[kept], a.high[kept], a.runs[kept])
+
+
+def _told(tag: str, here: Mapping[str, Mapping[str, Average]]) -> str:
+    ends = [(label, one[tag]) for label, one in here.items() if tag in one]
+    ends.sort(key=lambda pair: float(pair[1].mean[-1]))
+    told = [
+        f"{f'{label}: ' if label else ''}from {number(a.mean[0])} to {number(a.mean[-1])} at step {a.steps[-1]}"
+        for label, a in (ends if len(ends) < 3 else (ends[0], ends[-1]))
+    ]
+    return f"{tag}{', lowest and highest end' if len(ends) > 2 else ''}: {'; '.join(told)}."
+
+
+def _curves(tag: str, here: Mapping[str, Mapping[str, Average]]) -> Callable[[Axes], None]:
+    def paint(axes: Axes) -> None:
+        means = [float(v) for one in here.values() if tag in one for v in one[tag].mean]
+        log = tag in ("stationarity", "loss", "duality") and logarithmic(means, 3)
+        for k, (label, one) in enumerate(here.items()):
+            if tag in one:
+                a, every = one[tag], max(1, len(one[tag].steps) // 7)
+                low = np.maximum(a.low, min(means) / 2) if log else a.low
+                look: dict[str, Any] = marks(k) | {"markevery": (k * every // len(here), every), "markersize": 4.5}
+                axes.fill_between(a.steps, low, a.high, color=look["color"], alpha=0.18, linewidth=0)
+                axes.plot(a.steps, a.mean, label=short(label) if len(here) > 1 else None, **look)
+        if log:
+            decades(axes)
+        axes.set_xlabel("step")
+
+    return paint

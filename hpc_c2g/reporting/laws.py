@@ -1,0 +1,222 @@
+"""Numbers and words behind a study's figures: the lines of a sweep, intervals of means, fitted laws, who is best and worst."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.stats import t as student
+
+from hpc_c2g.reporting.curves import CONFIDENCE
+from hpc_c2g.reporting.results import NO_POINT
+
+Row = Mapping[str, Any]
+REST = "others"
+NO_FIELDS = {"runs", *NO_POINT, *(f"{name}_sd" for name in NO_POINT)}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a figure shows of runs.
+
+    Attributes:
+        name: key in the rows.
+        title: for a reader.
+        source: what it was computed with.
+        best: ``high``, ``low``, or ``one`` where real images have 1.
+    """
+
+    name: str
+    title: str
+    source: str
+    best: str
+
+    @property
+    def aim(self) -> str:
+        """Where it should go."""
+        return {"high": "higher is better", "low": "lower is better", "one": "best near 1"}[self.best]
+
+    @property
+    def note(self) -> str:
+        """Source and aim."""
+        return f"{self.source} · {self.aim}"
+
+
+MEASURES = {
+    m.name: m
+    for m in (
+        Measure("oracle_accuracy", "oracle accuracy", "uses real data", "high"),
+        Measure("transfer_accuracy", "transfer accuracy", "uses real data", "high"),
+        Measure("proximity", "proximity", "uses real data", "low"),
+        Measure("coverage", "coverage", "uses real data", "high"),
+        Measure("diversity", "diversity", "uses real data", "one"),
+        Measure("stationarity", "relative KKT residual", "no data", "low"),
+        # the condition is the classifier's own, on the images that it was fitted to
+        Measure("certificate", "certificate", "uses real data", "low"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Law:
+    """r(B) = limit + slope / B.
+
+    Attributes:
+        limit: r_inf >= 0.
+        slope: c >= 0.
+        deviation: the largest |r / r(B) - 1| of the values it was fitted to.
+        where: the B of it.
+    """
+
+    limit: float
+    slope: float
+    deviation: float
+    where: float
+
+    def __call__(self, batch: Any) -> Any:
+        """r(B), of a number or an array."""
+        return self.limit + self.slope / batch
+
+
+def inverse_law(batches: Sequence[float], residuals: Sequence[float]) -> Law:
+    """The law by non-negative least squares of the relative deviations sum_i ((r_inf + c / B_i) / r_i - 1)^2.
+
+    Relative ones, because residuals that a figure shows on a logarithmic axis span decades.
+
+    Args:
+        batches: B > 0, two different ones at least.
+        residuals: r > 0.
+    """
+    B, r = np.asarray(batches, float), np.asarray(residuals, float)
+    unit = B.min()  # both columns of one size, whatever B is counted in
+    (limit, slope), _ = nnls(np.stack([1 / r, unit / (B * r)], 1), np.ones(len(r)))
+    limit, slope = (0.0 if part < 1e-12 * r.max() else part for part in (limit, slope))  # rounding is no residual
+    fitted = limit + slope * unit / B
+    off = np.abs(r / fitted - 1)
+    worst = int(off.argmax())
+    return Law(float(limit), float(slope * unit), float(off[worst]), float(B[worst]))
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least-squares slope of log y against log x; two different x at least, all positive."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def value(row: Row, name: str) -> float:
+    """A measure as a number, NaN where there is none."""
+    found = row.get(name)
+    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
+
+
+def there(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows where a measure is a finite number."""
+    return [row for row in rows if math.isfinite(value(row, name))]
+
+
+def half_width(row: Row, name: str) -> float:
+    """t s / sqrt(k) of Student's 95 % confidence interval of the mean over k runs; NaN with one run or no deviation."""
+    deviation, runs = value(row, f"{name}_sd"), value(row, "runs")
+    if not (math.isfinite(deviation) and runs > 1):
+        return math.nan
+    return float(student.ppf(0.5 + CONFIDENCE / 2, runs - 1) * deviation / math.sqrt(runs))
+
+
+def swept(groups: Sequence[Row]) -> list[str]:
+    """Fields that differ between groups, in the order met."""
+    fields = dict.fromkeys(k for row in groups for k in row if k not in NO_FIELDS)
+    return [f for f in fields if len({str(row[f]) for row in groups if f in row}) > 1]
+
+
+def numeric(groups: Sequence[Row], field: str) -> bool:
+    """Whether every value of a field is a finite number."""
+    return all(math.isfinite(value(row, field)) for row in groups if field in row)
+
+
+def companions(groups: Sequence[Row], field: str) -> list[str]:
+    """Other swept fields that have one value only at every value of ``field``: they tell no lines apart."""
+    found = []
+    for other in (f for f in swept(groups) if f != field):
+        pairs = {(str(row[field]), str(row.get(other))) for row in groups if field in row}
+        if len(pairs) == len({a for a, _ in pairs}):
+            found.append(other)
+    return found
+
+
+def lines(groups: Sequence[Row], field: str) -> dict[str, list[Row]]:
+    """The rows that have ``field``, a list per combination of the other swept fields, numbers in rising order."""
+    rows = [row for row in groups if field in row]
+    others = [f for f in swept(rows) if f != field and f not in companions(rows, field)]
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(", ".join(_setting(f, row.get(f), len(others) == 1) for f in others), []).append(row)
+    if numeric(rows, field):
+        found = {label: sorted(part, key=lambda row: value(row, field)) for label, part in found.items()}
+    return found
+
+
+def _setting(field: str, found: Any, alone: bool) -> str:
+    return str(found) if alone and isinstance(found, str) else f"{field}={found}"
+
+
+def number(found: float) -> str:
+    """Three digits, and no exponent where a reader needs none."""
+    if float(found).is_integer() and abs(found) < 1e7:
+        return str(int(found))
+    return f"{found:.0f}" if 1000 <= abs(found) < 1e7 else f"{found:.3g}"
+
+
+def with_interval(row: Row, name: str) -> str:
+    """Value ± half the 95 % interval."""
+    half = half_width(row, name)
+    return number(value(row, name)) + (f" ± {number(float(f'{half:.2g}'))}" if math.isfinite(half) else "")
+
+
+def plain(text: Any) -> str:
+    """On one line, without what no page or picture can show."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def extremes(measure: Measure, rows: Sequence[tuple[str, Row]]) -> str:
+    """The best and the worst of rows with their places, as a sentence."""
+    ranked = [(place, row) for place, row in rows if math.isfinite(value(row, measure.name))]
+    keys = {"high": lambda v: -v, "low": lambda v: v, "one": lambda v: abs(v - 1)}
+    ranked.sort(key=lambda pair: keys[measure.best](value(pair[1], measure.name)))
+    (best, top), (worst, last) = ranked[0], ranked[-1]
+    head = f"{measure.title[0].upper()}{measure.title[1:]} ({measure.source}; {measure.aim}): "
+    if value(top, measure.name) == value(last, measure.name):
+        return f"{head}{with_interval(top, measure.name)} throughout."
+    return (
+        f"{head}best {with_interval(top, measure.name)} at {best}, worst {with_interval(last, measure.name)} at {worst}"
+    )
+
+
+def trend(name: str, field: str, parts: Sequence[Sequence[Row]]) -> str:
+    """What a measure does along the lines of a sweep, in words: a change that its intervals could hide is none."""
+    counts: dict[str, int] = {}
+    last = ""
+    if len({value(row, name) for part in parts for row in there(part, name)}) < 2:
+        return ""
+    for part in parts:
+        rows = there(part, name)
+        if len(rows) < 2:
+            continue
+        first, end = rows[0], rows[-1]
+        change = value(end, name) - value(first, name)
+        noise = math.hypot(*(h for r in (first, end) if math.isfinite(h := half_width(r, name))))
+        word = "changes no more than its intervals" if abs(change) <= noise else "rises" if change > 0 else "falls"
+        counts[word] = counts.get(word, 0) + 1
+        last = (
+            f"from {number(value(first, name))} at {field}={number(value(first, field))}"
+            f" to {number(value(end, name))} at {number(value(end, field))}"
+        )
+    if not counts:
+        return ""
+    if sum(counts.values()) == 1:
+        return f"It {next(iter(counts))}, {last}."
+    total = sum(counts.values())
+    told = ", ".join(f"{word} in {n}" for word, n in counts.items())
+    return f"With {field}, of {total} lines it {told}."

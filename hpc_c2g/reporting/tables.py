@@ -1,0 +1,118 @@
+"""A study's results as files: results.json, results.csv, results.md, and results.parquet where pyarrow is installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_c2g.files import write_atomically
+from hpc_c2g.reporting.results import Results, Row, bound_groups
+
+
+def write_tables(study: Path, name: str, found: Results) -> list[str]:
+    """Write them into the study's folder; returns the files' names.
+
+    Raises:
+        C2GError: a file cannot be written.
+    """
+    content = {
+        "study": name,
+        "uses_real_data": True,
+        "runs": found.rows,
+        "groups": found.groups,
+        "sampling": found.sampling,
+        "left_out": found.left_out,
+    }
+    files = {
+        "results.md": as_markdown(name, found).encode(),
+        "results.csv": as_csv(found.rows).encode(),
+        "results.json": json.dumps(content, indent=1).encode(),
+    }
+    parquet = as_parquet(found.rows)
+    if parquet is not None:
+        files["results.parquet"] = parquet
+    for file, text in files.items():
+        if not (study / file).is_file() or (study / file).read_bytes() != text:
+            write_atomically(study / file, text)
+    return list(files)
+
+
+def columns(found: Sequence[Row]) -> list[str]:
+    """Every field that any row has."""
+    return list(dict.fromkeys(k for row in found for k in row))
+
+
+def as_csv(found: Sequence[Row]) -> str:
+    """All rows, a column per field that any of them has."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns(found), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return out.getvalue()
+
+
+def as_parquet(found: Sequence[Row]) -> bytes | None:
+    """The same; None without pyarrow or without rows."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return None
+    if not found:
+        return None
+    table = {name: _one_type([row.get(name) for row in found]) for name in columns(found)}
+    out = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(table), out)
+    content: bytes = out.getvalue().to_pybytes()
+    return content
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """A column has one type: text where any value is text."""
+    if any(isinstance(v, str) for v in values):
+        return [None if v is None else str(v) for v in values]
+    return (
+        [float(v) for v in values]
+        if all(isinstance(v, (int, float)) for v in values) and any(isinstance(v, float) for v in values)
+        else values
+    )
+
+
+def shown(grouped: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of the table of groups, mean +- standard deviation."""
+    names = [c for c in columns(grouped) if not c.endswith("_sd")]
+    return names, [[cell(row.get(c), row.get(f"{c}_sd")) for c in names] for row in grouped]
+
+
+def cell(value: Any, deviation: Any = None) -> str:
+    """A value as text, with its standard deviation where there is one."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if deviation is None else f"{value:.4g} ± {deviation:.2g}"
+    return str(value)
+
+
+def as_markdown(name: str, found: Results) -> str:
+    """The table of groups, the sampling errors, and what is missing."""
+    lines = [
+        f"# {name}",
+        "",
+        "Means ± standard deviations over runs that differ in their seed alone; evaluation uses real data.",
+        "",
+    ]
+    for table in (found.groups, bound_groups(found.sampling)):
+        if table:
+            names, cells = shown(table)
+            lines += [_line(names), _line(["---"] * len(names)), *map(_line, cells), ""]
+    if found.left_out:
+        lines += ["Left out:", "", *(f"- {text}" for text in found.left_out), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"

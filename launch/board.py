@@ -1,0 +1,94 @@
+"""``c2g board DIR``: TensorBoard on a study, its means and figures first, or on a run; on this machine's own address alone."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_c2g.errors import C2GError
+from hpc_c2g.monitoring.run_log import BOARD
+from hpc_c2g.reporting.board import FOLDER
+from hpc_c2g.studies.study import FILE
+from launch.arguments import as_overrides
+from launch.cli import run_verb, user_errors
+from launch.collect import collected
+
+HOST = "127.0.0.1"
+
+
+@dataclass
+class BoardConfig:
+    """What to show.
+
+    Attributes:
+        study_dir: folder of a study, or of one run.
+        port: to listen on; 0 takes a free one.
+        collect: bring the study's board up to date first.
+    """
+
+    study_dir: str = "???"
+    port: int = 6006
+    collect: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise C2GError(f"port={self.port} is no port", "give one from 1024 to 65535, or 0 for a free one")
+
+
+def board(config: BoardConfig) -> None:
+    """Bring up to date, tell how to get there from elsewhere, and become TensorBoard."""
+    folder = Path(config.study_dir)
+    if (folder / FILE).is_file():
+        if config.collect:
+            found = collected(folder)
+            print(f"board: {len(found.changed)} parts were new", file=sys.stderr)
+        shown = folder / FOLDER
+        if not shown.is_dir():
+            raise C2GError(f"study_dir={folder} has no board yet", "drop collect=false")
+    elif (folder / BOARD).is_dir():
+        shown = folder
+    else:
+        raise C2GError(
+            f"study_dir={folder} is neither a study nor a run", "name the folder of a sweep or of a training run"
+        )
+    port = config.port or _free_port()
+    _check_free(port)
+    host = socket.gethostname()
+    print(f"TensorBoard: http://localhost:{port}/ on {host} (Ctrl-C ends it)")
+    print("from another machine, in a terminal of its own:")
+    print(f"  ssh -N -L {port}:localhost:{port} {shlex.quote(f'{getpass.getuser()}@{host}')}", flush=True)
+    words = ["--logdir", str(shown), "--host", HOST, "--port", str(port), "--reload_multifile", "true"]
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *words])
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return int(found.getsockname()[1])
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as wanted:
+        wanted.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            wanted.bind((HOST, port))
+        except OSError as error:
+            raise C2GError(
+                f"port={port} cannot be had: {error.strerror}", "give another one, or port=0 for any"
+            ) from error
+
+
+def main() -> None:
+    """Entry point."""
+    with user_errors("board"):
+        overrides = as_overrides(sys.argv[1:], BoardConfig, ["study_dir"])
+    run_verb("board", BoardConfig, board, overrides=overrides)
+
+
+if __name__ == "__main__":
+    main()

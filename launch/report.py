@@ -1,0 +1,126 @@
+"""``c2g report DIR``: a study as one HTML file that can be sent: figures, tables, pictures, and how to repeat every run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_c2g.files import write_atomically
+from hpc_c2g.monitoring.provenance import revision, versions
+from hpc_c2g.monitoring.signatures import BY_NAME
+from hpc_c2g.reporting.archive import Archive
+from hpc_c2g.reporting.board import FOLDER
+from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics, predicted
+from hpc_c2g.reporting.page import Cell, Page, Table, render
+from hpc_c2g.reporting.results import Results, Row, bound_groups, training_runs
+from hpc_c2g.reporting.tables import cell, columns
+from hpc_c2g.studies.ledger import Ledger
+from hpc_c2g.studies.study import read_study
+from hpc_c2g.studies.view import View, look
+from launch.arguments import as_overrides
+from launch.cli import run_verb, user_errors
+from launch.recipes import recipes
+from launch.status import counts
+
+MOSAICS = 24
+"""Groups whose samples are shown: a page that is sent has a size."""
+
+
+@dataclass
+class ReportConfig:
+    """Of which study.
+
+    Attributes:
+        study_dir: its folder.
+        out: the file; None: report.html in the study's folder.
+    """
+
+    study_dir: str = "???"
+    out: str | None = None
+
+
+def report(config: ReportConfig) -> None:
+    """Collect, and write the page."""
+    folder = Path(config.study_dir)
+    study = read_study(folder)
+    views = look(folder, Ledger(folder).rows(), None)
+    found = collect(folder, study.study.name, views)
+    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    archive = Archive(folder / FOLDER / CACHE)
+    pictures = mosaics(folder, found.results, runs)
+    notes = [f"left out: {text}" for text in found.results.left_out]
+    notes += [f"run {key}: {text}" for key, told in found.complaints.items() for text in told]
+    if len(pictures) > MOSAICS:
+        notes.append(f"samples of {MOSAICS} of {len(pictures)} groups are shown; c2g board {folder} has all")
+    page = Page(
+        title=study.study.name,
+        about=study.study.about,
+        generated=f"{time.strftime('%Y-%m-%d %H:%M %Z')}, from {folder.absolute().name}",
+        states=counts(views),
+        notes=notes,
+        tables=tables(found.results),
+        figures=drawn(folder, archive, found.results, runs, predicted(folder, runs)),
+        mosaics=pictures[:MOSAICS],
+        alarms=alarms(archive, runs),
+        recipes=recipes(folder),
+        versions={"revision": revision(), **versions()},
+    )
+    out = Path(config.out) if config.out else folder / "report.html"
+    write_atomically(out, render(page).encode())
+    print(f"written: {out}")
+
+
+def tables(found: Results) -> list[Table]:
+    """Groups, sampling errors, and every run."""
+    made = []
+    if found.groups:
+        title = "Means over seeds"
+        caption = "Mean ± standard deviation over runs that their seed alone sets apart; evaluation uses real data, after training."
+        made.append(_table(title, caption, found.groups))
+    if found.sampling:
+        caption = "Error of the KKT sum against the batch size, beside its law and its bound; without data."
+        made.append(_table("Sampling errors", caption, bound_groups(found.sampling)))
+    if found.rows:
+        made.append(_table("Runs", "Every run that is done; evaluation uses real data, after training.", found.rows))
+    return made
+
+
+def _table(title: str, caption: str, rows: list[Row]) -> Table:
+    names = [name for name in columns(rows) if not name.endswith("_sd")]
+    numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in names]
+    cells: list[list[Cell]] = [[(cell(row.get(n), row.get(f"{n}_sd")), row.get(n)) for n in names] for row in rows]
+    return Table(title, caption, names, cells, numeric)
+
+
+def alarms(archive: Archive, runs: dict[str, View]) -> Table:
+    """Signatures of failure that ever fired, with when and how strongly."""
+    rows: list[list[Cell]] = []
+    for key, view in runs.items():
+        reading = archive.load(key)
+        for name, signature in BY_NAME.items():
+            if reading is None:
+                continue
+            steps, values = reading.curves.of(f"alarm/{name}")
+            fired = steps[values > 0]
+            if len(fired):
+                highest = float(reading.curves.of(f"signature/{name}")[1].max())
+                now = "yes" if fired[-1] == steps[-1] else "no"
+                rows.append(
+                    [key, view.row.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
+                )
+    names = ["run", "point", "signature", "first at step", "highest level", "to the end", "reason", "advice"]
+    caption = "Signatures of failing runs, from training's own scalars, without data; a level above 1 fires."
+    return Table("Alarms", caption, names, rows, [False, False, False, True, True, False, False, False])
+
+
+def main() -> None:
+    """Entry point."""
+    with user_errors("report"):
+        overrides = as_overrides(sys.argv[1:], ReportConfig, ["study_dir"])
+    run_verb("report", ReportConfig, report, overrides=overrides)
+
+
+if __name__ == "__main__":
+    main()
