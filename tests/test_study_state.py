@@ -11,9 +11,9 @@ import pytest
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.lease import Lease
+from hpc_c2g.reporting.results import groups
 from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.aftermath import REQUEUED, cancel_mark, settle
-from hpc_c2g.reporting.results import groups
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.launcher import Launcher, launching

@@ -119,7 +119,7 @@ SIGNATURES = (
         0.05,
         above=False,
         reason="a class gets less than a twentieth of its even share of the multipliers: the sum leaves it out",
-        advice="look at that class's margins in the certificate, raise optimiser.multiplier_rate, or its classifier's part of shares",
+        advice="lower optimiser.multiplier_rate, look at that class's margins in the certificate, or raise its classifier's part of shares",
     ),
 )
 BY_NAME = {s.name: s for s in SIGNATURES}

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
-from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-from google_crc32c import value as crc32c
 
 from hpc_c2g.reporting.curves import Curves
+from hpc_c2g.reporting.records import FOOT, Points, masked, records_of
 
 PREFIX, VERSION, BLOCK = "events.out.tfevents.", "brain.Event:2", 4 << 20
-HEAD, FOOT = struct.Struct("<QI"), struct.Struct("<I")
 Stamp = tuple[int, int, int]
 UNREADABLE: Stamp = (-1, 0, 0)
 
@@ -132,7 +128,7 @@ def _read(folder: Path, found: Mapping[str, Stamp], before: Reading) -> Reading:
     ids.default_factory = ids.__len__
     for name, stamp in found.items():
         if name not in states or states[name].stamp != stamp:
-            parts.append(_Points(name, ids))
+            parts.append(Points(name, ids))
             states[name] = _scan(folder / name, stamp, states.get(name, FileState(UNREADABLE)), parts[-1])
     curves = _merge(before.curves, ids, parts)
     for part in parts:
@@ -142,58 +138,7 @@ def _read(folder: Path, found: Mapping[str, Stamp], before: Reading) -> Reading:
     return Reading(curves, states)
 
 
-class _Points:
-    """Values of one file in the order of writing, each with its tag's number; steps, each for a number of values."""
-
-    def __init__(self, name: str, ids: defaultdict[str, int]) -> None:
-        self.name, self.ids, self.skipped = name, ids, Counter[str]()
-        self.steps, self.lengths, self.tags, self.values = array("q"), array("q"), array("q"), array("d")
-        self.purges: list[tuple[int, int | None]] = []  # (values written before, step)
-
-    def add(self, step: int, summary: Any) -> None:
-        ids, tags, values, start = self.ids, self.tags, self.values, len(self.values)
-        for value in summary:
-            number = value.simple_value
-            if not number and not value.HasField("simple_value") and (number := _scalar(value.tensor)) is None:
-                continue
-            tags.append(ids[value.tag or value.node_name])
-            values.append(number)
-        self.steps.append(step)
-        self.lengths.append(len(values) - start)
-
-
-def _scalar(tensor: Any) -> float | None:
-    """A float or double tensor of rank 0; None for any other."""
-    if tensor.dtype not in (1, 2) or tensor.tensor_shape.dim or tensor.tensor_shape.unknown_rank:
-        return None
-    form, values = ("<f", tensor.float_val) if tensor.dtype == 1 else ("<d", tensor.double_val)
-    if len(tensor.tensor_content) == struct.calcsize(form):
-        return float(struct.unpack(form, tensor.tensor_content)[0])
-    return float(values[0]) if len(values) == 1 and not tensor.tensor_content else None
-
-
-def _records(file: BinaryIO, at: int, size: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset behind it, data) of the whole records between two offsets; the data is None where a checksum is wrong."""
-    file.seek(at)
-    while at + HEAD.size <= size and len(head := file.read(HEAD.size)) == HEAD.size:
-        length, seal = HEAD.unpack(head)
-        intact = seal == _masked(head[:8])
-        at += HEAD.size + length + FOOT.size
-        if intact and at > size:
-            return
-        data = file.read(length) if intact else b""
-        if not intact or file.read(FOOT.size) != FOOT.pack(_masked(data)):
-            yield at, None
-            return
-        yield at, data
-
-
-def _masked(data: bytes) -> int:
-    crc: int = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _scan(path: Path, stamp: Stamp, state: FileState, points: _Points) -> FileState:
+def _scan(path: Path, stamp: Stamp, state: FileState, points: Points) -> FileState:
     """Read a file on from ``state``; what is skipped is counted with the points."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto import event_pb2
@@ -205,7 +150,7 @@ def _scan(path: Path, stamp: Stamp, state: FileState, points: _Points) -> FileSt
         if stamp == UNREADABLE:
             raise OSError(0, "no such file")
         with open(path, "rb", buffering=BLOCK) as file:
-            for end, data in _records(file, at, stamp[0]):
+            for end, data in records_of(file, at, stamp[0]):
                 if data is None:
                     fault = f"record {records + 1} at byte {at} has a wrong checksum; the rest of the file is left out"
                     break
@@ -224,10 +169,10 @@ def _scan(path: Path, stamp: Stamp, state: FileState, points: _Points) -> FileSt
                     skipped[f"statements of file version {event.file_version[:30]!r} are read as {VERSION}"] += 1
     except OSError as error:
         stamp, fault = UNREADABLE, f"cannot be read from byte {at} on: {error.strerror}; the rest is left out"
-    return FileState(stamp, at, _masked(last) if records > state.records else seal, records, state.skipped, fault)
+    return FileState(stamp, at, masked(last) if records > state.records else seal, records, state.skipped, fault)
 
 
-def _merge(curves: Curves, ids: Mapping[str, int], parts: Sequence[_Points]) -> Curves:
+def _merge(curves: Curves, ids: Mapping[str, int], parts: Sequence[Points]) -> Curves:
     """Curves with the points that were written after them; what is skipped is counted with the points."""
     steps = np.unique(np.concatenate([curves.steps, *(np.asarray(part.steps) for part in parts)]))
     table = np.full((len(steps), len(ids)), np.nan)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_c2g.files import last_line
+from hpc_c2g.studies.reports import load_report
 from hpc_c2g.studies.view import View
 
 METRICS = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diversity")
@@ -81,7 +83,28 @@ def rows(study: Path, views: Sequence[View]) -> tuple[list[Row], list[str]]:
             if view.alarms:
                 row["alarms"] = " ".join(view.alarms)
         found.append(row)
-    return found, left_out
+    return found, left_out + _strangers(study, trained)
+
+
+def _strangers(study: Path, trained: Sequence[View]) -> list[str]:
+    """Runs that other versions made than most: what sets them apart may be these."""
+    made: list[tuple[View, dict[str, str]]] = []
+    for view in trained:
+        report = load_report(study / view.row.folder / f"{view.row.stage}.report.json", view.row.id)
+        if report is not None and report.versions:
+            made.append((view, report.versions))
+    usual = {
+        name: Counter(versions[name] for _, versions in made if name in versions).most_common(1)[0][0]
+        for name in {name for _, versions in made for name in versions}
+    }
+    told = []
+    for view, versions in made:
+        other = [f"{name} {value} (most: {usual[name]})" for name, value in versions.items() if value != usual[name]]
+        if other:
+            told.append(
+                f"{view.row.stage} {view.row.id} ({view.row.label}) is kept, but was made by {', '.join(other)}"
+            )
+    return told
 
 
 def training_runs(views: Sequence[View]) -> list[View]:
