@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # the local Slurm cluster (slurm/local/README.md; needs root): test-slurm uses the one that is up here, else one of its own, which it ends
 export C2G_SLURM_DIR ?= /tmp/c2g-slurm
 
-.PHONY: demo test test-slurm slurm-up slurm-down lint install clean
+.PHONY: demo test test-slurm test-browser slurm-up slurm-down lint install clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -23,10 +23,13 @@ demo: install
 	$(BIN)/c2g demo run_dir=$(RUN_DIR) $(if $(filter quick,$(CHECK)),quick=true)
 
 test: install
-	$(BIN)/python -m pytest -m "not slurm" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slurm and not browser" --numprocesses auto --dist loadfile
 
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm -p no:xdist tests/slurm
+
+test-browser: install
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/browser
 
 slurm-up:
 	slurm/local/up.sh

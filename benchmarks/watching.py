@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -34,7 +35,7 @@ def step_seconds(config: TrainConfig) -> list[float]:
         train(config)
     finally:
         TrainStep.__call__ = original  # type: ignore[method-assign]
-    return [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [b - a for a, b in itertools.pairwise(starts)]
 
 
 def cost(seconds: list[float], config: TrainConfig) -> dict[str, float]:

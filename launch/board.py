@@ -9,10 +9,11 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.board import FOLDER
+from hpc_c2g.reporting.board import FOLDER, RUNS, STUDY
 from hpc_c2g.studies.study import FILE
 from launch.arguments import as_overrides
 from launch.cli import run_verb, user_errors
@@ -59,11 +60,30 @@ def board(config: BoardConfig) -> None:
     port = config.port or _free_port()
     _check_free(port)
     host = socket.gethostname()
-    print(f"TensorBoard: http://localhost:{port}/ on {host} (Ctrl-C ends it)")
+    print(f"TensorBoard on {host}, for this machine alone (Ctrl-C ends it):")
+    for what, page in pages(shown).items():
+        print(f"  {what:<22} http://localhost:{port}/{page}")
     print("from another machine, in a terminal of its own:")
     print(f"  ssh -N -L {port}:localhost:{port} {shlex.quote(f'{getpass.getuser()}@{host}')}", flush=True)
     words = ["--logdir", str(shown), "--host", HOST, "--port", str(port), "--reload_multifile", "true"]
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *words])
+
+
+def pages(shown: Path) -> dict[str, str]:
+    """Where to look: TensorBoard selects no run at all where there are more than 40, unless an address says which."""
+    if shown.name != FOLDER:
+        return {"everything": "", "layout by question": "#custom_scalars", "samples": "#images"}
+
+    def of(tab: str, runs: str) -> str:
+        return f"#{tab}&regexInput={quote(f'^{runs}', safe='')}"
+
+    return {
+        "means over seeds": of("custom_scalars", f"{STUDY}/mean"),
+        "against what was swept": of("scalars", f"{STUDY}/against"),
+        "figures and samples": of("images", f"{STUDY}/pictures"),
+        "all runs as a table": "#hparams",
+        "runs": of("custom_scalars", f"{RUNS}/"),
+    }
 
 
 def _free_port() -> int:

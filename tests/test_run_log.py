@@ -153,13 +153,13 @@ def test_a_run_introduces_itself_before_its_first_step(tmp_path):
         log.introduce(
             {"1 settings": "steps: 10", "2 versions": "torch"}, {"rate": 0.1, "kind": "mlp", "on": True}, [""]
         )
-        log.step(1, scalars(1))
+        log.step(10, scalars(10))
     tags = accumulated(tmp_path).Tags()["tensors"]
     assert {"1 settings/text_summary", "2 versions/text_summary", "custom_scalars__config__"} <= set(tags)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= {
-        value.tag for event in EventFileLoader(str(file)).Load() for value in event.summary.value
-    }
+    (file,) = (tmp_path / "hparams").iterdir()
+    summaries = {value.tag for event in EventFileLoader(str(file)).Load() for value in event.summary.value}
+    assert {"_hparams_/session_start_info", "stationarity", "loss"} <= summaries
+    assert "_hparams_/experiment" not in summaries  # one run's columns would hide the others'
 
 
 @pytest.mark.parametrize("prefixes", [[""], ["classifier0/", "classifier1/"]])

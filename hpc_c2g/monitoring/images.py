@@ -34,11 +34,11 @@ def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
     """One picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on grey."""
     n, channels, h, w = images.shape
     rows = -(-n // columns)
-    picture = torch.full((channels, rows * (h + padding) + padding, columns * (w + padding) + padding), 0.5)
-    for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-        top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
-        picture[:, top : top + h, left : left + w] = image
-    return picture
+    cells = torch.full((rows * columns, channels, h + padding, w + padding), 0.5)
+    cells[:n, :, padding:, padding:] = images.detach().float().cpu().clamp(0, 1)
+    table = cells.reshape(rows, columns, channels, h + padding, w + padding).permute(2, 0, 3, 1, 4)
+    picture = table.reshape(channels, rows * (h + padding), columns * (w + padding))
+    return torch.nn.functional.pad(picture, (0, padding, 0, padding), value=0.5)
 
 
 def save_png(picture: Tensor, path: Path, zoom: int = 1) -> None:

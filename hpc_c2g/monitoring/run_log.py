@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import time
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
     from hpc_c2g.training.config import LogConfig
 
-BOARD = "tensorboard"
+BOARD, SESSION = "tensorboard", "hparams"
+"""Folders of a run: its curves, and its hyper-parameters beside its final metrics, apart: a study shows sessions of its own."""
 HEADLINES = ("stationarity", "loss", "diversity", "unsupported")
 """Metrics beside the hyper-parameters."""
 
@@ -84,6 +86,7 @@ class RunLog:
         self.begun = resumed_step
         purge = resumed_step + 1  # also at 0: a start that left no checkpoint may have left events
         self.board = SummaryWriter(str(run_dir / BOARD), purge_step=purge)
+        self.session = SummaryWriter(str(run_dir / SESSION), purge_step=0)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,6 +113,7 @@ class RunLog:
             with _writing(self.run_dir):
                 self.metrics.close()
                 self.board.close()
+                self.session.close()
         except C2GError:
             if kind is None:  # else the first failure is the one to tell
                 raise
@@ -126,15 +130,13 @@ class RunLog:
             hyperparameters: plain values by name.
             prefixes: of each classifier's curves (see ``layout``).
         """
-        from torch.utils.tensorboard.summary import hparams
-
         with _writing(self.run_dir / BOARD):
             for name, text in texts.items():
                 self.board.add_text(name, text, self.begun)
             self.board.add_custom_scalars(layout(prefixes))
-            for summary in hparams(dict(hyperparameters), dict.fromkeys(HEADLINES, 0.0)):  # type: ignore[no-untyped-call]
-                writer_of(self.board).add_summary(summary, self.begun)
             self.board.flush()
+            write_session(self.session, hyperparameters)
+            self.session.flush()
 
     def step(self, step: int, scalars: Mapping[str, float], alarms: Sequence[str] = ()) -> None:
         """Show a step's progress, and log its scalars where that is due.
@@ -154,6 +156,8 @@ class RunLog:
         self.metrics.write({"step": step, **line})
         with _writing(self.run_dir / BOARD):
             add_scalars(self.board, line, step)
+            if step == self.steps:
+                add_scalars(self.session, {name: line[name] for name in HEADLINES if name in line}, step)
         for name in alarms:
             text = f"{BY_NAME[name].reason} -- {BY_NAME[name].advice}"
             self.progress.console.print(f"step {step}: {name}: {text}", style="yellow", highlight=False, markup=False)
@@ -174,6 +178,17 @@ def add_scalars(board: SummaryWriter, scalars: Mapping[str, float], step: int) -
     writer_of(board).add_summary(Summary(value=values), step)
 
 
+def write_session(board: SummaryWriter, hyperparameters: Mapping[str, Any]) -> None:
+    """One session of TensorBoard's HParams page; its metrics are the scalars of the same folder.
+
+    Without an experiment's summary: TensorBoard would take its columns from that of one run, and hide what only others have.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(dict(hyperparameters), {})[1:]:  # type: ignore[no-untyped-call]
+        writer_of(board).add_summary(summary)
+
+
 def writer_of(board: SummaryWriter) -> Any:
     """The event file that a SummaryWriter writes: takes summaries of any kind."""
     return board._get_file_writer()  # type: ignore[no-untyped-call]
@@ -192,8 +207,11 @@ def due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step in (1, steps)
 
 
+_on_gpu = functools.cache(torch.cuda.is_available)  # it asks the driver every time
+
+
 def _peak_memory() -> float:
     """Peak memory of the process so far, GiB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
+    if _on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

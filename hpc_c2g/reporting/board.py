@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
-from hpc_c2g.monitoring.run_log import add_scalars, writer_of
+from hpc_c2g.monitoring.run_log import add_scalars, write_session, writer_of
 from hpc_c2g.reporting.curves import Average
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.page import Picture
-from hpc_c2g.reporting.results import MEASURES, METRICS, SEEDS, Row
+from hpc_c2g.reporting.results import MEASURES, METRICS, NO_POINT, SEEDS, Row
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,6 +30,11 @@ CHARTS = (
     *("margins/q50", "multipliers/q50", "gradient/generator", "samples_per_second"),
 )
 """Scalars whose means get a chart with their band."""
+COLUMNS = (
+    *("stationarity", "coverage", "transfer_accuracy", "proximity", "oracle_accuracy", "diversity"),
+    *("rho", "alpha", "certificate", "classifier_accuracy", "samples_per_second"),
+)
+"""Metrics in the order of the HParams page, which shows the first five."""
 Write = Callable[["SummaryWriter"], None]
 
 
@@ -138,7 +143,8 @@ def write_averages(averages: Mapping[str, Average]) -> Write:
                 told |= {tag: mean, f"{tag}/low": low, f"{tag}/high": high}
         for step, scalars in sorted(by_step.items()):
             add_scalars(board, scalars, step)
-        charts = {tag: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for tag in CHARTS if tag in averages}
+        # TensorBoard shows charts of this kind in reverse
+        charts = {tag: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for tag in reversed(CHARTS) if tag in averages}
         board.add_custom_scalars({"Mean over seeds, 95 % interval": charts})
 
     return write
@@ -159,13 +165,26 @@ def write_hyperparameters(point: Row, row: Row) -> Write:
     """One run as a session of the HParams page: its point of the grid, and all its metrics."""
 
     def write(board: SummaryWriter) -> None:
+        metrics = {_labelled(name): float(row[name]) for name in MEASURES if isinstance(row.get(name), (int, float))}
+        write_session(board, {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in point.items()})
+        add_scalars(board, metrics, int(row.get("steps") or 0))
+
+    return write
+
+
+def write_columns(rows: Sequence[Row]) -> Write:
+    """What the HParams page shows of all sessions, and in which order."""
+
+    def write(board: SummaryWriter) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        metrics = {_labelled(name): float(row[name]) for name in MEASURES if isinstance(row.get(name), (int, float))}
-        values = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in point.items()}
-        for summary in hparams(values, metrics):  # type: ignore[no-untyped-call]
-            writer_of(board).add_summary(summary)
-        add_scalars(board, metrics, int(row.get("steps") or 0))
+        points: dict[str, Any] = {}
+        for row in rows:
+            points |= {
+                k: v if isinstance(v, (int, float, str)) else str(v) for k, v in row.items() if k not in NO_POINT
+            }
+        metrics = {_labelled(name): 0.0 for name in COLUMNS if any(name in row for row in rows)}
+        writer_of(board).add_summary(hparams(points, metrics)[0])  # type: ignore[no-untyped-call]
 
     return write
 

@@ -20,9 +20,10 @@ from hpc_c2g.reporting.board import (
     numeric_variables,
     write_against,
     write_averages,
+    write_columns,
+    write_hyperparameters,
     write_pictures,
 )
-from hpc_c2g.reporting.board import write_hyperparameters as write_session
 from hpc_c2g.reporting.curves import Average, Curves, average
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.events import event_files, stamp_of
@@ -93,9 +94,11 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         for rest, rows in lines.items():
             title = f"against {variable}/{named(rest)}" if len(lines) > 1 else f"against {variable}"
             board.part(title, rows, write_against(variable, rows))
+    if found.rows:
+        board.part("hparams/0", found.rows, write_columns(found.rows))
     for row in found.rows:
         point = {k: v for k, v in row.items() if k not in NO_POINT}
-        board.part(f"hparams/{row['id']}", row, write_session(point, row))
+        board.part(f"hparams/{row['id']}", row, write_hyperparameters(point, row))
     pictures = {
         row["id"]: stamp_of(study / runs[row["id"]].row.folder / "samples.png")
         for row in found.rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_c2g.distributed.world import World
 from hpc_c2g.kkt.margins import other_classes, smallest_margins
 
-ENTRIES = 2**20
+ENTRIES = 2**17
 """Of the samples that are kept: enough for every statistic that is logged, little for a wire."""
 
 
@@ -34,8 +34,8 @@ class Bands:
 
 
 def samples_kept(batch: int, classes: int, entries: int) -> int:
-    """How many samples of a batch are kept: ``ENTRIES`` at most, but two of each class, where there are as many."""
-    return min(batch, max(2 * classes, ENTRIES // max(1, entries)))
+    """How many samples of a batch are kept: ``ENTRIES`` at most, but eight of each class, where there are as many."""
+    return min(batch, max(8 * classes, ENTRIES // max(1, entries)))
 
 
 class BandCollector:

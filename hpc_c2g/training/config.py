@@ -145,7 +145,7 @@ class OptimiserConfig:
 class LogConfig:
     """How often (in steps) a line of metrics is written, and image grids are drawn."""
 
-    every: int = 10
+    every: int = 20
     images_every: int = 200
     progress: bool = True
 

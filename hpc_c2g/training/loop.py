@@ -105,7 +105,9 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
             result = parts.step(step, watched, verdict.ease)
             scalars = result.scalars
             if watched:
-                scalars = {**scalars, **of_samples(result.bands, classes), **shares(phases.take(), world)}
+                scalars = {**scalars, **shares(phases.take(), world)}
+                if log:  # rank 0 looks for all
+                    scalars |= of_samples(result.bands, classes)
                 verdict = world.from_first(functools.partial(watch.look, step, scalars))
             if log:
                 log.step(step, {**scalars, **verdict.scalars} if watched else scalars, verdict.begun if watched else ())

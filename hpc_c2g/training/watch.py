@@ -18,7 +18,10 @@ def of_samples(bands: Sequence[Bands], classes: Sequence[int]) -> dict[str, floa
     found: dict[str, float] = {}
     for k, (band, count) in enumerate(zip(bands, classes, strict=True)):
         prefix = f"classifier{k}/" if len(bands) > 1 else ""
-        own = traits(band.margins, band.multipliers, band.labels, band.samples, count)
+        margins, multipliers, labels, samples = (
+            part.cpu().numpy() for part in (band.margins, band.multipliers, band.labels, band.samples)
+        )
+        own = traits(margins, multipliers, labels, samples, count)
         found |= {f"{prefix}{name}": value for name, value in own.items()}
     return found
 
