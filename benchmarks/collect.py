@@ -1,0 +1,127 @@
+"""``python -m benchmarks.collect [--quick]``: seconds and memory of ``c2g collect``, first and again: 500 runs, 50 scalars, 200 steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from benchmarks.common import show, write_result
+from hpc_c2g.monitoring.run_log import BOARD
+from hpc_c2g.reporting.results import MEASURED, METRICS
+from hpc_c2g.studies.config import StudyConfig
+from hpc_c2g.studies.reports import Report, write_report
+from hpc_c2g.studies.study import StudyFile, save_study
+from hpc_c2g.studies.tasks import Task, write_spec
+
+ROOT = Path(__file__).parents[1]
+SEEDS = 5
+TAGS, STEPS = 50, 200
+
+
+def study(folder: Path, runs: int, together: bool) -> Path:
+    """A study of so many runs in groups of ``SEEDS``, each trained and judged.
+
+    Args:
+        folder: where.
+        runs: how many.
+        together: one event for all scalars of a step, as runs write them; else one for each, as others do.
+    """
+    tasks: dict[str, Task] = {}
+    for i in range(runs):
+        name, place = f"{i:012x}", f"runs/{i:012x}"
+        point = {"global_batch": str(10 * (1 + i // SEEDS)), "seed": str(i % SEEDS)}
+        tasks[name] = Task(name, "train", place, {"global_batch": 10}, points=(point,))
+        tasks[f"e{i:011x}"] = Task(f"e{i:011x}", "evaluate", place, {}, (name,), (place,), (point,))
+    folder.mkdir(parents=True)
+    ledger = save_study(folder, StudyFile(StudyConfig(name="big")), {})
+    ledger.add(tasks.values(), 2)
+    reports = []
+    for number, task in enumerate(tasks.values()):
+        (folder / task.folder).mkdir(parents=True, exist_ok=True)
+        report = Report(task.id, versions={"torch": "2"})
+        report.next_attempt("1_0", "n1", 0)
+        report.end("done")
+        reports.append(report)
+        write_spec(folder, task)
+        write_report(folder, task, report)
+        if task.stage == "train":
+            write_run(folder / task.folder, random.Random(number), together)
+    ledger.report(reports)
+    return folder
+
+
+def write_run(folder: Path, chance: random.Random, together: bool) -> None:
+    """A run's event file, last line of metrics and evaluation."""
+    tags = ["stationarity", "loss", "duality", "rho", *(f"group{k % 7}/scalar{k}" for k in range(TAGS - 4))]
+    (folder / BOARD).mkdir()
+    with open(folder / BOARD / "events.out.tfevents.1.host.1.0", "wb") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString())
+        for step in range(1, STEPS + 1):
+            values = [Summary.Value(tag=tag, simple_value=chance.random() + 1 / step) for tag in tags]
+            for part in [values] if together else [[value] for value in values]:
+                writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=part)).SerializeToString())
+    last = {"step": STEPS, **{name: chance.random() for name in MEASURED}}
+    (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps({name: chance.random() for name in METRICS}))
+
+
+def collected(folder: Path) -> tuple[float, float]:
+    """(wall seconds, peak GiB) of ``c2g collect`` in a process of its own, and its helpers."""
+    script = (
+        "import resource, sys\nfrom launch.__main__ import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    peak = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "    print('peak', max(peak), file=sys.stderr)\n"
+    )
+    began = time.perf_counter()
+    words = [sys.executable, "-c", script, "collect", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    took = time.perf_counter() - began
+    return took, int(done.stderr.rsplit("peak", 1)[1].split()[0]) / 2**20
+
+
+def main() -> None:
+    """Print the table and write ``results/collect.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="20 runs")
+    quick = parser.parse_args().quick
+    runs = 20 if quick else 500
+    rows: list[dict[str, Any]] = []
+    for together in (True, False):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = study(Path(scratch) / "study", runs, together)
+            first, peak = collected(folder)
+            again, peak_again = collected(folder)
+            (folder / f"runs/{0:012x}" / "evaluation.json").write_text('{"coverage": 0.5}')
+            one, _ = collected(folder)
+        rows.append(
+            {
+                "events": "one per step" if together else "one per scalar",
+                "first s": first,
+                "again s": again,
+                "after one change s": one,
+                "peak GiB": max(peak, peak_again),
+            }
+        )
+    show(f"c2g collect, {runs} runs x {TAGS} scalars x {STEPS} steps", rows)
+    if not quick:
+        settings = {"runs": runs, "tags": TAGS, "steps": STEPS, "seeds": SEEDS}
+        print(f"written: {write_result('collect', settings, rows=rows)}")
+
+
+if __name__ == "__main__":
+    main()
