@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,8 +26,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     if not (driver and chromium):
         pytest.skip(f"no {'chromium' if driver else 'chromedriver'}: apt-get install chromium chromium-driver")
+    with chrome(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def chrome(profile: Path) -> Iterator[WebDriver]:
+    """A headless Chromium of one's own."""
     from selenium import webdriver
 
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in (
@@ -33,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
         "--disable-gpu",
         "--disable-dev-shm-usage",
         "--window-size=1600,1200",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+        f"--user-data-dir={profile}",
         "--no-first-run",
         "--disable-background-networking",
         "--disable-component-update",
@@ -43,11 +53,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        chrome.set_page_load_timeout(PAGE_SECONDS)
-        chrome.set_script_timeout(PAGE_SECONDS)
-        chrome.get("about:blank")  # away from the page for new tabs, which asks for much
-        yield chrome
+        found.set_page_load_timeout(PAGE_SECONDS)
+        found.set_script_timeout(PAGE_SECONDS)
+        found.get("about:blank")  # away from the page for new tabs, which asks for much
+        yield found
     finally:
-        chrome.quit()
+        found.quit()
