@@ -24,6 +24,7 @@ VERBS = {
     "collect": "a study's runs brought together: tables, means over seeds, figures",
     "board": "TensorBoard on a study or a run",
     "report": "a study as one HTML file to send",
+    "publish": "an experiment as a folder: tables, results.json, figures",
 }
 
 

@@ -70,13 +70,14 @@ def split_grid(overrides: Sequence[str], schema: type) -> tuple[list[str], list[
     """(the verb's own overrides, those of the grid): what names no field of ``schema`` is a field of some stage.
 
     ``cluster=NAME`` is short for ``cluster.name=NAME`` (Hydra would take it for a choice of the group of `c2g plan`), and
-    ``profile.FIELD`` for ``cluster.profile.FIELD``.
+    ``profile.FIELD`` for ``cluster.profile.FIELD``, ``experiment=NAME`` for ``study=experiment/NAME``.
     """
     own: list[str] = []
     grid: list[str] = []
     names = {f.name for f in fields(schema)}
     for word in overrides:
         short = re.sub(r"^cluster=", "cluster.name=", re.sub(r"^profile\.", "+cluster.profile.", word))
+        short = re.sub(r"^experiment=", "study=experiment/", short)
         top = re.split(r"[.@/=]", short.lstrip("+~"))[0]
         mine = word.startswith("-") or top in names or (bool(own) and own[-1] in WITH_VALUE)
         (own if mine else grid).append(short)

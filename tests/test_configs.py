@@ -42,6 +42,7 @@ REQUIRED = {
     "collect": {"study_dir": "s"},
     "board": {"study_dir": "s"},
     "report": {"study_dir": "s"},
+    "publish": {"study_dir": "s", "out": "o"},
 }
 ALSO_REQUIRED = {"custom": ["model._target_=my_pkg.Net"], "import": ["fit.state_dict=w.pt"]}
 

@@ -95,7 +95,8 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
             title = f"against {variable}/{named(rest)}" if len(lines) > 1 else f"against {variable}"
             board.part(title, rows, write_against(variable, rows))
     if found.rows:
-        board.part("hparams/0", found.rows, write_columns(found.rows))
+        kinds = sorted({(name, type(value).__name__) for row in found.rows for name, value in row.items()})
+        board.part("hparams/0", kinds, write_columns(found.rows))
     for row in found.rows:
         point = {k: v for k, v in row.items() if k not in NO_POINT}
         board.part(f"hparams/{row['id']}", row, write_hyperparameters(point, row))

@@ -1,0 +1,169 @@
+"""An experiment as a folder to publish: README.md with its tables, results.json, figures. Evaluation *uses real data*."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_c2g.files import write_atomically
+from hpc_c2g.reporting.drawing import Figure
+from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
+from hpc_c2g.reporting.tables import cell
+
+SIMILARITIES = ("ssim_sample_to_train", "ssim_train_to_sample")
+SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10")
+PRIVATE = ("celeba",)
+"""Data of which no picture is published."""
+NOTES = "<!-- notes: what follows is kept when the tables are written again -->"
+PICTURES = ("samples.png", "nearest.png")
+
+
+def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one evaluation or baseline as plain numbers, keys as in evaluation.json; of SSIM its mean and its ten best."""
+    found: dict[str, Any] = {}
+    for name in (*METRICS, *SIMILARITIES):
+        value = row.get(name)
+        if isinstance(value, dict):
+            found |= {name: value.get("mean"), f"{name}_best10": value.get("best10")}
+        else:
+            found[name] = value
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def content(study: Path, name: str, about: str, found: Results, folders: Mapping[str, str]) -> dict[str, Any]:
+    """Every group's metrics per seed, their means and deviations, and its baselines.
+
+    Args:
+        study: its folder.
+        name: of the experiment.
+        about: in a line.
+        found: results of its runs.
+        folders: of its runs, by id, below the study's.
+    """
+    groups = {}
+    for label, rows in members(found.rows).items():
+        runs: list[dict[str, Any]] = []
+        baselines: dict[str, list[dict[str, float]]] = {}
+        for row in rows:
+            evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
+            own = _mean(map(figures_of, evaluations))
+            measured = {k: row[k] for k in (*MEASURED, *OF_CLASSIFIERS, "alarms", "steps") if k in row}
+            runs.append({"id": row["id"], "seed": row.get("train.seed", row.get("seed")), **measured, **own})
+            for evaluation in evaluations:
+                for who, judged in evaluation.get("baselines", {}).items():
+                    baselines.setdefault(who, []).append(figures_of(judged))
+        numbers = [{k: v for k, v in run.items() if isinstance(v, float)} for run in runs]
+        groups[label] = {
+            "runs": runs,
+            "mean": _mean(numbers),
+            "sd": _deviation(numbers),
+            "baselines": {who: _mean(rows) for who, rows in baselines.items()},
+        }
+    return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
+
+
+def _evaluations(file: Path) -> list[dict[str, Any]]:
+    try:
+        whole = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    return list(whole.get("classifiers", [whole]))
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(k for row in rows for k in row)}
+
+
+def _mean(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.mean(values) for name, values in _columns(list(rows)).items()}
+
+
+def _deviation(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.stdev(values) for name, values in _columns(rows).items() if len(values) > 1}
+
+
+def table(group: Mapping[str, Any]) -> list[str]:
+    """The generator above its baselines, in markdown."""
+    whole = [group["mean"], *group["baselines"].values()]
+    names = [name for name in SHOWN if any(name in row for row in whole)]
+    lines = [["samples", *names], ["---"] * (len(names) + 1)]
+    count = len(group["runs"])
+    own = [cell(group["mean"].get(n), group["sd"].get(n)) for n in names]
+    lines.append([f"**generator**, {count} seed{'s' if count > 1 else ''}", *own])
+    lines += [[who, *(cell(row.get(n)) for n in names)] for who, row in group["baselines"].items()]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def readme(found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence[tuple[str, str]], notes: str) -> str:
+    """The page of an experiment.
+
+    Args:
+        found: ``content``.
+        commands: that repeat it.
+        pictures: (file, what is to be seen).
+        notes: what people wrote below the mark.
+    """
+    lines = [f"# {found['experiment']}: {found['about']}", "", *(f"    {command}" for command in commands), ""]
+    lines += ["Means ± standard deviations over seeds; metrics *use real data* and were computed after training.", ""]
+    for label, group in found["groups"].items():
+        mean = group["mean"]
+        told = [f"{name} {mean[name]:.3g}" for name in ("stationarity", *OF_CLASSIFIERS) if name in mean]
+        alarms = sorted({a for run in group["runs"] for a in str(run.get("alarms", "")).split()})
+        lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
+        lines += [*table(group), ""]
+    for file, seen in pictures:
+        lines += [f"![{seen}]({file})", "", f"*{seen}*", ""]
+    if found["left_out"]:
+        lines += ["Left out:", "", *(f"- {text}" for text in found["left_out"]), ""]
+    return "\n".join([*lines, NOTES, notes.rstrip() or "", ""])
+
+
+def publish(
+    study: Path,
+    out: Path,
+    found: Mapping[str, Any],
+    commands: Sequence[str],
+    drawn: Sequence[Figure],
+    folders: Mapping[str, str],
+    data: Mapping[str, str],
+) -> None:
+    """Write the folder; notes that are there already stay.
+
+    Args:
+        study: the study's folder.
+        out: the folder.
+        found: ``content``.
+        commands: that repeat it.
+        drawn: figures.
+        folders: of its runs, by id, below the study's.
+        data: name of each run's data, by id.
+
+    Raises:
+        C2GError: it cannot be written.
+    """
+    pictures = []
+    for figure in drawn:
+        write_atomically(out / f"{figure.name}.svg", figure.svg.encode())
+        pictures.append((f"{figure.name}.svg", f"{figure.title}. {figure.alt}"))
+    for label, group in found["groups"].items():
+        first = group["runs"][0]
+        for picture in PICTURES if data.get(first["id"]) not in PRIVATE else ():
+            for file in sorted((study / folders[first["id"]]).glob(f"{Path(picture).stem}*.png")):
+                name = f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}-{file.name}"
+                out.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, out / name)
+                what = (
+                    "generated samples, a column per class"
+                    if picture == "samples.png"
+                    else "training images, the best recovered first, below them the nearest samples"
+                )
+                pictures.append((name, f"{label}: {what}"))
+    page = out / "README.md"
+    notes = page.read_text().partition(NOTES)[2] if page.is_file() else ""
+    write_atomically(out / "results.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(page, readme(found, commands, pictures, notes).encode())

@@ -1,0 +1,71 @@
+"""``c2g publish DIR OUT``: an experiment as a folder: README.md with its tables, results.json, figures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_c2g.reporting.archive import Archive
+from hpc_c2g.reporting.board import FOLDER
+from hpc_c2g.reporting.collect import CACHE, collect, drawn, predicted
+from hpc_c2g.reporting.publication import content
+from hpc_c2g.reporting.publication import publish as write
+from hpc_c2g.reporting.results import training_runs
+from hpc_c2g.studies.ledger import Ledger
+from hpc_c2g.studies.study import read_study
+from hpc_c2g.studies.tasks import find_specs
+from hpc_c2g.studies.view import look
+from launch.arguments import as_overrides
+from launch.cli import config_folder, run_verb, user_errors
+
+
+@dataclass
+class PublishConfig:
+    """Of which study, and where to.
+
+    Attributes:
+        study_dir: its folder.
+        out: the folder to write; notes in its README.md stay.
+    """
+
+    study_dir: str = "???"
+    out: str = "???"
+
+
+def publish(config: PublishConfig) -> None:
+    """Collect, and write the folder."""
+    folder = Path(config.study_dir)
+    study = read_study(folder)
+    views = look(folder, Ledger(folder).rows(), None)
+    found = collect(folder, study.study.name, views).results
+    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    folders = {key: view.row.folder for key, view in runs.items()}
+    specs = {task.id: task for task in find_specs(folder)}
+    data = {key: specs[specs[key].upstream[0]].config["data"]["name"] for key in runs if key in specs}
+    figures = drawn(folder, Archive(folder / FOLDER / CACHE), found, runs, predicted(folder, runs))
+    whole = content(folder, study.study.name, study.study.about, found, folders)
+    write(
+        folder, Path(config.out), whole, commands(study.study.name, study.grids[-1], config.out), figures, folders, data
+    )
+    print(f"written: {config.out}/README.md, results.json and {len(figures)} figures")
+
+
+def commands(name: str, grid: list[str], out: str) -> list[str]:
+    """What repeats the experiment, where it is one of the toolkit's."""
+    kind = "experiment" if (config_folder() / "study" / "experiment" / f"{name}.yaml").is_file() else "study"
+    again = " ".join(shlex.quote(word) for word in grid)
+    place = shlex.quote(f"studies/{name}")
+    return [f"c2g sweep {kind}={name} study_dir={place} {again}", f"c2g publish {place} {shlex.quote(out)}"]
+
+
+def main() -> None:
+    """Entry point."""
+    with user_errors("publish"):
+        overrides = as_overrides(sys.argv[1:], PublishConfig, ["study_dir", "out"])
+    run_verb("publish", PublishConfig, publish, overrides=overrides)
+
+
+if __name__ == "__main__":
+    main()
