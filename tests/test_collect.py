@@ -337,6 +337,24 @@ def test_the_report_tells_all_and_its_recipes_repeat_the_runs_bit_for_bit(study,
     }
 
 
+def test_a_published_experiment_has_its_tables_and_pictures_and_keeps_what_people_wrote(study, tmp_path):
+    out = tmp_path / "docs"
+    c2g("publish", study, out)
+    content = json.loads((out / "results.json").read_text())
+    group = content["groups"]["global_batch=8"]
+    assert content["uses_real_data"] is True
+    assert group["mean"]["coverage"] == pytest.approx(np.mean([run["coverage"] for run in group["runs"]]))
+    assert {run["seed"] for run in group["runs"]} == {0, 1}
+    page = out / "README.md"
+    assert "**generator**, 2 seeds" in page.read_text()
+    assert {"global_batch_8-samples.png", "global_batch_8-nearest.png", "quality-global_batch.svg"} <= {
+        p.name for p in out.iterdir()
+    }
+    page.write_text(page.read_text() + "What we saw.\n")
+    c2g("publish", study, out)
+    assert page.read_text().count("What we saw.") == 1
+
+
 def test_a_recipe_of_several_processes_starts_them(study):
     row = rows(study, "train")[0]
     spec = dataclasses.replace(read_spec(study / spec_name(row)), nodes=2, tasks_per_node=4)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
 from hpc_c2g.errors import C2GError
+from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real_baseline
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
@@ -131,7 +133,25 @@ def _evaluate(
         "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
         "baselines": _baselines(config, run, k, suffix, split, tell) if config.baselines else {},
     }
+    if generator.input_shape == (2,):
+        result["support"] = _landscape(config, folder, split, samples, labels, suffix)
     return result, side_by_side(samples, split.train.samples) if drawable(generator.input_shape) else None
+
+
+def _landscape(
+    config: EvaluateConfig, folder: str, split: Split, samples: Tensor, labels: Tensor, suffix: str
+) -> dict[str, Any]:
+    """Draw the plane, and tell how near generated points come to the training points that carry multipliers."""
+    bundle = load_bundle(folder)
+    found = support(bundle, split.train, samples, labels)
+    drawn = picture(bundle, split.train, samples, labels, found.carries)
+    write_atomically(Path(config.run_dir) / f"landscape{suffix}.png", drawn)
+    return {
+        "samples": int(found.carries.sum()),
+        "of": len(split.train),
+        "distance_to_support": found.to_support,
+        "distance_to_others": found.to_others,
+    }
 
 
 def _baselines(

@@ -20,7 +20,11 @@ SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10")
 PRIVATE = ("celeba",)
 """Data of which no picture is published."""
 NOTES = "<!-- notes: what follows is kept when the tables are written again -->"
-PICTURES = ("samples.png", "nearest.png")
+PICTURES = {
+    "samples.png": "generated samples, a column per class",
+    "nearest.png": "training images, the best recovered first, below them the nearest samples",
+    "landscape.png": "training points over the classifier's margin, ringed where they carry multipliers; generated points beside them",
+}
 
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -152,17 +156,12 @@ def publish(
         pictures.append((f"{figure.name}.svg", f"{figure.title}. {figure.alt}"))
     for label, group in found["groups"].items():
         first = group["runs"][0]
-        for picture in PICTURES if data.get(first["id"]) not in PRIVATE else ():
+        for picture, seen in PICTURES.items() if data.get(first["id"]) not in PRIVATE else ():
             for file in sorted((study / folders[first["id"]]).glob(f"{Path(picture).stem}*.png")):
                 name = f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}-{file.name}"
                 out.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, out / name)
-                what = (
-                    "generated samples, a column per class"
-                    if picture == "samples.png"
-                    else "training images, the best recovered first, below them the nearest samples"
-                )
-                pictures.append((name, f"{label}: {what}"))
+                pictures.append((name, f"{label}: {seen}"))
     page = out / "README.md"
     notes = page.read_text().partition(NOTES)[2] if page.is_file() else ""
     write_atomically(out / "results.json", (json.dumps(found, indent=1) + "\n").encode())

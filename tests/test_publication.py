@@ -1,0 +1,80 @@
+"""Laws of a published experiment: every baseline beside the generator, numbers as in evaluation.json, no picture of private people."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
+from hpc_c2g.reporting.results import Results
+
+EVALUATION = {
+    "coverage": 0.4,
+    "proximity": 0.5,
+    "ssim_train_to_sample": {"mean": 0.6, "best10": 0.9},
+    "settings": {"count": 10},
+    "baselines": {"noise": {"coverage": 0.0, "ssim_train_to_sample": {"mean": 0.1, "best10": 0.2}}},
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two seeds of a group, and one run of another that is judged on two classifiers."""
+    rows = [{"id": f"r{i}", "variant": "a", "train.seed": i, "stationarity": 0.1 * (1 + i)} for i in range(2)]
+    rows.append({"id": "r2", "variant": "b", "stationarity": 0.5, "alarms": "instability"})
+    for i, row in enumerate(rows):
+        folder = tmp_path / "study" / "runs" / row["id"]
+        folder.mkdir(parents=True)
+        own = EVALUATION | {"coverage": 0.4 + 0.1 * i}
+        judged = own if i < 2 else {"uses_real_data": True, "classifiers": [own, own | {"coverage": 0.2}]}
+        (folder / "evaluation.json").write_text(json.dumps(judged))
+        (folder / "samples.png").write_bytes(b"picture")
+    return tmp_path / "study", Results(rows, [], [], []), {row["id"]: f"runs/{row['id']}" for row in rows}
+
+
+def test_metrics_are_plain_numbers_under_their_own_names():
+    assert figures_of(EVALUATION) == {
+        "coverage": 0.4,
+        "proximity": 0.5,
+        "ssim_train_to_sample": 0.6,
+        "ssim_train_to_sample_best10": 0.9,
+    }
+
+
+def test_means_are_over_seeds_and_over_the_classifiers_of_a_run(study):
+    folder, found, folders = study
+    groups = content(folder, "n", "a", found, folders)["groups"]
+    assert groups["variant=a"]["mean"]["coverage"] == pytest.approx(0.45)
+    assert groups["variant=a"]["sd"]["coverage"] == pytest.approx(0.0707, abs=1e-3)
+    assert groups["variant=b"]["mean"]["coverage"] == pytest.approx(0.4)  # of 0.6 and 0.2
+    assert [run["seed"] for run in groups["variant=a"]["runs"]] == [0, 1]
+    assert groups["variant=a"]["baselines"]["noise"]["ssim_train_to_sample"] == pytest.approx(0.1)
+
+
+def test_the_generator_stands_above_every_baseline(study):
+    folder, found, folders = study
+    lines = table(content(folder, "n", "a", found, folders)["groups"]["variant=a"])
+    assert lines[2].startswith("| **generator**, 2 seeds | ")
+    assert "0.45 ± 0.071" in lines[2]
+    assert lines[3].startswith("| noise |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_page_tells_alarms_and_what_is_left_out(study):
+    folder, found, folders = study
+    whole = content(folder, "n", "a", found, folders) | {"left_out": ["run x: failed"]}
+    page = readme(whole, ["c2g sweep"], [("p.svg", "a figure")], "\nmine\n")
+    for words in ("alarms: instability", "- run x: failed", "![a figure](p.svg)", "    c2g sweep"):
+        assert words in page
+    assert page.partition(NOTES)[2].strip() == "mine"
+
+
+@pytest.mark.parametrize(("data", "shown"), [("digits", True), ("celeba", False)])
+def test_no_picture_of_private_people_is_published(study, tmp_path, data, shown):
+    folder, found, folders = study
+    whole = content(folder, "n", "a", found, folders)
+    publish(folder, tmp_path / "out", whole, [], [], folders, dict.fromkeys(folders, data))
+    pictures = [p.name for p in (tmp_path / "out").glob("*.png")]
+    assert bool(pictures) is shown
+    assert (".png" in (tmp_path / "out" / "README.md").read_text()) is shown
