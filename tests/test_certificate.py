@@ -128,13 +128,40 @@ def test_equals_brute_force(setup: tuple[Bundle, Tensor, Tensor], form: str) -> 
     bundle, x, y = setup
     rates = {k: 0.3 + 0.1 * (i % 3) for i, k in enumerate(bundle.parameters)}
     for a in (0.0, -1.3):
-        result = certify(bundle, x, y, rates, form, alpha=a)
+        result = certify(bundle, x, y, rates, form, alpha=a, statistics="frozen")
         expected = brute_force(bundle, x, y, rates, left_side(rates, form), a)
         assert result.relative_residual == pytest.approx(expected, abs=1e-8)
         assert 0 <= result.relative_residual <= 1 + 1e-12  # mu = 0 gives 1
         assert result.form == form
         assert bool((result.multipliers >= 0).all())
         assert bool((result.multipliers[torch.arange(12), y] == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_with_batch_statistics_equals_brute_force_in_training_mode(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    shape = (1, 4, 4)
+    net = MLP(shape, 3, width=5, depth=3, batch_norm=True) if kind == "mlp" else CNN(shape, 3, 2, batch_norm=True)
+    bundle, (x, y) = bundle_of(net.eval(), shape, 3), data(8, shape, 3)
+    rates = {k: 0.3 + 0.1 * (i % 3) for i, k in enumerate(bundle.parameters)}
+    results = [certify(bundle, x, y, rates, "rates", alpha=-0.4, statistics="batch")]
+    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "MEMORY", 4 * 8 * 5 * sum(p.numel() for p in net.parameters()))
+    results.append(certify(bundle, x, y, rates, "rates", alpha=-0.4))  # in blocks of five rows
+
+    named, margins = dict(net.train().requires_grad_(True).named_parameters()), []
+    logits = net(x)
+    for i in range(8):
+        margins += [logits[i, y[i]] - logits[i, j] for j in range(3) if j != y[i]]
+    rows = [torch.autograd.grad(m, list(named.values()), retain_graph=True) for m in margins]
+    scales = [math.exp(-0.4 * (1 - rates[k])) for k in named]
+    J = torch.stack([torch.cat([s * g.flatten() for s, g in zip(scales, r, strict=True)]) for r in rows])
+    left = torch.cat([rates[k] * math.exp(-0.4 * rates[k]) * t.detach().flatten() for k, t in named.items()])
+    _, norm = nnls(J.T.numpy(), left.numpy(), maxiter=10**5)
+    for result in results:
+        assert result.relative_residual == pytest.approx(float(norm**2 / left.square().sum()), abs=1e-8)
+        assert result.min_margin == pytest.approx(float(torch.stack(margins).detach().min()))
+        assert result.statistics == "batch"
 
 
 def test_per_tensor_parts_add_up(setup: tuple[Bundle, Tensor, Tensor]) -> None:

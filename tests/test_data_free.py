@@ -160,6 +160,8 @@ def test_the_core_is_pure_mathematics():
             "copy",
             "operator",
             "functools",
+            "dataclasses",
+            "contextlib",
         }, module
 
 

@@ -64,7 +64,7 @@ def test_the_generator_stands_above_every_baseline(study):
 def test_a_page_tells_alarms_and_what_is_left_out(study):
     folder, found, folders = study
     whole = content(folder, "n", "a", found, folders) | {"left_out": ["run x: failed"]}
-    page = readme(whole, ["c2g sweep"], [("p.svg", "a figure")], "\nmine\n")
+    page = readme(whole, ["c2g sweep"], [("p.svg", "a title", "a figure")], "\nmine\n")
     for words in ("alarms: instability", "- run x: failed", "![a figure](p.svg)", "    c2g sweep"):
         assert words in page
     assert page.partition(NOTES)[2].strip() == "mine"

@@ -20,7 +20,8 @@ from launch.study import SCHEMAS, expand, grid_of, plan, resolved, routes
 from launch.sweep import SweepConfig
 
 CODE = dict.fromkeys(STAGES, "code")
-STUDIES = sorted(file.stem for file in (config_folder() / "study").glob("*.yaml"))
+FOLDER = config_folder() / "study"
+STUDIES = sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in FOLDER.rglob("*.yaml"))
 
 
 def study(name: str) -> StudyConfig:

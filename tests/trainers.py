@@ -30,6 +30,13 @@ GENERATORS = {
     "free": FreeImagesConfig(name="free", start=0.1),
 }
 
+SHAPE = (1, 4, 4)
+NORMED = {
+    "mlp": {"target": "mlp", "width": 7, "depth": 3, "bias": "first"},
+    "cnn": {"target": "cnn", "width": 3, "depth": 3, "bias": "all"},
+    "residual": {"target": "residual_cnn", "width": 2, "depth": 1, "bias": "first"},
+}
+
 
 class PlainEngine:
     """The least that a step needs: float64, autograd, an optimiser, a sum over ranks."""
@@ -65,7 +72,7 @@ class PlainEngine:
 
 def three_bundles() -> list[Bundle]:
     """Classifiers with different architectures, class sets, label spaces and normalisations, and one input shape."""
-    shape = [1, 4, 4]
+    shape = list(SHAPE)
     kinds = [
         ({"target": "mlp", "input_shape": shape, "classes": 3, "width": 12, "bias": "first"}, "abc", 0.4),
         ({"target": "cnn", "input_shape": shape, "classes": 2, "width": 4, "depth": 2, "bias": "all"}, "bd", 0.5),
@@ -81,6 +88,19 @@ def three_bundles() -> list[Bundle]:
         normalisation = Normalisation.constant(tuple(shape), mean=mean)
         bundles.append(Bundle(model, architecture, list(classes), tuple(shape), normalisation))
     return bundles
+
+
+def normed(kind: str = "mlp", classes: int = 3, **changes: object) -> Bundle:
+    """A random classifier with BatchNorm whose running statistics are some batch's."""
+    architecture = {**NORMED[kind], "input_shape": list(SHAPE), "classes": classes, "batch_norm": True, **changes}
+    model = build_model(architecture).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        model.train()(torch.randn(20, *SHAPE, generator=generator, dtype=torch.float64))
+    names = [str(c) for c in range(classes)]
+    return Bundle(model.eval(), architecture, names, SHAPE, Normalisation.constant(SHAPE, mean=0.4))
 
 
 def config(micro_batch: int | None = None, generator: str = "codes", **changes) -> TrainConfig:

@@ -8,8 +8,8 @@ With m_ij the pairwise margins of the n training samples and a = -log(smallest m
 the smallest L_stat that the training data themselves reach. Like L_stat it is a ratio of *squared* norms: the digits classifier
 64-500-10 at margin 300 has 0.04, where the ratio of norms is 0.2. It is a non-negative least-squares problem in M = n (C - 1)
 multipliers, in float64 with exact ReLU gradients: with J the scaled gradients ``[M, P]`` and b the left side ``[P]`` the numerator is
-(-1, mu) A (-1, mu)^T, A = [[b b, (J b)^T], [J b, J J^T]], and the solver needs A ``[M + 1, M + 1]`` alone. The gradients are those of the
-eval-mode net: BatchNorm nets are stationary only with the batch's statistics in the graph and come out poor. For diagnosis alone.
+(-1, mu) A (-1, mu)^T, A = [[b b, (J b)^T], [J b, J J^T]], and the solver needs A ``[M + 1, M + 1]`` alone. A BatchNorm has the statistics
+of all n samples in the graph, as in training: with frozen ones such nets are not stationary. For diagnosis alone.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.classifiers.coupled import coupled_gram
+from hpc_c2g.classifiers.equations import count_equations
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
-from hpc_c2g.kkt.stationarity import kkt_sum, left_side, residual, residual_weights
+from hpc_c2g.kkt.normalisation import BatchStatistics, couples, replace_norms, using
+from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual, residual_weights
 
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
 LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
-_RECTIFIERS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Certificate:
         unknowns: support samples times (input dimension + C - 1).
         form: of the left side.
         alpha: the a at which all of it was evaluated.
+        statistics: of the BatchNorms, ``batch`` or ``frozen``; without any, ``frozen``.
     """
 
     relative_residual: float
@@ -72,6 +73,7 @@ class Certificate:
     unknowns: int
     form: str
     alpha: float
+    statistics: str = "frozen"
 
 
 def certify(
@@ -79,8 +81,9 @@ def certify(
     samples: Tensor,
     labels: Tensor,
     rates: Mapping[str, float],
-    form: str = "identity",
+    form: str = AUTO,
     alpha: float | None = None,
+    statistics: str = "auto",
 ) -> Certificate:
     """The certificate of ``bundle`` on its own training data, computed on the device of ``samples``.
 
@@ -92,18 +95,24 @@ def certify(
         form: of the left side, see ``left_side``.
         alpha: a; by default -log(smallest margin), or 0 where that margin is not positive. The residual of uniform rates does not
             depend on it, that of others does, strongly.
+        statistics: ``batch`` puts those of all ``samples`` into the graph of every BatchNorm, ``frozen`` takes the running ones, ``auto``
+            is ``batch``.
 
     Raises:
-        C2GError: data that do not fit the classifier, rates that do not name its parameters, a left side of zero, no convergence.
+        C2GError: data that do not fit the classifier, rates that do not name its parameters, a left side of zero, no convergence, a
+            BatchNorm without running statistics.
     """
     _check(bundle, samples, labels, rates)
     model = copy.deepcopy(bundle.model).to(samples.device, torch.float64)
     theta = {k: p.detach() for k, p in model.named_parameters()}
     x, y = samples.detach().double(), labels.to(samples.device)
-    spans = _spans(len(x), CHUNK)
+    norms = replace_norms(model) if couples(model, statistics) else []
+    size = len(x) if norms else CHUNK  # coupled samples cannot be cut
+    spans = _spans(len(x), size)
 
     def phi(parameters: Mapping[str, Tensor], batch: Tensor) -> Tensor:
-        logits: Tensor = functional_call(model, dict(parameters), (batch,))
+        with using(norms, BatchStatistics() if norms else None):
+            logits: Tensor = functional_call(model, dict(parameters), (batch,))
         return logits
 
     with torch.no_grad():
@@ -121,13 +130,16 @@ def certify(
     pairs = other_classes(y, margins.shape[1])
     multipliers = torch.zeros_like(margins)
     products = pairwise_margins(torch.cat(logits), y)[pairs]
-    multipliers[pairs] = _solve(margin_gram(model, scales, x, y), products, 1 / weight)
+    gram = coupled_gram(phi, theta, scales, x, y, MEMORY) if norms else margin_gram(model, scales, x, y)
+    multipliers[pairs] = _solve(gram, products, 1 / weight)
     sums = [kkt_sum(phi, theta, x[s], y[s], multipliers[s])[1] for s in spans]
     G = {k: torch.stack([g[k] for g in sums]).sum(0) for k in theta}
     squares = {k: float(r.square().sum()) for k, r in residual(theta, G, rates, c, alpha).items()}
     own = {k: float(t.square().sum()) for k, t in left.items()}
     support = int((multipliers.amax(1) > 1e-6 * multipliers.max()).sum())
     mass, value = float(multipliers.sum()), float((multipliers * margins).sum())
+    with using(norms, BatchStatistics() if norms else None):
+        equations = count_equations(model, x, size)
     return Certificate(
         relative_residual=weight * sum(squares.values()),
         per_tensor={k: s / own[k] if own[k] > 0 else weight * s for k, s in squares.items()},
@@ -137,10 +149,11 @@ def certify(
         min_margin=min_margin,
         accuracy=float((smallest > 0).double().mean()),
         weighted_margin=math.exp(alpha) * value / mass if mass > 0 else math.nan,
-        equations=count_equations(model, x),
+        equations=equations,
         unknowns=support * (x[0].numel() + margins.shape[1] - 1),
-        form=form,
+        form=form_of(rates, form),
         alpha=alpha,
+        statistics="batch" if norms else "frozen",
     )
 
 
@@ -271,30 +284,3 @@ def _linear_factors(model: nn.Module, theta: Mapping[str, Tensor], x: Tensor, y:
     outs = [out for _, _, out in once]
     columns = [torch.autograd.grad(m.sum(), outs, retain_graph=True, materialize_grads=True) for m in margins.T]
     return {call[0]: (call[1], torch.stack(delta, 1)) for call, *delta in zip(once, *columns, strict=True)}
-
-
-class _FirstGates(TorchFunctionMode):
-    """Keeps the gates z > 0 of the first rectifier that runs, ``[B, units]``."""
-
-    gates: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.gates is None and func in _RECTIFIERS:
-            self.gates = (args[0] > 0).flatten(1)
-        return func(*args, **(kwargs or {}))
-
-
-def count_equations(model: nn.Module, x: Tensor) -> int:
-    """Distinct non-constant columns of the first gate matrix ``[n, units]`` times the input dimension, see ``Certificate``."""
-    gates = []
-    for s in _spans(len(x), CHUNK):
-        with torch.no_grad(), _FirstGates() as tap:
-            model(x[s])
-        gates += [tap.gates] if tap.gates is not None else []
-    sizes = {k: p.numel() for k, p in model.named_parameters()}
-    if not gates:
-        layer = next(iter(sizes)).rpartition(".")[0]
-        return sum(size for k, size in sizes.items() if k.rpartition(".")[0] == layer)
-    columns = torch.cat(gates).T.cpu().numpy()
-    patterns = len(np.unique(np.packbits(columns[columns.any(1) & ~columns.all(1)], axis=1), axis=0))
-    return min(patterns * x[0].numel(), sum(sizes.values()))

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.kkt.normalisation import Statistics, replace_norms, using
 
 _RELU_CALLS = {F.relu, torch.relu, torch.relu_, F.relu_}
 _LEAKY_CALLS = {F.leaky_relu, F.leaky_relu_}
@@ -64,7 +65,7 @@ class GatedClassifier:
         model: an ``nn.Module`` that ``torch.fx`` can trace; it is not changed.
 
     Raises:
-        C2GError: the module cannot be traced.
+        C2GError: the module cannot be traced, or it has a BatchNorm without running statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,17 +76,31 @@ class GatedClassifier:
                 f"the classifier cannot be traced by torch.fx: {str(error).splitlines()[0]}",
                 "avoid control flow that depends on the input in its forward",
             ) from error
-        self.gates = _replace_activations(graph)
+        self.gates, self.norms = _replace_activations(graph), replace_norms(graph)
         self.graph = graph.eval().requires_grad_(False)
         # tracing drops what forward never uses; a tied tensor keeps all its names
         self.known = {k for k, _ in graph.named_parameters(remove_duplicate=False)}
         self.buffers = {k: b.detach() for k, b in graph.named_buffers() if k.removesuffix(".width") not in self.gates}
 
-    def __call__(self, theta: Mapping[str, Tensor], widths: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of normalised inputs ``[B, *S]``; ``widths`` has one positive scalar per gate."""
+    def __call__(
+        self,
+        theta: Mapping[str, Tensor],
+        widths: Mapping[str, Tensor],
+        x: Tensor,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """Logits ``[B, C]``.
+
+        Args:
+            theta: parameters.
+            widths: one positive scalar per gate.
+            x: normalised inputs ``[B, *S]``.
+            statistics: of this batch, which every BatchNorm then takes instead of its frozen ones, and notes here.
+        """
         used = {k: t for k, t in theta.items() if k in self.known}
         state = {**used, **self.buffers, **{f"{gate}.width": width for gate, width in widths.items()}}
-        logits: Tensor = functional_call(self.graph, state, (x,))
+        with using(self.norms, statistics):
+            logits: Tensor = functional_call(self.graph, state, (x,))
         return logits
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GatedClassifier:
@@ -95,8 +110,10 @@ class GatedClassifier:
         return self
 
     @torch.no_grad()
-    def pre_activation_scales(self, theta: Mapping[str, Tensor], probes: Tensor) -> dict[str, Tensor]:
-        """s per gate: root mean square of the pre-activation over ``probes`` ``[B, *S]``."""
+    def pre_activation_scales(
+        self, theta: Mapping[str, Tensor], probes: Tensor, statistics: Statistics | None = None
+    ) -> dict[str, Tensor]:
+        """s per gate: root mean square of the pre-activation over ``probes`` ``[B, *S]``, with their own statistics if given."""
         scales: dict[str, Tensor] = {}
         hooks = [
             self.graph.get_submodule(gate).register_forward_pre_hook(
@@ -105,7 +122,7 @@ class GatedClassifier:
             for gate in self.gates
         ]
         try:
-            self(theta, dict.fromkeys(self.gates, probes.new_ones(())), probes)
+            self(theta, dict.fromkeys(self.gates, probes.new_ones(())), probes, statistics)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from hpc_c2g.kkt.normalisation import Moments
 
 
 def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Tensor:
@@ -53,3 +57,15 @@ def repulsion(
         distances = torch.where(distances < 1e-4 * reach, 0.0, distances)
         total = total + torch.exp(-distances / reach).mean(1).sum()
     return total / global_batch
+
+
+def statistics_distance(moments: Sequence[Moments]) -> Tensor:
+    """Mean over layers and channels of ((mean - running mean)^2 + (s - running s)^2) / (running s)^2, s = sqrt(variance + eps).
+
+    What a BatchNorm keeps of its training data (Yin et al. 2020, DeepInversion). Of the whole batch already: no sum over samples.
+    """
+    layers = []
+    for m in moments:
+        spread, running = (m.variance + m.eps).sqrt(), (m.running_variance + m.eps).sqrt()
+        layers.append((((m.mean - m.running_mean) / running).square() + (spread / running - 1).square()).mean())
+    return torch.stack(layers).mean()

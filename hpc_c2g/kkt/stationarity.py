@@ -25,9 +25,21 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import pairwise_margins
 
 LEFT_SIDES = ("identity", "rates", "top_rate")
+AUTO = "auto"
 WEIGHTINGS = ("relative", "per_tensor")
 Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
+
+
+def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
+    """``auto`` resolved: ``identity``, or ``top_rate`` where some rate is 0.
+
+    A tensor that the function does not scale with (all that is before a normalisation) has <theta_k, G_k> = 0 by Euler, so a left side
+    c_k theta_k != 0 can never be met.
+    """
+    if form != AUTO:
+        return form
+    return "identity" if min(rates.values()) > 0 else "top_rate"
 
 
 def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
@@ -36,19 +48,19 @@ def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
     Args:
         rates: lambda_k per tensor.
         form: ``identity`` c_k = 1 (homogeneous nets, Lyu & Li), ``rates`` c_k = lambda_k, ``top_rate`` c_k = lambda_max for the
-            tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias).
+            tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias), ``auto`` as ``form_of`` says.
 
     Raises:
         C2GError: an unknown form.
     """
-    top = max(rates.values())
+    top, form = max(rates.values()), form_of(rates, form)
     if form == "identity":
         return dict.fromkeys(rates, 1.0)
     if form == "rates":
         return dict(rates)
     if form == "top_rate":
         return {k: rate if math.isclose(rate, top, rel_tol=1e-9) else 0.0 for k, rate in rates.items()}
-    raise C2GError(f"stationarity.left_side={form!r} is unknown", f"choose one of {', '.join(LEFT_SIDES)}")
+    raise C2GError(f"stationarity.left_side={form!r} is unknown", f"choose one of auto, {', '.join(LEFT_SIDES)}")
 
 
 def scaled(tensors: Mapping[str, Tensor], alpha: float, powers: Mapping[str, float]) -> dict[str, Tensor]:

@@ -103,13 +103,15 @@ def table(group: Mapping[str, Any]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def readme(found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence[tuple[str, str]], notes: str) -> str:
+def readme(
+    found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence[tuple[str, str, str]], notes: str
+) -> str:
     """The page of an experiment.
 
     Args:
         found: ``content``.
         commands: that repeat it.
-        pictures: (file, what is to be seen).
+        pictures: (file, what it is, what is to be seen in words).
         notes: what people wrote below the mark.
     """
     lines = [f"# {found['experiment']}: {found['about']}", "", *(f"    {command}" for command in commands), ""]
@@ -120,8 +122,8 @@ def readme(found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence
         alarms = sorted({a for run in group["runs"] for a in str(run.get("alarms", "")).split()})
         lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
         lines += [*table(group), ""]
-    for file, seen in pictures:
-        lines += [f"![{seen}]({file})", "", f"*{seen}*", ""]
+    for file, title, seen in pictures:
+        lines += [f"![{seen}]({file})", "", f"*{title}*", ""]
     if found["left_out"]:
         lines += ["Left out:", "", *(f"- {text}" for text in found["left_out"]), ""]
     return "\n".join([*lines, NOTES, notes.rstrip() or "", ""])
@@ -153,7 +155,7 @@ def publish(
     pictures = []
     for figure in drawn:
         write_atomically(out / f"{figure.name}.svg", figure.svg.encode())
-        pictures.append((f"{figure.name}.svg", f"{figure.title}. {figure.alt}"))
+        pictures.append((f"{figure.name}.svg", figure.title, figure.alt))
     for label, group in found["groups"].items():
         first = group["runs"][0]
         for picture, seen in PICTURES.items() if data.get(first["id"]) not in PRIVATE else ():
@@ -161,7 +163,7 @@ def publish(
                 name = f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}-{file.name}"
                 out.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, out / name)
-                pictures.append((name, f"{label}: {seen}"))
+                pictures.append((name, f"{label}: {seen}", f"{label}: {seen}"))
     page = out / "README.md"
     notes = page.read_text().partition(NOTES)[2] if page.is_file() else ""
     write_atomically(out / "results.json", (json.dumps(found, indent=1) + "\n").encode())

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hpc_c2g.distributed.reduction import Summation
 from hpc_c2g.errors import C2GError
+from hpc_c2g.kkt import duality
+from hpc_c2g.training.objective import Residual
 
 BALANCE = ("sum_mu_m", "sum_mu", "gx", "gmu")
 """sum mu m / S, sum mu / S, and the squared norms of the cotangents of x and mu."""
@@ -82,6 +84,27 @@ class Account:
         }
         each = {f"classifier{k}/{name}": value for k, one in enumerate(told) for name, value in one.items()}
         return {**means, "gradient/generator": norm, **each}
+
+
+def scalars_of(
+    piece: tuple[int, int],
+    residual: Residual,
+    losses: Mapping[str, Tensor],
+    margins: Tensor,
+    multipliers: Tensor,
+    S: float,
+    gx: Tensor,
+    gmu: Tensor,
+) -> dict[str, Tensor]:
+    """What a micro-batch has for the account."""
+    once = residual.terms if piece[0] == 0 else {}  # L_stat is known to every rank, and counts once
+    mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
+    balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
+    return {
+        **{f"stationarity/{name}": term for name, term in once.items()},
+        **losses,
+        **dict(zip(BALANCE, balance, strict=True)),
+    }
 
 
 def rho(figures: Mapping[str, float], alpha: float) -> float:

@@ -12,9 +12,11 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum, TreeSum
 from hpc_c2g.distributed.world import World
+from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
+from hpc_c2g.kkt.normalisation import couples
 from hpc_c2g.monitoring.images import drawable
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine
@@ -23,7 +25,7 @@ from hpc_c2g.training.capacity import available_bytes, check_classifiers, larges
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.objective import Objective, loss_terms
-from hpc_c2g.training.sharding import Sharding, shard
+from hpc_c2g.training.sharding import Sharding, check_coupled, shard
 from hpc_c2g.training.step import TrainStep
 
 
@@ -97,7 +99,16 @@ class Assembly:
         size = config.micro_batch
         if isinstance(size, str):
             size = found_before or largest_that_fits(bundles, config, mesh, free)
-        return cls(config, world, bundles, mesh, size, shard(config, class_counts(bundles), mesh, size))
+        sharding = shard(config, class_counts(bundles), mesh, size)
+        if any(couples(b.model, config.stationarity.statistics) for b in bundles):
+            check_coupled(config, sharding)
+        elif config.prior.statistics:
+            raise C2GError(
+                f"prior.statistics={config.prior.statistics} finds no batch statistics"
+                f" (stationarity.statistics={config.stationarity.statistics})",
+                "give prior.statistics=0, or a classifier with BatchNorm and stationarity.statistics=auto",
+            )
+        return cls(config, world, bundles, mesh, size, sharding)
 
     def generator(self) -> Generator | FreeImages:
         """The untrained network."""

@@ -10,7 +10,8 @@ from hpc_c2g.distributed.wire import WIRES
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
-from hpc_c2g.kkt.stationarity import LEFT_SIDES, WEIGHTINGS
+from hpc_c2g.kkt.normalisation import STATISTICS
+from hpc_c2g.kkt.stationarity import AUTO, LEFT_SIDES, WEIGHTINGS
 from hpc_c2g.settings import from_plain
 
 DTYPES = ("float32", "bfloat16")
@@ -24,15 +25,26 @@ def _require(condition: bool, name: str, value: object, mend: str) -> None:
 
 @dataclass
 class StationarityConfig:
-    """L_stat: its left side, its weighting over tensors, its weight in the loss (0 leaves classification alone)."""
+    """L_stat.
 
-    left_side: str = "identity"
+    Attributes:
+        left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``top_rate`` where some rate is 0.
+        weighting: over tensors, ``relative`` or ``per_tensor``.
+        weight: in the loss; 0 leaves classification alone.
+        statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
+            needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
+    """
+
+    left_side: str = AUTO
     weighting: str = "relative"
     weight: float = 1.0
+    statistics: str = "auto"
 
     def __post_init__(self) -> None:
+        forms = (AUTO, *LEFT_SIDES)
+        _require(self.left_side in forms, "stationarity.left_side", self.left_side, f"choose {', '.join(forms)}")
         _require(
-            self.left_side in LEFT_SIDES, "stationarity.left_side", self.left_side, f"choose {', '.join(LEFT_SIDES)}"
+            self.statistics in STATISTICS, "stationarity.statistics", self.statistics, f"choose {', '.join(STATISTICS)}"
         )
         _require(
             self.weighting in WEIGHTINGS, "stationarity.weighting", self.weighting, f"choose {', '.join(WEIGHTINGS)}"
@@ -96,16 +108,20 @@ class GateConfig:
 
 @dataclass
 class PriorConfig:
-    """Weights of the priors on samples; the repulsion's range and how many reference samples it looks at."""
+    """Weights of the priors on samples; the repulsion's range and how many reference samples it looks at.
+
+    ``statistics`` draws the batch's statistics to the running ones of the classifier's BatchNorms.
+    """
 
     box: float = 1.0
     total_variation: float = 0.0
+    statistics: float = 0.0
     repulsion: float = 0.0
     repulsion_width: float = 0.5
     repulsion_references: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("box", "total_variation", "repulsion"):
+        for name in ("box", "total_variation", "statistics", "repulsion"):
             _require(getattr(self, name) >= 0, f"prior.{name}", getattr(self, name), "give a weight >= 0")
         _require(self.repulsion_width > 0, "prior.repulsion_width", self.repulsion_width, "give a range > 0")
         _require(self.repulsion_references >= 1, "prior.repulsion_references", self.repulsion_references, "give >= 1")

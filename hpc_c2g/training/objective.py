@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,9 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.rates import find_rates, verify_rates
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import directional, duality, priors, scale, stationarity
+from hpc_c2g.kkt.coupled import CoupledSum, Given, Piece
 from hpc_c2g.kkt.gates import GatedClassifier
+from hpc_c2g.kkt.normalisation import BatchStatistics, Reduction, couples, refuse_calls
 from hpc_c2g.training.config import TrainConfig
 
 RATE_TOLERANCE = 1e-6
@@ -40,6 +42,7 @@ def loss_terms(config: TrainConfig, is_image: bool) -> list[str]:
     optional = {
         "slackness": config.duality.slackness,
         "total_variation": config.prior.total_variation and is_image,
+        "statistics": config.prior.statistics,
         "repulsion": config.prior.repulsion,
     }
     return ["feasibility", "box", *(name for name, there in optional.items() if there)]
@@ -63,8 +66,11 @@ class Objective:
         device: where the KKT sums are computed.
         dtype: of the KKT sums, float32 or float64.
 
+    Attributes:
+        coupled: the statistics of the whole batch are part of the classifier's function: its KKT sum takes ``BatchStatistics``.
+
     Raises:
-        C2GError: the classifier has no rates (not quasi-homogeneous) or no margin on probes.
+        C2GError: the classifier has no rates (not quasi-homogeneous), no margin on probes, or a BatchNorm that cannot take its batch's.
     """
 
     def __init__(
@@ -75,9 +81,13 @@ class Objective:
         self.rates = verified_rates(bundle)
         self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
         self.phi = GatedClassifier(bundle.model).to(device, dtype)
+        refuse_calls(self.phi.graph.graph, config.stationarity.statistics)
+        self.coupled = couples(bundle.model, config.stationarity.statistics)
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
         self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalisation.box())
-        self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024))
+        # the probes' own statistics: behind a BatchNorm the scale is then that of any batch
+        own = BatchStatistics() if self.coupled else None
+        self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024), own)
         self.is_image = len(bundle.input_shape) == 3
 
     def under(self, config: TrainConfig, batch: int) -> Objective:
@@ -100,17 +110,17 @@ class Objective:
         """Gate widths gamma s."""
         return {gate: gamma * s for gate, s in self.gate_scales.items()}
 
-    def at_gates(self, gamma: float) -> stationarity.Classifier:
-        """Phi(x; theta) with gates of width gamma s."""
+    def at_gates(self, gamma: float, statistics: BatchStatistics | None = None) -> stationarity.Classifier:
+        """Phi(x; theta) with gates of width gamma s; with the statistics of the batch, or frozen ones."""
         widths = self.widths(gamma)
 
         def phi(theta: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            return self.phi(theta, widths, x)
+            return self.phi(theta, widths, x, statistics)
 
         return phi
 
     def initial_alpha(self) -> float:
-        """a0 on the high side, from probes of the classifier."""
+        """a0 on the high side, from probes of the classifier; under frozen statistics, as probes are no batch of its data."""
         widths = self.widths(self.config.gates.end)
 
         def classify(x: Tensor) -> Tensor:
@@ -133,14 +143,35 @@ class Objective:
         multipliers: Tensor,
         keep_graph: bool,
         on_ready: Callable[[str, Tensor], None] | None = None,
+        statistics: BatchStatistics | CoupledSum | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margins and G of one micro-batch; see ``stationarity.kkt_sum``."""
-        return stationarity.kkt_sum(self.at_gates(gamma), self.theta, x, labels, multipliers, keep_graph, on_ready)
+        """Margins and G of one micro-batch; see ``stationarity.kkt_sum``, and ``CoupledSum`` for one of several that are coupled."""
+        if isinstance(statistics, CoupledSum):
+            return statistics.kkt_sum(x, labels, multipliers)
+        phi = self.at_gates(gamma, statistics)
+        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
+
+    def coupled_sum(self, gamma: float, pieces: Callable[[], Iterator[Piece]], reduce: Reduction) -> CoupledSum:
+        """The KKT sum over micro-batches that batch statistics couple; collective."""
+        widths = self.widths(gamma)
+
+        def phi(theta: Mapping[str, Tensor], x: Tensor, given: Given) -> Tensor:
+            return self.phi(theta, widths, x, given)
+
+        return CoupledSum(phi, self.theta, pieces, reduce)
 
     def directional_sum(
-        self, gamma: float, residual: Residual, x: Tensor, labels: Tensor, multipliers: Tensor
+        self,
+        gamma: float,
+        residual: Residual,
+        x: Tensor,
+        labels: Tensor,
+        multipliers: Tensor,
+        statistics: CoupledSum | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``."""
+        """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``, and ``CoupledSum`` for a coupled one."""
+        if statistics is not None:
+            return statistics.directional_sum(x, labels, multipliers)
         return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
@@ -162,6 +193,7 @@ class Objective:
         labels: Tensor,
         alpha: float,
         reference: tuple[Tensor, Tensor] | None,
+        statistics: BatchStatistics | CoupledSum | None = None,
     ) -> dict[str, Tensor]:
         """Weighted terms that are plain sums over samples: duality and priors, divided by the batch.
 
@@ -172,6 +204,7 @@ class Objective:
             labels: ``[b]``.
             alpha: the scale.
             reference: samples and labels that repel, None without repulsion.
+            statistics: of the KKT sum that gave the margins, None where they are frozen.
         """
         config, batch = self.config, self.batch
         terms = {  # in the order of ``loss_terms``
@@ -183,6 +216,9 @@ class Objective:
             terms["slackness"] = config.duality.slackness * duality.slackness(margins, multipliers, alpha, S)
         if config.prior.total_variation and self.is_image:
             terms["total_variation"] = config.prior.total_variation * priors.total_variation(x, batch)
+        if config.prior.statistics and statistics is not None:  # known to every rank, each counts its part
+            distance = priors.statistics_distance(statistics.moments)
+            terms["statistics"] = config.prior.statistics * distance * (len(x) / batch)
         if reference is not None:
             terms["repulsion"] = config.prior.repulsion * priors.repulsion(
                 x, labels, *reference, config.prior.repulsion_width, batch

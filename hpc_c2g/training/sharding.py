@@ -96,6 +96,25 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
     return Sharding(batches, pieces, one_pass)
 
 
+def check_coupled(config: TrainConfig, sharding: Sharding) -> None:
+    """What batch statistics, which couple the samples of a classifier's batch, do not allow.
+
+    Raises:
+        C2GError: deterministic sums, or a batch of one sample.
+    """
+    chosen = f"stationarity.statistics={config.stationarity.statistics}"
+    if config.deterministic:
+        raise C2GError(
+            f"deterministic=true is not possible with a BatchNorm's batch statistics ({chosen}): their sums are in no fixed tree",
+            "give deterministic=false, or stationarity.statistics=frozen",
+        )
+    if min(sharding.batches) < 2:
+        raise C2GError(
+            f"global_batch={config.global_batch} gives a classifier one sample, without variance for its BatchNorm ({chosen})",
+            "give a larger global_batch, or stationarity.statistics=frozen",
+        )
+
+
 def _largest(batch: int, ranks: int) -> int:
     """The largest rank's share of a batch."""
     return -(-batch // ranks)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.lane import Lane
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, TreeSum
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import duality, scale
+from hpc_c2g.kkt.coupled import CoupledSum, Piece
+from hpc_c2g.kkt.normalisation import BatchStatistics
 from hpc_c2g.kkt.stationarity import cotangents
-from hpc_c2g.training.account import BALANCE, Account, rho
+from hpc_c2g.training.account import Account, rho, scalars_of
 from hpc_c2g.training.bands import BandCollector, Bands
 from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.objective import Objective, Residual
+from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.phases import Phases
 from hpc_c2g.training.schedules import gate_width, rate_factor
 from hpc_c2g.training.sharding import Range, Sharding
@@ -116,6 +120,7 @@ class TrainStep:
         self.alpha, self.alpha0 = list(alpha0), list(alpha0)
         self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
         self.lane, self.phases = Lane(mesh.world.device), Phases(mesh.world.device)
+        self.coupled = any(objectives[k].coupled for k in mesh.mine)
         settings = config.distributed
         bucket_bytes = int(settings.bucket_mib * 2**20)
         self.shares = [
@@ -161,8 +166,10 @@ class TrainStep:
         scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
         bands = self._collector() if watch else None
         kept: dict[int, tuple[Samples, Tensor, dict[str, Tensor]]] = {}
+        statistics: dict[int, BatchStatistics | CoupledSum | None] = {}
 
         for share, S in zip(self.shares, scales, strict=True):
+            coupling = statistics[share.classifier] = self._statistics(share, step, S, gamma)
             for piece in share.pieces:
                 samples = self._draw(share, step, piece, S, keep_graph=self.one_pass)
                 on_ready = share.G.micro_batch(last=piece == share.pieces[-1])
@@ -172,9 +179,12 @@ class TrainStep:
                     samples.latents.labels,
                     samples.multipliers_leaf,
                     keep_graph=self.one_pass,
-                    on_ready=on_ready,
+                    on_ready=None if coupling else on_ready,
+                    statistics=coupling,
                 )
                 share.G.add(G)
+                if self.coupled:  # the statistics' sums must not meet buckets on their way
+                    self.mesh.world.guarded(self.lane.wait)
                 if self.one_pass:
                     kept[share.classifier] = samples, margins, G
         phases.mark("kkt_sum")
@@ -187,7 +197,13 @@ class TrainStep:
             phases.mark("cotangents")
             residual = objective.residual(share.G.total(), alpha)
             phases.mark("all_reduce")
-            reference = self._reference(share, step)
+            coupling = statistics.pop(k)
+            losses_of = functools.partial(
+                objective.sample_losses, alpha=alpha, reference=self._reference(share, step), statistics=coupling
+            )
+            micro = coupling if isinstance(coupling, CoupledSum) else None
+            if micro is not None:
+                micro.towards(residual.direction, lambda *piece, of=losses_of: _total(of(*piece)))
             for piece in share.pieces:
                 if k in kept:
                     samples, margins, products = kept.pop(k)
@@ -196,22 +212,20 @@ class TrainStep:
                     samples = ahead or self._draw(share, step, piece, S, keep_graph=True)
                     ahead = None
                     margins, product = objective.directional_sum(
-                        gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf
+                        gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf, micro
                     )
                     products, seeds = {"<v, G>": product}, {"<v, G>": torch.ones_like(product)}
-                losses = objective.sample_losses(
-                    margins, samples.multipliers_leaf, samples.x_leaf, samples.latents.labels, alpha, reference
-                )
+                losses = losses_of(margins, samples.multipliers_leaf, samples.x_leaf, samples.latents.labels)
                 gx, gmu = cotangents(
                     products,
                     seeds,
                     [samples.x_leaf, samples.multipliers_leaf],
-                    torch.stack(list(losses.values())).sum(),
+                    _total(losses),
                 )
                 # the loss of several classifiers is the mean of theirs
                 surrogate = (samples.x * gx).sum() + (samples.multipliers * gmu).sum()
                 self.engine.backward(surrogate / self.mesh.classifiers)
-                self.account.add(k, _scalars(piece, residual, losses, margins, samples.multipliers, S, gx, gmu))
+                self.account.add(k, scalars_of(piece, residual, losses, margins, samples.multipliers, S, gx, gmu))
                 if bands is not None:
                     x = objective.within_box(samples.x_leaf)
                     bands.note(k, piece[0], x, margins, samples.multipliers, alpha, objective.batch / S)
@@ -237,6 +251,20 @@ class TrainStep:
             x, h = x.to(objective.lower), h[:, : objective.classes].to(objective.lower)
             mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
         return Samples(latents, x, mu, x.detach().requires_grad_(), mu.detach().requires_grad_())
+
+    def _statistics(self, share: Share, step: int, S: float, gamma: float) -> BatchStatistics | CoupledSum | None:
+        """What couples the samples of a classifier's batch, None where nothing does; collective."""
+        if not share.objective.coupled:
+            return None
+        if self.one_pass:
+            return BatchStatistics(adjoint_sum(self.mesh))
+
+        def pieces() -> Iterator[Piece]:
+            for piece in share.pieces:
+                samples = self._draw(share, step, piece, S, keep_graph=False)
+                yield samples.x, samples.latents.labels, samples.multipliers
+
+        return share.objective.coupled_sum(gamma, pieces, adjoint_sum(self.mesh))
 
     def _collector(self) -> BandCollector:
         shape = next(share.objective for share in self.shares).lower.shape
@@ -267,22 +295,5 @@ class TrainStep:
         return {"wire/bytes": float(sent), "wire/seconds": busy, "wire/hidden": 1 - exposed / busy if busy else 0.0}
 
 
-def _scalars(
-    piece: Range,
-    residual: Residual,
-    losses: Mapping[str, Tensor],
-    margins: Tensor,
-    multipliers: Tensor,
-    S: float,
-    gx: Tensor,
-    gmu: Tensor,
-) -> dict[str, Tensor]:
-    """What a micro-batch has for the account."""
-    once = residual.terms if piece[0] == 0 else {}  # L_stat is known to every rank, and counts once
-    mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
-    balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
-    return {
-        **{f"stationarity/{name}": term for name, term in once.items()},
-        **losses,
-        **dict(zip(BALANCE, balance, strict=True)),
-    }
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()

@@ -21,6 +21,7 @@ from hpc_c2g.generators.latents import (
 )
 from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.kkt import concentration, duality, stationarity
+from hpc_c2g.kkt.normalisation import couples
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.results import Run
 from hpc_c2g.training.schedules import gate_width
@@ -74,7 +75,7 @@ class Summands:
         micro_batch: samples of a backward.
 
     Raises:
-        C2GError: free images, which are no distribution.
+        C2GError: free images, which are no distribution; a classifier whose batch statistics couple the samples of a batch.
     """
 
     def __init__(self, run: Run, bundle: Bundle, classifier: int, device: torch.device, micro_batch: int) -> None:
@@ -82,6 +83,12 @@ class Summands:
             raise C2GError(
                 f"run_dir={run.config.run_dir} holds generator=free: its images are the batch, there is no expectation",
                 "give a run with generator=mlp or conv",
+            )
+        if couples(bundle.model, run.config.stationarity.statistics):
+            raise C2GError(
+                f"run_dir={run.config.run_dir} has stationarity.statistics={run.config.stationarity.statistics} and classifier"
+                f" {run.config.classifiers[classifier]} a BatchNorm: its KKT sum is no mean over independent samples",
+                "give a run with stationarity.statistics=frozen, or of a classifier without BatchNorm",
             )
         self.classifier, self.micro_batch, self.latents = classifier, micro_batch, run.config.latents
         self.module = run.generator.module.to(device, torch.float64)

@@ -1,0 +1,211 @@
+"""The KKT sum of samples that batch statistics couple, micro-batch by micro-batch.
+
+Let s_l be the statistics of the l-th BatchNorm and c_l what a micro-batch p adds to them, so that s_l = sum_p c_l(x_p, theta, s_<l). With
+F = sum mu m as a function of theta and of all s as if they were free, and the Lagrangian
+
+    L = F + sum_l <lambda_l, c_l - s_l>,       lambda_l = d/ds_l (F + sum_{m > l} <lambda_m, c_m>),        G = dL/dtheta.
+
+Each is a plain sum over micro-batches once those before it are known: s_l from the first layer up, lambda_l from the last layer down.
+The cotangents of <v, G> + losses follow in the same way, q_l upwards (the change of s_l along v) and p_l downwards:
+
+    q_l = <v, dc_l/dtheta> + sum_{m < l} <q_m, dc_l/ds_m>,
+    R   = <v, dL/dtheta> + sum_l <q_l, dL/ds_l> + losses + sum_l <p_l, c_l>,      p_l = dR/ds_l,      cotangents = dR/d(x, mu).
+
+For K layers that is 4 K + 2 passes over the samples instead of two, with the memory of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.kkt.margins import pairwise_margins
+from hpc_c2g.kkt.normalisation import Moments, Reduction, channels_last
+
+Piece = tuple[Tensor, Tensor, Tensor]
+"""x ``[b, *S]``, labels ``[b]`` and mu ``[b, C]`` of a micro-batch."""
+Losses = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(margins, mu, x, labels) of a micro-batch -> a scalar that is a plain sum over samples."""
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The layer that is asked for has been called; what follows is not needed."""
+
+
+@dataclass
+class Given:
+    """What is known of the batch's statistics while a micro-batch goes through the classifier.
+
+    Attributes:
+        values: s_l ``[2, channels]`` of the first layers: the mean, and the second moment about the constant ``centres``.
+        centres: the mean's value, so that the second moment is the variance, without cancellation.
+        counts: N_l, positions of the whole batch.
+        until: the layer at which to stop; the others must be given.
+        parts: c_l ``[2, channels]`` of this micro-batch.
+        moments: as ``BatchStatistics`` notes them.
+        own: of the layer at which it stopped: its input ``[positions, channels]``.
+    """
+
+    values: list[Tensor]
+    centres: list[Tensor]
+    counts: list[Tensor]
+    until: int = -1
+    parts: list[Tensor] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
+    own: Tensor | None = None
+
+    def __call__(self, x: Tensor, running_mean: Tensor, running_variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the layer that is called, ``[channels]``."""
+        layer, positions = len(self.parts), channels_last(x)
+        if layer == len(self.values):
+            self.own = positions
+            raise _Reached
+        centred = positions - self.centres[layer]
+        self.parts.append(torch.stack([positions.sum(0), centred.square().sum(0)]) / self.counts[layer])
+        if layer == self.until:
+            raise _Reached
+        mean, second = self.values[layer]
+        variance = second - (mean - self.centres[layer]).square()
+        self.moments.append(Moments(mean, variance, running_mean, running_variance, eps))
+        return mean, variance
+
+
+class CoupledSum:
+    """One batch of one classifier.
+
+    Args:
+        phi: (theta, x, statistics) -> logits.
+        theta: parameters.
+        pieces: yields this rank's micro-batches, detached and the same each time; called once per pass.
+        reduce: sums over ranks.
+
+    Attributes:
+        moments: of the micro-batch that was evaluated last.
+    """
+
+    def __init__(
+        self,
+        phi: Callable[[Mapping[str, Tensor], Tensor, Given], Tensor],
+        theta: Mapping[str, Tensor],
+        pieces: Callable[[], Iterator[Piece]],
+        reduce: Reduction,
+    ) -> None:
+        self.phi, self.pieces, self.reduce = phi, pieces, reduce
+        self.theta = {k: t.detach() for k, t in theta.items()}
+        self.values: list[Tensor] = []
+        self.centres: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        self.moments: list[Moments] = []
+        self.losses: Losses | None = None
+        while self._measure():
+            pass
+        self.adjoints = [torch.zeros_like(s) for s in self.values]
+        for layer in reversed(range(len(self.values))):
+            self.adjoints[layer] = self._total(lambda piece, layer=layer: self._adjoint(piece, layer))  # type: ignore[misc]
+
+    def kkt_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margins and G of one micro-batch, without a graph."""
+        leaves = self._leaves()
+        with torch.enable_grad():
+            margins, lagrangian, _ = self._lagrangian(leaves, self.values, (x.detach(), labels, multipliers.detach()))
+            grads = torch.autograd.grad(lagrangian, list(leaves.values()), materialize_grads=True)
+        return margins.detach(), dict(zip(leaves, grads, strict=True))
+
+    def towards(self, v: Mapping[str, Tensor], losses: Losses) -> None:
+        """Prepare ``directional_sum``: q and p of the direction ``v`` and of ``losses``."""
+        self.v, self.losses = v, losses
+        self.changes: list[Tensor] = []
+        for layer in range(len(self.values)):
+            self.changes.append(self._total(lambda piece, layer=layer: self._change(piece, layer)))  # type: ignore[misc]
+        self.pulls = [torch.zeros_like(s) for s in self.values]
+        for layer in reversed(range(len(self.values))):
+            self.pulls[layer] = self._total(lambda piece, layer=layer: self._pull(piece, layer))  # type: ignore[misc]
+
+    def directional_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins of one micro-batch and R without the losses, with their graph with respect to x and mu."""
+        with torch.enable_grad():
+            return self._products([s.detach().requires_grad_() for s in self.values], (x, labels, multipliers))
+
+    def _total(self, part: Callable[[Piece], Tensor]) -> Tensor:
+        """The sum over micro-batches and ranks."""
+        with torch.enable_grad():
+            parts = [part(piece).detach() for piece in self.pieces()]
+        return self.reduce(torch.stack(parts).sum(0)).detach()
+
+    def _leaves(self) -> dict[str, Tensor]:
+        return {k: t.detach().requires_grad_() for k, t in self.theta.items()}
+
+    def _measure(self) -> bool:
+        """s of the next layer; False where there is none."""
+        found: list[tuple[int, Tensor, Tensor]] = []
+        for x, _, _ in self.pieces():
+            given = Given(self.values, self.centres, self.counts)
+            with torch.no_grad():
+                try:
+                    self.phi(self.theta, x, given)
+                    return False
+                except _Reached:
+                    assert given.own is not None
+                    mean = given.own.mean(0)
+                    found.append((len(given.own), mean, (given.own - mean).square().sum(0)))
+        one = found[0][1].new_ones(1)
+        sums = self.reduce(torch.stack([torch.cat([n * mean, n * one]) for n, mean, _ in found]).sum(0))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        spread = torch.stack([squares + n * (own - mean).square() for n, own, squares in found]).sum(0)
+        self.values.append(torch.stack([mean, self.reduce(spread) / count]))
+        self.centres.append(mean)
+        self.counts.append(count)
+        return True
+
+    def _lagrangian(
+        self, theta: Mapping[str, Tensor], values: list[Tensor], piece: Piece
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Margins, L without the constant <lambda, s>, and c."""
+        x, labels, multipliers = piece
+        given = Given(values, self.centres, self.counts)
+        margins = pairwise_margins(self.phi(theta, x, given), labels)
+        self.moments = given.moments
+        terms = [(a * c).sum() for a, c in zip(self.adjoints, given.parts, strict=True)]
+        return margins, torch.stack([(multipliers * margins).sum(), *terms]).sum(), given.parts
+
+    def _adjoint(self, piece: Piece, layer: int) -> Tensor:
+        """This micro-batch's part of lambda_l."""
+        values = [s.requires_grad_(i == layer) for i, s in enumerate(t.detach() for t in self.values)]
+        lagrangian = self._lagrangian(self.theta, values, piece)[1]
+        return torch.autograd.grad(lagrangian, values[layer], materialize_grads=True)[0]
+
+    def _change(self, piece: Piece, layer: int) -> Tensor:
+        """This micro-batch's part of q_l, by differentiating twice: d/dw <(v, q), d<w, c_l>/d(theta, s)>."""
+        leaves, before = self._leaves(), [s.detach().requires_grad_() for s in self.values[:layer]]
+        given = Given([*before, self.values[layer]], self.centres, self.counts, until=layer)
+        with contextlib.suppress(_Reached):
+            self.phi(leaves, piece[0], given)
+        w = torch.zeros_like(self.values[layer]).requires_grad_()
+        grads = torch.autograd.grad(
+            (w * given.parts[layer]).sum(), [*leaves.values(), *before], create_graph=True, allow_unused=True
+        )
+        seeds = [*(self.v[k] for k in leaves), *self.changes[:layer]]
+        moved = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
+        return torch.autograd.grad(torch.stack(moved).sum(), w)[0] if moved else torch.zeros_like(w)
+
+    def _products(self, values: list[Tensor], piece: Piece) -> tuple[Tensor, Tensor]:
+        """Margins, and R without the losses."""
+        leaves = self._leaves()
+        margins, lagrangian, parts = self._lagrangian(leaves, values, piece)
+        grads = torch.autograd.grad(lagrangian, [*leaves.values(), *values], create_graph=True, allow_unused=True)
+        seeds = [*(self.v[k] for k in leaves), *self.changes]
+        terms = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
+        terms += [(p * c).sum() for p, c in zip(self.pulls, parts, strict=True)]
+        return margins, torch.stack(terms).sum()
+
+    def _pull(self, piece: Piece, layer: int) -> Tensor:
+        """This micro-batch's part of p_l."""
+        assert self.losses is not None
+        values = [s.detach().requires_grad_() for s in self.values]
+        margins, product = self._products(values, piece)
+        total = product + self.losses(margins, piece[2], piece[0], piece[1])
+        return torch.autograd.grad(total, values[layer], materialize_grads=True)[0]
