@@ -295,3 +295,13 @@ def test_imported_weights_never_touch_data(tmp_path, monkeypatch):
         with pytest.raises(C2GError):
             make_classifier(settings_of(tmp_path, **changes))
         assert not (tmp_path / "b").exists()
+
+
+def test_standard_inputs_have_mean_0_and_deviation_1_over_the_training_part_but_where_it_is_constant(tmp_path):
+    data = DataConfig(train_size=20, classes=[0, 1])
+    config = settings_of(tmp_path, data=data, normalisation=NormalisationConfig(kind="standard"))
+    x = make_classifier(config)[0].normalisation.normalise(load_split(data).train.samples.double()).flatten(1)
+    deviation = x.std(0, correction=0)
+    assert torch.allclose(x.mean(0), torch.zeros(64, dtype=torch.float64), atol=1e-12)
+    assert bool((deviation == 0).any())
+    assert torch.allclose(deviation[deviation > 0], torch.ones(1, dtype=torch.float64))

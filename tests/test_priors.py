@@ -127,3 +127,33 @@ def test_a_class_without_references_is_not_repelled():
     x = normal(2, 4)
     got = priors.repulsion(x, torch.tensor([0, 1]), x[:1], torch.tensor([0]), 0.5, 2)
     assert float(got) == pytest.approx(0.5, rel=1e-12)  # sample 0 with itself
+
+
+def test_standardised_inputs_are_at_no_distance_and_a_factor_on_them_is_told():
+    x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    moments = torch.stack([x.mean(0), x.square().mean(0)])
+    assert float(priors.standard_distance(moments, 1.0, 1.0)) < 1e-12
+    twice = torch.stack([2 * x.mean(0), 4 * x.square().mean(0)])
+    assert float(priors.standard_distance(twice, 1.0, 3.0)) == pytest.approx(3.0)  # (2 - 1)^2
+    shifted = torch.stack([(x + 3).mean(0), (x + 3).square().mean(0)])
+    assert float(priors.standard_distance(shifted, 1.0, 0.0)) == pytest.approx(0.9)  # 3^2 / (1 + 3^2)
+    assert float(priors.standard_distance(torch.zeros(2, 7), 1.0, 1.0)) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_a_function_of_the_whole_sum_has_its_own_slope_part_by_part(cut):
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+
+    def moments(part):
+        return torch.stack([part.sum(0), part.square().sum(0)]) / len(x)
+
+    def distance(m):
+        return priors.standard_distance(m, 0.7, 0.3)
+
+    (wanted,) = torch.autograd.grad(distance(moments(x)), x)
+    parts = [x[:cut], x[cut:]]
+    terms = [priors.share_of(distance, moments(x.detach()), moments(p), len(p) / len(x)) for p in parts]
+    assert float(sum(terms)) == pytest.approx(float(distance(moments(x))))
+    (got,) = torch.autograd.grad(sum(terms), x)
+    assert torch.allclose(got, wanted, atol=1e-14)

@@ -103,6 +103,9 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
         gaps = [(x[i] - reference[j]).flatten() for j in range(len(reference)) if labels[j] == labels[i]]
         near = [torch.exp(-(g.norm() if bool(g.any()) else g.sum() * 0) / reach) for g in gaps]
         loss = loss + settings.prior.repulsion * torch.stack(near).mean() / BATCH
+    mean, second = x.mean(0), x.square().mean(0)
+    loss = loss + settings.prior.mean * mean.pow(2).sum() / second.sum()
+    loss = loss + settings.prior.deviation * (second.sqrt() - 1).pow(2).mean()
     for ij in pairs:
         loss = loss + settings.duality.slackness * mu[ij] * F.relu(ea * m[ij] - 1) / S
     return loss, ea * weighted / sum(mu.values())
@@ -216,8 +219,9 @@ def test_every_step_sums_the_same_scalars_and_updates_once(bundle, micro_batch):
     step(1)
     step(2)
     gradients = [p.numel() for p in step.engine.module.parameters()]
-    scalars = len(bundle.parameters) + 5 + 4  # L_stat per tensor, five terms, two sums, two norms
-    assert sizes == [gradients, [scalars]] * 2
+    scalars = len(bundle.parameters) + 6 + 4  # L_stat per tensor, six terms, two sums, two norms
+    moments = [2 * math.prod(bundle.input_shape)]  # E x and E x^2
+    assert sizes == [moments, gradients, [scalars]] * 2
     assert step.engine.steps == 2
     assert step.engine.backwards == 2 * math.ceil(BATCH / (micro_batch or BATCH))
 

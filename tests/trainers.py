@@ -113,7 +113,7 @@ def config(micro_batch: int | None = None, generator: str = "codes", **changes) 
         latents=LatentConfig(dimensions=3, bank_fraction=0.2),
         stationarity=StationarityConfig(weight=1.3),
         duality=DualityConfig(feasibility=0.3, slackness=0.2),
-        prior=PriorConfig(box=1.5, total_variation=0.1, repulsion=0.4, repulsion_references=7),
+        prior=PriorConfig(box=1.5, total_variation=0.1, mean=0.3, deviation=0.2, repulsion=0.4, repulsion_references=7),
         gates=GateConfig(0.5, 0.1),
     )
     return dataclasses.replace(everything, **changes)

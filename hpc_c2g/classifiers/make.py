@@ -41,6 +41,7 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
+KINDS = ("mean_image", "standard", "constant")
 RECORD = "fit.json"
 """What a fit measured, beside the bundle: for people and for evaluation, never read by generator training."""
 
@@ -50,7 +51,8 @@ class NormalisationConfig:
     """What the classifier subtracts.
 
     Attributes:
-        kind: ``mean_image`` subtracts the mean of the training part, ``constant`` takes ``mean`` and ``scale``.
+        kind: ``mean_image`` subtracts the mean of the training part, ``standard`` also divides each entry by its deviation (1 where it
+            is constant), ``constant`` takes ``mean`` and ``scale``.
         mean: a number, one per channel, or the full shape.
         scale: likewise, what it is divided by.
         value_range: smallest and largest raw value; None takes the data set's.
@@ -62,8 +64,8 @@ class NormalisationConfig:
     value_range: list[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mean_image", "constant"):
-            raise C2GError(f"normalisation.kind={self.kind!r} is unknown", "choose mean_image or constant")
+        if self.kind not in KINDS:
+            raise C2GError(f"normalisation.kind={self.kind!r} is unknown", f"choose {', '.join(KINDS)}")
         if self.value_range is not None and len(self.value_range) != 2:
             raise C2GError(f"normalisation.value_range={self.value_range}", "give two numbers, such as [0, 1]")
 
@@ -198,9 +200,13 @@ def _architecture(model: dict[str, Any], shape: tuple[int, ...], classes: int) -
 def _normalisation(config: NormalisationConfig, shape: tuple[int, ...], train: Dataset | None) -> Normalisation:
     low, high = config.value_range or (train.value_range if train is not None else (0.0, 1.0))
     mean: Any = config.mean
-    if config.kind == "mean_image" and train is not None:
+    scale: Any = config.scale
+    if config.kind != "constant" and train is not None:
         mean = train.samples.double().mean(0)
-    return Normalisation.constant(shape, mean, config.scale, (low, high))
+    if config.kind == "standard" and train is not None:
+        deviation = train.samples.double().std(0, correction=0)
+        scale = torch.where(deviation > 0, deviation, 1.0)
+    return Normalisation.constant(shape, mean, scale, (low, high))
 
 
 @torch.no_grad()

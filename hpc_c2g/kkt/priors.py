@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,3 +69,38 @@ def statistics_distance(moments: Sequence[Moments]) -> Tensor:
         spread, running = (m.variance + m.eps).sqrt(), (m.running_variance + m.eps).sqrt()
         layers.append((((m.mean - m.running_mean) / running).square() + (spread / running - 1).square()).mean())
     return torch.stack(layers).mean()
+
+
+def standard_distance(moments: Tensor, mean_weight: float, deviation_weight: float) -> Tensor:
+    """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: how far a batch is from standardised inputs.
+
+    A classifier that subtracts its training mean has E x = 0 over what it was trained on, one that divides by the deviation E x_d^2 = 1:
+    its normalisation says so, no data are needed. The second fixes the scale of samples, which a large box leaves open.
+
+    Args:
+        moments: E x and E x^2 over the whole batch, ``[2, *S]``.
+        mean_weight: w_m.
+        deviation_weight: w_s.
+    """
+    mean, second = moments
+    deviation = second.clamp_min(1e-12).sqrt()
+    shift: Tensor = mean.square().sum() / second.sum().clamp_min(1e-12)
+    spread: Tensor = (deviation - 1).square().mean()
+    return mean_weight * shift + deviation_weight * spread
+
+
+def share_of(distance: Callable[[Tensor], Tensor], total: Tensor, part: Tensor, share: float) -> Tensor:
+    """A function of a sum over the whole batch as one micro-batch's term: its share of the value, with the exact slope of its own part.
+
+    Args:
+        distance: of the sum.
+        total: over all micro-batches and ranks, without a graph.
+        part: this micro-batch's own part of the sum, with its graph.
+        share: of the value that it counts.
+    """
+    leaf = total.detach().requires_grad_()
+    with torch.enable_grad():
+        value = distance(leaf)
+        (slope,) = torch.autograd.grad(value, leaf)
+    straight = (slope * part).sum()
+    return value.detach() * share + straight - straight.detach()

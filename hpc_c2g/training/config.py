@@ -110,18 +110,28 @@ class GateConfig:
 class PriorConfig:
     """Weights of the priors on samples; the repulsion's range and how many reference samples it looks at.
 
-    ``statistics`` draws the batch's statistics to the running ones of the classifier's BatchNorms.
+    Attributes:
+        box: on values outside the input box.
+        total_variation: on differences of neighbouring pixels.
+        statistics: draws the batch's statistics to the running ones of the classifier's BatchNorms.
+        mean: draws the mean of the batch to 0, for a classifier that subtracts its training mean.
+        deviation: draws the deviation of each input entry to 1, for a classifier that divides by its training deviation.
+        repulsion: between samples of a class.
+        repulsion_width: its range, in units of the samples' root mean square norm.
+        repulsion_references: samples of the batch that repel.
     """
 
     box: float = 1.0
     total_variation: float = 0.0
     statistics: float = 0.0
+    mean: float = 0.0
+    deviation: float = 0.0
     repulsion: float = 0.0
     repulsion_width: float = 0.5
     repulsion_references: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("box", "total_variation", "statistics", "repulsion"):
+        for name in ("box", "total_variation", "statistics", "mean", "deviation", "repulsion"):
             _require(getattr(self, name) >= 0, f"prior.{name}", getattr(self, name), "give a weight >= 0")
         _require(self.repulsion_width > 0, "prior.repulsion_width", self.repulsion_width, "give a range > 0")
         _require(self.repulsion_references >= 1, "prior.repulsion_references", self.repulsion_references, "give >= 1")

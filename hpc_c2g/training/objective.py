@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def loss_terms(config: TrainConfig, is_image: bool) -> list[str]:
         "slackness": config.duality.slackness,
         "total_variation": config.prior.total_variation and is_image,
         "statistics": config.prior.statistics,
+        "standard": config.prior.mean + config.prior.deviation,
         "repulsion": config.prior.repulsion,
     }
     return ["feasibility", "box", *(name for name, there in optional.items() if there)]
@@ -194,6 +196,7 @@ class Objective:
         alpha: float,
         reference: tuple[Tensor, Tensor] | None,
         statistics: BatchStatistics | CoupledSum | None = None,
+        moments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted terms that are plain sums over samples: duality and priors, divided by the batch.
 
@@ -205,6 +208,7 @@ class Objective:
             alpha: the scale.
             reference: samples and labels that repel, None without repulsion.
             statistics: of the KKT sum that gave the margins, None where they are frozen.
+            moments: E x and E x^2 over the whole batch ``[2, *S]``, None where no prior asks for them.
         """
         config, batch = self.config, self.batch
         terms = {  # in the order of ``loss_terms``
@@ -219,6 +223,12 @@ class Objective:
         if config.prior.statistics and statistics is not None:  # known to every rank, each counts its part
             distance = priors.statistics_distance(statistics.moments)
             terms["statistics"] = config.prior.statistics * distance * (len(x) / batch)
+        if moments is not None:
+            own = torch.stack([x.sum(0), x.square().sum(0)]) / batch
+            distance_of = functools.partial(
+                priors.standard_distance, mean_weight=config.prior.mean, deviation_weight=config.prior.deviation
+            )
+            terms["standard"] = priors.share_of(distance_of, moments, own, len(x) / batch)
         if reference is not None:
             terms["repulsion"] = config.prior.repulsion * priors.repulsion(
                 x, labels, *reference, config.prior.repulsion_width, batch

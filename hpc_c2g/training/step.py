@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.lane import Lane
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.reduction import ResidualSum, TreeSum
+from hpc_c2g.distributed.reduction import ResidualSum, RunningSum, TreeSum
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import duality, scale
 from hpc_c2g.kkt.coupled import CoupledSum, Piece
@@ -22,6 +22,7 @@ from hpc_c2g.kkt.stationarity import cotangents
 from hpc_c2g.training.account import Account, rho, scalars_of
 from hpc_c2g.training.bands import BandCollector, Bands
 from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.input_moments import InputMoments
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.phases import Phases
 from hpc_c2g.training.schedules import gate_width, rate_factor
@@ -135,6 +136,7 @@ class TrainStep:
             )
             for k in mesh.mine
         ]
+        self.moments = self._input_moments() if config.prior.mean or config.prior.deviation else None
 
     def state_dict(self) -> dict[str, Any]:
         """Every alpha and where it started, and what each rank's wire carries from step to step; collective."""
@@ -183,10 +185,13 @@ class TrainStep:
                     statistics=coupling,
                 )
                 share.G.add(G)
+                if self.moments:
+                    self.moments.add(share.classifier, samples.x_leaf)
                 if self.coupled:  # the statistics' sums must not meet buckets on their way
                     self.mesh.world.guarded(self.lane.wait)
                 if self.one_pass:
                     kept[share.classifier] = samples, margins, G
+        moments = self._moments_of_all()
         phases.mark("kkt_sum")
 
         for share, S in zip(self.shares, scales, strict=True):
@@ -199,7 +204,11 @@ class TrainStep:
             phases.mark("all_reduce")
             coupling = statistics.pop(k)
             losses_of = functools.partial(
-                objective.sample_losses, alpha=alpha, reference=self._reference(share, step), statistics=coupling
+                objective.sample_losses,
+                alpha=alpha,
+                reference=self._reference(share, step),
+                statistics=coupling,
+                moments=None if moments is None else moments[k],
             )
             micro = coupling if isinstance(coupling, CoupledSum) else None
             if micro is not None:
@@ -265,6 +274,18 @@ class TrainStep:
                 yield samples.x, samples.latents.labels, samples.multipliers
 
         return share.objective.coupled_sum(gamma, pieces, adjoint_sum(self.mesh))
+
+    def _input_moments(self) -> InputMoments:
+        world, shape = self.mesh.world, next(share.objective for share in self.shares).lower.shape
+        summation = TreeSum(world, len(self.batches)) if self.config.deterministic else RunningSum(world)
+        return InputMoments(self.batches, shape, summation, world.device)
+
+    def _moments_of_all(self) -> Tensor | None:
+        """E x and E x^2 of every classifier's samples ``[K, 2, *S]``, None where no prior asks for them; collective."""
+        if self.moments is None:
+            return None
+        self.mesh.world.guarded(self.lane.wait)  # two collectives at once could meet in another order on another rank
+        return self.moments.total()
 
     def _collector(self) -> BandCollector:
         shape = next(share.objective for share in self.shares).lower.shape
