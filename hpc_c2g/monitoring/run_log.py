@@ -160,9 +160,13 @@ class RunLog:
                 add_scalars(self.session, {name: line[name] for name in HEADLINES if name in line}, step)
         for name in alarms:
             text = f"{BY_NAME[name].reason} -- {BY_NAME[name].advice}"
-            self.progress.console.print(f"step {step}: {name}: {text}", style="yellow", highlight=False, markup=False)
+            self.say(f"step {step}: {name}: {text}")
             with _writing(self.run_dir / BOARD):
                 self.board.add_text(f"alarm/{name}", text, step)
+
+    def say(self, text: str) -> None:
+        """A line beside the progress bar."""
+        self.progress.console.print(text, style="yellow", highlight=False, markup=False)
 
     def images(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""

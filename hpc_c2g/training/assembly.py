@@ -110,6 +110,21 @@ class Assembly:
             )
         return cls(config, world, bundles, mesh, size, sharding)
 
+    def advice(self) -> list[str]:
+        """What is worth knowing before the first step: parts of the batch that meet some codes more often than others."""
+        config, found = self.config, []
+        if config.latents.scheme != "stratified" or not config.generator.codes or config.generator.name == "free":
+            return []
+        for k, (batch, classes) in enumerate(zip(self.sharding.batches, class_counts(self.bundles), strict=True)):
+            period = classes * config.generator.codes
+            if batch % period:
+                part = f"classifier {k}'s part of it, {batch}," if len(self.bundles) > 1 else f"{batch}"
+                found.append(
+                    f"global_batch: {part} is no multiple of classes x codes = {period}: some codes are met more often than others, which"
+                    f" adds noise to the KKT sum; {(batch // period + 1) * period} would not"
+                )
+        return found
+
     def generator(self) -> Generator | FreeImages:
         """The untrained network."""
         lower, upper = boxes(self.bundles)

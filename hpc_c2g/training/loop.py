@@ -142,6 +142,8 @@ def _log(config: TrainConfig, resumed: int, assembly: Assembly) -> RunLog:
     count = len(assembly.bundles)
     prefixes = [f"classifier{k}/" for k in range(count)] if count > 1 else [""]
     log.introduce(introduction(assembly), hyperparameters(config), prefixes)
+    for advice in assembly.advice() if not resumed else ():
+        log.say(advice)
     return log
 
 
