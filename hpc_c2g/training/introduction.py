@@ -47,6 +47,7 @@ def _layout(assembly: Assembly) -> dict[str, object]:
         "classifier parameters": ", ".join(
             str(sum(p.numel() for p in bundle.parameters.values())) for bundle in assembly.bundles
         ),
+        "advice": "; ".join(assembly.advice()) or "none",
         "classifiers": ", ".join(bundle.fingerprint for bundle in assembly.bundles),
     }
 

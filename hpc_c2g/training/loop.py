@@ -142,7 +142,7 @@ def _log(config: TrainConfig, resumed: int, assembly: Assembly) -> RunLog:
     count = len(assembly.bundles)
     prefixes = [f"classifier{k}/" for k in range(count)] if count > 1 else [""]
     log.introduce(introduction(assembly), hyperparameters(config), prefixes)
-    for advice in assembly.advice() if not resumed else ():
+    for advice in assembly.advice() if config.log.progress and not resumed else ():
         log.say(advice)
     return log
 
