@@ -10,22 +10,6 @@ import torch
 from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
 from hpc_c2g.classifiers.normalisation import Normalisation
 
-LONG = (
-    "test_zero",
-    "test_study_here",
-    "test_ranks",
-    "test_survival",
-    "test_mesh",
-    "test_classifiers_together",
-    "test_collect",
-)
-"""Files that take longest: begun last, one of them would keep a single process busy at the end."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
 
 @pytest.fixture
 def bundle() -> Bundle:

@@ -18,7 +18,7 @@ def test_killed_before_the_first_checkpoint_and_again_after_it(tmp_path: Path) -
     overrides = [f"classifier={random_classifier(tmp_path / 'classifier')}", *SETTINGS, "deterministic=true"]
     # one process gives the bits of two
     train(config_from(OmegaConf.from_dotlist([*overrides, f"run_dir={tmp_path / 'undisturbed'}"])))
-    plans = [Plan((1,), "early", 3, 0.0), Plan((0, 1), "step", 15, 0.0)]
+    plans = [Plan((1,), "early", 3, 0.0), Plan((0, 1), "step", 19, 0.0)]
     trial = attempt(
         lambda run_dir: LaunchedRun(RANKS, run_dir, overrides), plans, tmp_path / "run", tmp_path / "undisturbed"
     )
