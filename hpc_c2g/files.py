@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def cannot_write(path: Path, error: OSError) -> C2GError:
     return C2GError(
         f"cannot write {path}: {error.strerror}", "free disk space or choose another folder; earlier files are intact"
     )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, what the file system refuses is told as a failed write of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def last_line(path: Path) -> dict[str, Any]:

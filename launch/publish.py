@@ -12,7 +12,6 @@ from hpc_c2g.reporting.board import FOLDER
 from hpc_c2g.reporting.collect import CACHE, collect, drawn, predicted
 from hpc_c2g.reporting.publication import content
 from hpc_c2g.reporting.publication import publish as write
-from hpc_c2g.reporting.results import training_runs
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.tasks import find_specs
@@ -39,8 +38,8 @@ def publish(config: PublishConfig) -> None:
     folder = Path(config.study_dir)
     study = read_study(folder)
     views = look(folder, Ledger(folder).rows(), None)
-    found = collect(folder, study.study.name, views).results
-    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    collected = collect(folder, study.study.name, views)
+    found, runs = collected.results, collected.runs
     folders = {key: view.row.folder for key, view in runs.items()}
     specs = {task.id: task for task in find_specs(folder)}
     data = {key: specs[specs[key].upstream[0]].config["data"]["name"] for key in runs if key in specs}

@@ -14,7 +14,7 @@ from hpc_c2g.reporting.archive import Archive
 from hpc_c2g.reporting.board import FOLDER
 from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics, predicted
 from hpc_c2g.reporting.page import Cell, Page, Table, render
-from hpc_c2g.reporting.results import Results, Row, bound_groups, training_runs
+from hpc_c2g.reporting.results import Results, Row, bound_groups
 from hpc_c2g.reporting.tables import cell, columns
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
@@ -47,7 +47,7 @@ def report(config: ReportConfig) -> None:
     study = read_study(folder)
     views = look(folder, Ledger(folder).rows(), None)
     found = collect(folder, study.study.name, views)
-    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    runs = found.runs
     archive = Archive(folder / FOLDER / CACHE)
     pictures = mosaics(folder, found.results, runs)
     notes = [f"left out: {text}" for text in found.results.left_out]

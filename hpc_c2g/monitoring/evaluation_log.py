@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hpc_c2g.files import cannot_write
+from hpc_c2g.files import writing
 from hpc_c2g.monitoring.run_log import add_scalars
 
 FOLDER = "evaluation"
@@ -31,12 +31,9 @@ def log_evaluation(
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    try:
-        with SummaryWriter(str(run_dir / FOLDER), purge_step=0) as board:
-            add_scalars(board, {f"uses_real_data/{name}": value for name, value in scalars.items()}, step)
-            for name, picture in pictures.items():
-                board.add_image(f"uses_real_data/{name}", picture, step)
-            for name, text in texts.items():
-                board.add_text(f"uses_real_data/{name}", text, step)
-    except OSError as error:
-        raise cannot_write(run_dir / FOLDER, error) from error
+    with writing(run_dir / FOLDER), SummaryWriter(str(run_dir / FOLDER), purge_step=0) as board:
+        add_scalars(board, {f"uses_real_data/{name}": value for name, value in scalars.items()}, step)
+        for name, picture in pictures.items():
+            board.add_image(f"uses_real_data/{name}", picture, step)
+        for name, text in texts.items():
+            board.add_text(f"uses_real_data/{name}", text, step)

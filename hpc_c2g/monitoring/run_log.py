@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hpc_c2g.errors import C2GError
-from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.files import write_atomically, writing
 from hpc_c2g.monitoring.images import bounded, grid
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.signatures import BY_NAME
@@ -42,12 +41,12 @@ class MetricsFile:
         kept = [line for line in _lines(path) if line["step"] <= resumed_step]
         if path.exists():
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        with _writing(path):
+        with writing(path):
             self._file = open(path, "a")  # noqa: SIM115 -- held for the length of the run
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and flush it."""
-        with _writing(self.path):
+        with writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
@@ -110,7 +109,7 @@ class RunLog:
     ) -> None:
         self.progress.stop()
         try:
-            with _writing(self.run_dir):
+            with writing(self.run_dir):
                 self.metrics.close()
                 self.board.close()
                 self.session.close()
@@ -130,7 +129,7 @@ class RunLog:
             hyperparameters: plain values by name.
             prefixes: of each classifier's curves (see ``layout``).
         """
-        with _writing(self.run_dir / BOARD):
+        with writing(self.run_dir / BOARD):
             for name, text in texts.items():
                 self.board.add_text(name, text, self.begun)
             self.board.add_custom_scalars(layout(prefixes))
@@ -154,14 +153,14 @@ class RunLog:
         self._since, self._since_step = now, step
         line = {**scalars, "samples_per_second": rate, "memory/peak_gib": _peak_memory()}
         self.metrics.write({"step": step, **line})
-        with _writing(self.run_dir / BOARD):
+        with writing(self.run_dir / BOARD):
             add_scalars(self.board, line, step)
             if step == self.steps:
                 add_scalars(self.session, {name: line[name] for name in HEADLINES if name in line}, step)
         for name in alarms:
             text = f"{BY_NAME[name].reason} -- {BY_NAME[name].advice}"
             self.say(f"step {step}: {name}: {text}")
-            with _writing(self.run_dir / BOARD):
+            with writing(self.run_dir / BOARD):
                 self.board.add_text(f"alarm/{name}", text, step)
 
     def say(self, text: str) -> None:
@@ -170,7 +169,7 @@ class RunLog:
 
     def images(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""
-        with _writing(self.run_dir / BOARD):
+        with writing(self.run_dir / BOARD):
             self.board.add_image(name, grid(*bounded(images, columns)), step)
 
 
@@ -196,14 +195,6 @@ def write_session(board: SummaryWriter, hyperparameters: Mapping[str, Any]) -> N
 def writer_of(board: SummaryWriter) -> Any:
     """The event file that a SummaryWriter writes: takes summaries of any kind."""
     return board._get_file_writer()  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -7,13 +7,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_c2g.errors import C2GError
-from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.files import write_atomically, writing
 from hpc_c2g.monitoring.run_log import add_scalars, write_session, writer_of
 from hpc_c2g.reporting.curves import Average
 from hpc_c2g.reporting.drawing import Figure
@@ -68,7 +66,7 @@ class Board:
         if self.kept.get(name) == digest and place.is_dir():
             return
         self.written.append(name)
-        with _writing(self.folder):
+        with writing(self.folder):
             fresh = place.with_name(f".{place.name}.{os.getpid()}")
             shutil.rmtree(fresh, ignore_errors=True)
             from torch.utils.tensorboard import SummaryWriter  # seconds
@@ -81,7 +79,7 @@ class Board:
     def link(self, runs: Mapping[str, Path]) -> None:
         """Show the runs' own event folders under names that people know; those that have none yet are left out."""
         wanted = {name: path for name, path in runs.items() if path.is_dir()}
-        with _writing(self.folder):
+        with writing(self.folder):
             place = self.folder / RUNS
             place.mkdir(parents=True, exist_ok=True)
             for old in place.iterdir():
@@ -93,7 +91,7 @@ class Board:
 
     def close(self) -> None:
         """Drop parts that are no longer there, and remember what the others were made from."""
-        with _writing(self.folder):
+        with writing(self.folder):
             for name in self.kept.keys() - self.parts.keys():
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.parts != self.kept or self.written:
@@ -115,16 +113,6 @@ def _manifest(file: Path) -> dict[str, str]:
 
 def _digest(source: Any) -> str:
     return hashlib.sha256(json.dumps(source, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    except C2GError:
-        raise
 
 
 def named(label: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.monitoring.evaluation_log import FOLDER as EVALUATION
 from hpc_c2g.monitoring.run_log import BOARD
 from hpc_c2g.reporting.archive import Archive, gather
 from hpc_c2g.reporting.board import (
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CACHE, PLAN = "cache", "plan.json"
-EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Collected:
 
     Attributes:
         results: tables.
+        runs: training runs that have begun, by id.
         files: names of the tables' files in the study's folder.
         changed: parts of the board that were written again.
         complaints: what of the runs' event files was skipped and why, by run.
     """
 
     results: Results
+    runs: dict[str, View]
     files: list[str]
     changed: list[str]
     complaints: dict[str, tuple[str, ...]]
@@ -119,7 +122,7 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
     board.link(links(study, runs))
     board.close()
     skipped = {key: told for key, told in gathered.complaints.items() if told}
-    return Collected(found, files, board.written, skipped)
+    return Collected(found, runs, files, board.written, skipped)
 
 
 def _write_means(archive: Archive, keys: Sequence[str], writer: SummaryWriter) -> None:
@@ -188,9 +191,9 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
 def links(study: Path, runs: Mapping[str, View]) -> dict[str, Path]:
     """Event folders of every run, and of its evaluation, by names that people know."""
     labels = {key: named(view.row.label) for key, view in runs.items()}
-    found = {}
+    times, found = Counter(labels.values()), {}
     for key, view in runs.items():
-        several = sum(label == labels[key] for label in labels.values()) > 1 or not view.row.label
+        several = times[labels[key]] > 1 or not view.row.label
         name = f"{labels[key]} {key}" if several else labels[key]
         found[name] = study / view.row.folder / BOARD
         found[f"{name} evaluation (uses real data)"] = study / view.row.folder / EVALUATION
