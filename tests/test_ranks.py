@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +228,56 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     alone = LaunchEnvironment("test", 0, 3, 0, 3, f"file://{tmp_path / 'meeting'}")
     with pytest.raises(C2GError, match="rank 1, 2 of 3 did not come within 1 s"):
         World.start("cpu", deterministic=False, launch=alone, seconds=1)
+
+
+LAST_WORDS = """
+import atexit, sys
+from pathlib import Path
+
+def threads():
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+atexit.register(lambda: print("left:", *threads()))  # the first to be registered is the last to run
+from hpc_c2g.training.config import config_from
+from hpc_c2g.training.loop import train
+settings = {"steps": 2, "global_batch": 63, "device": "cpu", "scale": {"pilot_steps": 2}, "log": {"progress": False}}
+where = {"classifier": sys.argv[1], "run_dir": sys.argv[2], "deterministic": sys.argv[3] == "True"}
+train(config_from(where | settings))
+print("trained:", *threads())
+"""
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_no_thread_of_a_process_group_outlives_the_interpreter(
+    settings: TrainConfig, tmp_path: Path, deterministic: bool
+) -> None:
+    """One that did ended a finished run by SIGABRT now and then: it held a tensor whose owner, the interpreter, was gone."""
+    command = [sys.executable, "-c", LAST_WORDS, settings.classifier, str(tmp_path / "run"), str(deterministic)]
+    place = {"MASTER_ADDR": f"file://{tmp_path / 'meeting'}", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **place, **rank_variables(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        for rank in ranks:
+            said, complaint = rank.communicate(timeout=120)
+            assert rank.returncode == 0, complaint
+            during, after = (
+                next(line for line in said.splitlines() if line.startswith(w)) for w in ("trained", "left")
+            )
+            assert "gloo" in during  # else the test says nothing
+            assert "gloo" not in after
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def rank_variables(rank: int) -> dict[str, str]:
+    """What torchrun would tell one of two ranks."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
 from dataclasses import dataclass
@@ -96,5 +97,6 @@ class Mesh:
 
 @functools.cache
 def _device_mesh(launch: LaunchEnvironment, device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """Made once per process and shape: process groups are never given back."""
+    """Made once per process and shape, and let go of before the process groups are destroyed at exit (``World.start``)."""
+    atexit.register(_device_mesh.cache_clear)
     return init_device_mesh(device, shape, mesh_dim_names=names)

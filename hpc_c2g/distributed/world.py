@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -202,8 +203,15 @@ def _open_group(launch: LaunchEnvironment, backend: str, seconds: float) -> Any:
         world_size=launch.world_size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_close_group)
     return store
+
+
+def _close_group() -> None:
+    """Before the interpreter ends: a thread of a group that outlives it may still hold a tensor, and then ends the process by SIGABRT."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # who holds a group may be part of a cycle
 
 
 def _meet(launch: LaunchEnvironment, seconds: float) -> Any:

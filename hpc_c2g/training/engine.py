@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -42,11 +44,7 @@ class DeepSpeedEngine(OptimisedModule):
     """
 
     def __init__(self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, world: World) -> None:
-        with _silenced():  # build messages of a first import
-            import deepspeed
-        # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed = import_deepspeed()
         _refuse_without_state(config.deepspeed)
         names, buffers = list(module.state_dict()), buffers_of(module)
         adam = build_optimiser(module, config.optimiser)
@@ -68,6 +66,8 @@ class DeepSpeedEngine(OptimisedModule):
             raise C2GError(
                 f"deepspeed={config.deepspeed} is refused: {reason}", "correct or drop the setting"
             ) from error
+        atexit.unregister(_let_go)
+        atexit.register(_let_go)
         self.module = self._engine.module
         self.gathers_in_forward = config.zero_stage == 3
         if self.gathers_in_forward:
@@ -94,6 +94,27 @@ class DeepSpeedEngine(OptimisedModule):
         self.set_rates(rate_factor)
         self._guarded(self._engine.step)
         self.updates += 1
+
+
+@functools.cache
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet.
+
+    Import it before the process group is made: it would keep that as a default argument, and its threads beyond the interpreter.
+    """
+    with _silenced():  # build messages of a first import
+        import deepspeed
+    # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _let_go() -> None:
+    """Destroy the process groups with what DeepSpeed holds of them; ``World.start`` would leave that."""
+    comm = import_deepspeed().comm
+    if comm.is_initialized():
+        comm.destroy_process_group()
 
 
 def deepspeed_settings(config: TrainConfig, micro_batches: int, elements: int) -> dict[str, Any]:

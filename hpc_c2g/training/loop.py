@@ -19,6 +19,7 @@ from hpc_c2g.training.assembly import Assembly, Parts, lay_out
 from hpc_c2g.training.bundles import class_counts, load_bundles
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.engine import import_deepspeed
 from hpc_c2g.training.introduction import hyperparameters, introduction
 from hpc_c2g.training.phases import shares
 from hpc_c2g.training.pilot import pilot_alphas
@@ -48,6 +49,8 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
         C2GError: bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
         Preempted: a signal asked to stop; a checkpoint was published.
     """
+    if not config.deterministic:
+        import_deepspeed()  # before the process group is made
     world = world or World.start(config.device, config.deterministic)
     bundles = world.agreed(lambda: load_bundles(config.classifiers))
     # before signals become a flag: where a rank dies while groups are made, the launcher's SIGTERM must end the others at once
