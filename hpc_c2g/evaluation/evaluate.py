@@ -18,7 +18,8 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.landscape import picture, support
-from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real_baseline
+from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real_baseline, split_oracle
+from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator
@@ -124,14 +125,15 @@ def _evaluate(
     data = fitted_data(folder, config.data)
     split = load_split(data)
     _check_fit(generator, split, data)
+    oracle = split_oracle(split, config.seed)
     tell(f"judging the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed)
     result: dict[str, Any] = {
         "uses_real_data": True,
         "classifier": folder,
-        **judge(samples, labels, split, config.seed),
+        **judge(samples, labels, split, config.seed, oracle),
         "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
-        "baselines": _baselines(config, run, k, suffix, split, tell) if config.baselines else {},
+        "baselines": _baselines(config, run, k, suffix, split, oracle, tell) if config.baselines else {},
     }
     if generator.input_shape == (2,):
         result["support"] = _landscape(config, folder, split, samples, labels, suffix)
@@ -155,7 +157,7 @@ def _landscape(
 
 
 def _baselines(
-    config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, tell: Callable[[str], None]
+    config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier."""
     settings = replace(run.config, distributed=DistributedConfig())  # in this one process
@@ -166,12 +168,12 @@ def _baselines(
     folder = Path(config.run_dir) / "baselines"
 
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
-        return judge(samples, labels, split, config.seed)
+        return judge(samples, labels, split, config.seed, oracle)
 
     tell("baseline: held-out real images and noise")
     shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)
     baselines = {
-        "real": real_baseline(split, config.seed),
+        "real": real_baseline(split, config.seed, oracle),
         "noise": judged(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
     }
     tell("baseline: a generator trained on classification alone")

@@ -7,7 +7,7 @@ it. All samples are in raw units (pixels in 0..1); distances are Euclidean over 
 |---|---|---|---|
 | ``proximity`` | median distance to the nearest training image, over the same for held-out images | 1 | 0 |
 | ``coverage`` | share of training images with a sample nearer than their nearest held-out image | by chance | 1 |
-| ``oracle_accuracy`` | share of samples whose label an SVC fitted to half of the held-out data agrees with | best | high |
+| ``oracle_accuracy`` | share of samples whose label an oracle fitted to half of the held-out data agrees with | best | high |
 | ``transfer_accuracy`` | accuracy of an SVC fitted to samples on the other held-out half | best | of n images |
 | ``diversity`` | median distance of pairs within a class, over the same for held-out images | 1 | about 1 |
 | ``ssim_sample_to_train`` | SSIM of each sample to its nearest training image | by chance | 1 |
@@ -24,15 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 from torch import Tensor
 
 from hpc_c2g.data.choose import even_shares
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.errors import C2GError
-
-SVC_SAMPLES = 5000
-"""An SVC is fitted to at most so many points: its cost grows with their square."""
+from hpc_c2g.evaluation.oracle import Oracle, oracle_of, svc_oracle
 
 TRANSFER_SAMPLES = 1000
 
@@ -52,7 +49,7 @@ SSIM_PIXELS = 2**17
 """Pixels that enter one call of SSIM: more fall out of the processor's cache, and take three times as long."""
 
 
-def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0) -> dict[str, Any]:
+def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: Oracle | None = None) -> dict[str, Any]:
     """All metrics of generated samples; see the table of this module.
 
     Every value is a float, ``ssim_sample_to_train`` and ``ssim_train_to_sample`` are ``{"mean": .., "best10": ..}``. A
@@ -64,15 +61,22 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0) -> dict[
         labels: ``[N]`` integers in 0..C-1: what the samples were generated as.
         split: the data the classifier was fitted to, and real data it never saw.
         seed: which held-out samples form which half, and which samples are drawn where there are too many.
+        oracle: ``split_oracle(split, seed)``, from whom judges several sets; None fits it.
 
     Raises:
         C2GError: shapes or labels that do not match the data, values that are not finite, too little held-out data.
     """
-    oracle_half, test_half = halves(split.held_out, seed)
-    return _judge(samples, labels, split.train, oracle_half, test_half, split.held_out, seed)
+    _check(samples, labels, split.train)
+    test_half = halves(split.held_out, seed)[1]
+    return _judge(samples, labels, split.train, oracle or split_oracle(split, seed), test_half, split.held_out, seed)
 
 
-def real_baseline(split: Split, seed: int = 0) -> dict[str, Any]:
+def split_oracle(split: Split, seed: int = 0) -> Oracle:
+    """The independent classifier that ``oracle_accuracy`` asks, fitted to the first half of the held-out data."""
+    return oracle_of(halves(split.held_out, seed)[0], seed)
+
+
+def real_baseline(split: Split, seed: int = 0, oracle: Oracle | None = None) -> dict[str, Any]:
     """The metrics of real images: the second half of the held-out data, treated as if it had been generated.
 
     No image judges itself. ``oracle_accuracy`` is that of the very oracle of ``judge`` (fitted to the first half) on
@@ -84,7 +88,7 @@ def real_baseline(split: Split, seed: int = 0) -> dict[str, Any]:
         C2GError: too little held-out data.
     """
     first, second = halves(split.held_out, seed)
-    return _judge(second.samples, second.labels, split.train, first, first, first, seed)
+    return _judge(second.samples, second.labels, split.train, oracle or oracle_of(first, seed), first, first, seed)
 
 
 def noise_samples(
@@ -137,19 +141,14 @@ def within_class_median(data: Dataset, seed: int) -> float | None:
 
 def svc_accuracy(fit: Dataset, test: Dataset) -> float:
     """Accuracy on ``test`` of an SVC (Gaussian kernel of scikit-learn's default width, C = 10) fitted to ``fit``."""
-    labels, truth = fit.labels.numpy(), test.labels.numpy()
-    if len(np.unique(labels)) == 1:
-        return float((truth == labels[0]).mean())
-    model = SVC(C=10.0).fit(_rows(fit.samples).numpy(), labels)
-    return float((model.predict(_rows(test.samples).numpy()) == truth).mean())
+    return _share(svc_oracle(fit), test)
 
 
 def _judge(
-    samples: Tensor, labels: Tensor, train: Dataset, oracle_half: Dataset, test_half: Dataset, real: Dataset, seed: int
+    samples: Tensor, labels: Tensor, train: Dataset, oracle: Oracle, test_half: Dataset, real: Dataset, seed: int
 ) -> dict[str, Any]:
     """``real`` is what distances are compared with."""
     samples, labels = samples.detach().cpu(), labels.detach().cpu()
-    _check(samples, labels, train)
     generated = Dataset(samples, labels, train.classes, train.value_range)
     points, train_points, real_points = _rows(samples), _rows(train.samples), _rows(real.samples)
     to_train, near_sample = _nearest(points, train_points, SSIM_CANDIDATES)
@@ -159,12 +158,17 @@ def _judge(
     return {
         "proximity": _ratio(_median(to_train), _median(real_to_train)),
         "coverage": float((to_sample < to_real).double().mean()),
-        "oracle_accuracy": svc_accuracy(_at_most(oracle_half, SVC_SAMPLES, seed), generated),
+        "oracle_accuracy": _share(oracle, generated),
         "transfer_accuracy": svc_accuracy(_first_per_class(generated, TRANSFER_SAMPLES), test_half),
         "diversity": _ratio(within_class_median(generated, seed), within_class_median(real, seed)),
         "ssim_sample_to_train": _ssim(samples, train.samples, near_sample, train.value_range, seed),
         "ssim_train_to_sample": _ssim(train.samples, samples, near_train, train.value_range, seed),
     }
+
+
+def _share(oracle: Oracle, data: Dataset) -> float:
+    """Of the data's labels, the oracle agrees with so many."""
+    return float((oracle(data.samples) == data.labels).double().mean())
 
 
 def _check(samples: Tensor, labels: Tensor, train: Dataset) -> None:
@@ -257,13 +261,6 @@ def _blocks(count: int, size: int = BLOCK) -> list[slice]:
 
 def _subset(data: Dataset, indices: Tensor) -> Dataset:
     return Dataset(data.samples[indices], data.labels[indices], data.classes, data.value_range)
-
-
-def _at_most(data: Dataset, most: int, seed: int) -> Dataset:
-    """A random choice of ``most`` samples where there are more."""
-    if len(data) <= most:
-        return data
-    return _subset(data, torch.from_numpy(np.sort(np.random.default_rng([seed, 2]).permutation(len(data))[:most])))
 
 
 def _first_per_class(data: Dataset, most: int) -> Dataset:
