@@ -20,6 +20,8 @@ COLUMNS = {
     "diversity": "diversity",
     "ssim_sample_to_train": "SSIM sample>train",
     "ssim_train_to_sample": "SSIM train>sample",
+    "marginal_distance": "marginals",
+    "correlation_distance": "correlations",
 }
 
 
@@ -27,10 +29,12 @@ def table(result: dict[str, Any]) -> Table:
     """The run and its baselines, one line each."""
     out = Table(title=f"{result['classifier']}: uses real data, computed after training")
     out.add_column("samples")
-    for name in COLUMNS.values():
+    rows = {"generator": result, **result["baselines"]}
+    shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
+    for name in shown.values():
         out.add_column(name, justify="right")
-    for name, row in {"generator": result, **result["baselines"]}.items():
-        out.add_row(name, *(_cell(row[key]) for key in COLUMNS), style="bold" if name == "generator" else "")
+    for name, row in rows.items():
+        out.add_row(name, *(_cell(row.get(key)) for key in shown), style="bold" if name == "generator" else "")
     return out
 
 

@@ -29,6 +29,7 @@ KEYS = {
     *("proximity", "coverage", "oracle_accuracy", "transfer_accuracy", "diversity"),
     *("ssim_sample_to_train", "ssim_train_to_sample"),
 }
+OF_ROWS = {"marginal_distance", "correlation_distance"}
 DATA = DataConfig(train_size=30, classes=[0, 1, 2], held_out_size=200)
 
 
@@ -58,11 +59,12 @@ def result(config) -> dict:
 def test_the_file_holds_exactly_the_promised_table(result, run_dir):
     written = json.loads((run_dir / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(result))
-    assert written.keys() == KEYS | {"uses_real_data", "classifier", "settings", "baselines"}
+    assert written.keys() == KEYS | OF_ROWS | {"uses_real_data", "classifier", "settings", "baselines"}
     assert written["uses_real_data"] is True
     assert {"real", "noise", "classification_only", "free_images"} <= written["baselines"].keys()
     for row in (written, *written["baselines"].values()):
-        assert row.keys() >= KEYS
+        assert row.keys() >= KEYS | OF_ROWS
+        assert all(row[key] is None for key in OF_ROWS)  # of images
         for key in KEYS:
             values = row[key].values() if key.startswith("ssim") else [row[key]]
             assert all(math.isfinite(value) for value in values)

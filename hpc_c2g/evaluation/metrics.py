@@ -12,6 +12,8 @@ it. All samples are in raw units (pixels in 0..1); distances are Euclidean over 
 | ``diversity`` | median distance of pairs within a class, over the same for held-out images | 1 | about 1 |
 | ``ssim_sample_to_train`` | SSIM of each sample to its nearest training image | by chance | 1 |
 | ``ssim_train_to_sample`` | SSIM of each training image to its nearest sample | by chance | 1 |
+| ``marginal_distance`` | rows: Kolmogorov-Smirnov distance of a column to that of the training rows, mean over columns | by chance | 0 |
+| ``correlation_distance`` | rows: difference of two columns' correlation from that in the training rows, mean over pairs | by chance | 0 |
 
 The chance level of coverage, reached by N samples that are as good as real and know nothing of the training images, is
 N / (N + number of held-out images).
@@ -30,6 +32,7 @@ from hpc_c2g.data.choose import even_shares
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.oracle import Oracle, oracle_of, svc_oracle
+from hpc_c2g.evaluation.tables import correlation_distance, marginal_distance
 
 TRANSFER_SAMPLES = 1000
 
@@ -53,8 +56,8 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
     """All metrics of generated samples; see the table of this module.
 
     Every value is a float, ``ssim_sample_to_train`` and ``ssim_train_to_sample`` are ``{"mean": .., "best10": ..}``. A
-    value is None where it has no meaning: SSIM of anything but images, ratios to a real distance of 0, diversity
-    without two samples of one class. ``coverage`` grows with the number of samples: compare equal numbers.
+    value is None where it has no meaning: SSIM of anything but images, distances of rows of anything else, ratios to a
+    real distance of 0, diversity without two samples of one class. ``coverage`` grows with the number of samples: compare equal numbers.
 
     Args:
         samples: ``[N, *S]`` raw units.
@@ -163,6 +166,8 @@ def _judge(
         "diversity": _ratio(within_class_median(generated, seed), within_class_median(real, seed)),
         "ssim_sample_to_train": _ssim(samples, train.samples, near_sample, train.value_range, seed),
         "ssim_train_to_sample": _ssim(train.samples, samples, near_train, train.value_range, seed),
+        "marginal_distance": marginal_distance(samples, train.samples),
+        "correlation_distance": correlation_distance(samples, train.samples),
     }
 
 

@@ -16,7 +16,8 @@ from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results
 from hpc_c2g.reporting.tables import cell
 
 SIMILARITIES = ("ssim_sample_to_train", "ssim_train_to_sample")
-SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10")
+OF_ROWS = ("marginal_distance", "correlation_distance")
+SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10", *OF_ROWS)
 PRIVATE = ("celeba",)
 """Data of which no picture is published."""
 NOTES = "<!-- notes: what follows is kept when the tables are written again -->"
@@ -30,7 +31,7 @@ PICTURES = {
 def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of one evaluation or baseline as plain numbers, keys as in evaluation.json; of SSIM its mean and its ten best."""
     found: dict[str, Any] = {}
-    for name in (*METRICS, *SIMILARITIES):
+    for name in (*METRICS, *SIMILARITIES, *OF_ROWS):
         value = row.get(name)
         if isinstance(value, dict):
             found |= {name: value.get("mean"), f"{name}_best10": value.get("best10")}
