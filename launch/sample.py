@@ -10,6 +10,7 @@ import numpy as np
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
+from hpc_c2g.generators.trained import check_drawing
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
 from hpc_c2g.training.results import load_run
 from launch.cli import run_verb
@@ -24,20 +25,22 @@ class SampleConfig:
         count: number of samples, cycling through the classes.
         out: a .png (grid) or .npz (samples, labels, classes).
         seed: other seeds, other samples.
-        by_multipliers: in proportion to the samples' multipliers, or plainly.
+        drawing: ``multipliers`` in proportion to the samples' multipliers, ``supported`` evenly among those that carry some, ``plain``
+            evenly among all.
     """
 
     run_dir: str = "???"
     count: int = 100
     out: str = "???"
     seed: int = 0
-    by_multipliers: bool = True
+    drawing: str = "multipliers"
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise C2GError(f"count={self.count} is too small", "draw at least one sample")
         if not 0 <= self.seed < 2**63:
             raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
+        check_drawing(self.drawing)
         if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
             raise C2GError(f"out={self.out} has no known ending", "end it with .png or .npz")
 
@@ -45,7 +48,7 @@ class SampleConfig:
 def sample(config: SampleConfig) -> None:
     """Draw and write."""
     generator = load_run(config.run_dir).generator
-    samples, labels = generator.sample(config.count, config.seed, config.by_multipliers)
+    samples, labels = generator.sample(config.count, config.seed, config.drawing)
     out = Path(config.out)
     if out.suffix == ".npz":
         buffer = io.BytesIO()

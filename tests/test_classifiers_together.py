@@ -20,6 +20,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+from hpc_c2g.generators.trained import DRAWINGS
 from hpc_c2g.training import assembly
 from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
 from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
@@ -70,8 +71,8 @@ def test_a_run_of_three_tells_each_one_s_curves_and_is_read_back(folders: list[s
     assert run.generator.classes == list("abcdefgh")  # the first two share class b
     assert [member.classes for member in run.generator.members] == [list("abc"), list("bd"), list("efgh")]
     assert len(run.alphas) == 3
-    for by_multipliers in (True, False):
-        images, labels = run.generator.sample(40, 0, by_multipliers)
+    for drawing in DRAWINGS:
+        images, labels = run.generator.sample(40, 0, drawing)
         assert images.shape == (40, 1, 4, 4)
         assert labels.tolist() == [i % 8 for i in range(40)]
     only = run.generator.only(1)

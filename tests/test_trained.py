@@ -18,7 +18,7 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig, build_generator
-from hpc_c2g.generators.trained import Member, TrainedGenerator, members_from, systematic_resample
+from hpc_c2g.generators.trained import DRAWINGS, Member, TrainedGenerator, members_from, systematic_resample
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
@@ -56,24 +56,24 @@ def shown(samples: torch.Tensor) -> torch.Tensor:
     return samples[:, 0, 0, 0].round().long()
 
 
-@pytest.mark.parametrize("by_multipliers", [True, False])
+@pytest.mark.parametrize("drawing", DRAWINGS)
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_samples_depend_on_the_seed_alone(kind, by_multipliers):
+def test_samples_depend_on_the_seed_alone(kind, drawing):
     trained = make(GENERATORS[kind])
     torch.manual_seed(1)
-    first, labels = trained.sample(20, 5, by_multipliers)
+    first, labels = trained.sample(20, 5, drawing)
     torch.manual_seed(2)
-    again, labels_again = trained.sample(20, 5, by_multipliers)
+    again, labels_again = trained.sample(20, 5, drawing)
     assert torch.equal(first, again)
     assert torch.equal(labels, labels_again)
-    other, _ = trained.sample(20, 6, by_multipliers)
+    other, _ = trained.sample(20, 6, drawing)
     assert float((first - other).abs().mean()) > 1e-3
 
 
-@pytest.mark.parametrize("by_multipliers", [True, False])
+@pytest.mark.parametrize("drawing", DRAWINGS)
 @pytest.mark.parametrize("count", [1, 2, 3, 11])
-def test_labels_cycle_whatever_the_count(count, by_multipliers):
-    samples, labels = make().sample(count, 0, by_multipliers)
+def test_labels_cycle_whatever_the_count(count, drawing):
+    samples, labels = make().sample(count, 0, drawing)
     assert samples.shape == (count, *SHAPE)
     assert samples.dtype == torch.float32
     assert labels.tolist() == [i % CLASSES for i in range(count)]
@@ -81,11 +81,11 @@ def test_labels_cycle_whatever_the_count(count, by_multipliers):
 
 def test_plain_samples_do_not_change_with_the_count_or_the_chunk(monkeypatch):
     trained = make()
-    many, _ = trained.sample(50, 0, by_multipliers=False)
-    few, _ = trained.sample(7, 0, by_multipliers=False)
+    many, _ = trained.sample(50, 0, "plain")
+    few, _ = trained.sample(7, 0, "plain")
     torch.testing.assert_close(many[:7], few, rtol=0, atol=1e-5)
     monkeypatch.setattr("hpc_c2g.generators.trained.CHUNK", 8)
-    torch.testing.assert_close(trained.sample(50, 0, by_multipliers=False)[0], many, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trained.sample(50, 0, "plain")[0], many, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
@@ -101,8 +101,8 @@ def test_samples_of_a_class_are_made_for_that_class():
     with torch.no_grad():  # each class's codes all over its own place in the table
         rows = torch.arange(CLASSES).repeat_interleave(4).float()
         trained.module.condition.table.weight.copy_((rows - 1)[:, None].expand(-1, 64))
-    for by_multipliers in (True, False):
-        samples, labels = trained.sample(60, 0, by_multipliers)
+    for drawing in DRAWINGS:
+        samples, labels = trained.sample(60, 0, drawing)
         means = torch.stack([samples[labels == c].mean(0).flatten() for c in range(CLASSES)])
         spread = max(float(samples[labels == c].std(0).max()) for c in range(CLASSES))
         assert float(torch.pdist(means).min()) > 5 * spread
@@ -153,8 +153,9 @@ def test_samples_are_drawn_in_proportion_to_their_multipliers_within_each_class(
     trained = TrainedGenerator(
         Quarters(), 2, [Member(0, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))]
     )
-    for by_multipliers, wanted in ((True, [0, 1 / 6, 2 / 6, 3 / 6]), (False, [0.25] * 4)):
-        samples, labels = trained.sample(3000, 0, by_multipliers)
+    frequencies_of = {"multipliers": [0, 1 / 6, 2 / 6, 3 / 6], "supported": [0, 0, 0.5, 0.5], "plain": [0.25] * 4}
+    for drawing, wanted in frequencies_of.items():
+        samples, labels = trained.sample(3000, 0, drawing)
         for c in range(CLASSES):
             frequencies = torch.bincount(shown(samples[labels == c]), minlength=4) / 1000
             torch.testing.assert_close(frequencies, torch.tensor(wanted), rtol=0, atol=0.04)
@@ -176,10 +177,10 @@ def test_the_weight_of_a_sample_is_the_sum_of_its_multipliers():
 @pytest.mark.parametrize("wanted", [5, 12, 14, 40])
 def test_free_images_keep_their_class_and_come_up_by_their_multipliers(count, wanted):
     trained = make_free(count)
-    for by_multipliers in (True, False):
-        samples, labels = trained.sample(wanted, 0, by_multipliers)
+    for drawing in DRAWINGS:
+        samples, labels = trained.sample(wanted, 0, drawing)
         assert torch.equal(shown(samples) % CLASSES, labels)
-    plain = shown(trained.sample(wanted, 0, by_multipliers=False)[0])
+    plain = shown(trained.sample(wanted, 0, "plain")[0])
     assert plain[:count].tolist() == list(range(min(count, wanted)))
     # images are drawn floor or ceiling of their expectation: none counts twice where more are asked for than there are
     samples, labels = trained.sample(400 * CLASSES, 0)

@@ -22,7 +22,7 @@ from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
-from hpc_c2g.generators.trained import TrainedGenerator
+from hpc_c2g.generators.trained import TrainedGenerator, check_drawing
 from hpc_c2g.monitoring.evaluation_log import log_evaluation
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
 from hpc_c2g.training.bundles import class_counts
@@ -43,6 +43,7 @@ class EvaluateConfig:
         run_dir: of the generator.
         data: the classifier's own data; None takes what its record names.
         count: samples to judge.
+        drawing: how samples are drawn, ``multipliers``, ``supported`` or ``plain`` (``TrainedGenerator.sample``).
         seed: of the samples and of the split of held-out data.
         baselines: train and judge the baselines too (kept in ``run_dir/baselines``).
         classification_steps: steps of the baseline generator without stationarity, at most the run's own.
@@ -52,12 +53,14 @@ class EvaluateConfig:
     run_dir: str = "???"
     data: DataConfig | None = None
     count: int = 1000
+    drawing: str = "multipliers"
     seed: int = 0
     baselines: bool = True
     classification_steps: int = 1000
     free_steps: int = 3000
 
     def __post_init__(self) -> None:
+        check_drawing(self.drawing)
         for name in ("count", "classification_steps", "free_steps"):
             if getattr(self, name) < 1:
                 raise C2GError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
@@ -127,12 +130,12 @@ def _evaluate(
     _check_fit(generator, split, data)
     oracle = split_oracle(split, config.seed)
     tell(f"judging the generator{f' as that of {folder}' if suffix else ''}")
-    samples, labels = generator.sample(config.count, config.seed)
+    samples, labels = generator.sample(config.count, config.seed, config.drawing)
     result: dict[str, Any] = {
         "uses_real_data": True,
         "classifier": folder,
         **judge(samples, labels, split, config.seed, oracle),
-        "settings": {"count": config.count, "seed": config.seed, "data": asdict(data)},
+        "settings": {"count": config.count, "drawing": config.drawing, "seed": config.seed, "data": asdict(data)},
         "baselines": _baselines(config, run, k, suffix, split, oracle, tell) if config.baselines else {},
     }
     if generator.input_shape == (2,):
@@ -186,7 +189,7 @@ def _baselines(
     )
     train(without)
     baselines["classification_only"] = judged(
-        *load_run(without.run_dir).generator.sample(config.count, config.seed, by_multipliers=False)
+        *load_run(without.run_dir).generator.sample(config.count, config.seed, "plain")
     )
     tell("baseline: free images, the reconstruction peers' method")
     count = 2 * -(-len(split.train) // classes) * classes
@@ -201,8 +204,10 @@ def _baselines(
     )
     train(free)
     images = load_run(free.run_dir).generator
-    baselines["free_images"] = judged(*images.sample(count, config.seed, by_multipliers=False))
-    baselines["free_images_by_multipliers"] = judged(*images.sample(config.count, config.seed))
+    baselines["free_images"] = judged(*images.sample(count, config.seed, "plain"))
+    drawn = {"multipliers": "free_images_by_multipliers", "supported": "free_images_supported"}.get(config.drawing)
+    if drawn:
+        baselines[drawn] = judged(*images.sample(config.count, config.seed, config.drawing))
     return baselines
 
 

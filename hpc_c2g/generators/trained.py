@@ -12,9 +12,16 @@ from torch.nn import functional as F
 
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import Latents, fresh_latents
 from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.kkt.margins import other_classes
+
+DRAWINGS = ("multipliers", "supported", "plain")
+"""How samples are drawn: in proportion to their multipliers; evenly among those that carry some; evenly among all."""
+
+SUPPORT = 0.7
+"""A sample carries multipliers where they come to as much of its class's mean."""
 
 OVERSAMPLING = 8
 CHUNK = 4096
@@ -91,15 +98,16 @@ class TrainedGenerator:
             weights.append(mu.sum(1).cpu())
         return torch.cat(images), torch.cat(weights)
 
-    def sample(self, count: int, seed: int, by_multipliers: bool = True) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int, seed: int, drawing: str = "multipliers") -> tuple[Tensor, Tensor]:
         """Fresh raw samples ``[count, *S]`` with labels ``[count]`` (indices into ``classes``) that cycle through the classes.
 
         At a KKT point the sum over training samples is the expectation over the generator *weighted by its multipliers*: a
         sample without multipliers satisfies nothing. So samples are drawn in proportion to their multipliers, by importance
-        resampling within the class from ``OVERSAMPLING`` times as many; ``by_multipliers=False`` draws plainly.
+        resampling within the class from ``OVERSAMPLING`` times as many. ``supported`` leaves out samples of less than ``SUPPORT``
+        times the mean multiplier and draws evenly among the others; ``plain`` draws evenly among all.
         """
         classes = self.classes
-        drawn = [self._candidates(member, count, seed, by_multipliers) for member in self.members]
+        drawn = [self._candidates(member, count, seed, drawing) for member in self.members]
         images, weights, candidate_labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         labels = torch.arange(count) % len(classes)
         generator = torch.Generator().manual_seed(seed)
@@ -107,8 +115,8 @@ class TrainedGenerator:
         for label in range(min(len(classes), count)):
             candidates = torch.nonzero(candidate_labels == label)[:, 0]
             wanted = torch.nonzero(labels == label)[:, 0]
-            if by_multipliers:
-                picked = systematic_resample(weights[candidates], len(wanted), generator)
+            if drawing != "plain":
+                picked = systematic_resample(_chances(weights[candidates], drawing), len(wanted), generator)
             else:
                 picked = torch.arange(len(wanted)) % len(candidates)
                 if len(self.members) > 1:  # candidates come classifier by classifier: take some of each
@@ -116,10 +124,10 @@ class TrainedGenerator:
             chosen[wanted] = candidates[picked]
         return images[chosen], labels
 
-    def _candidates(self, member: Member, count: int, seed: int, by_multipliers: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, member: Member, count: int, seed: int, drawing: str) -> tuple[Tensor, Tensor, Tensor]:
         """One classifier's samples, relative multipliers and labels in the common label space."""
         classes = len(member.classes)
-        factor = OVERSAMPLING if by_multipliers else 1
+        factor = 1 if drawing == "plain" else OVERSAMPLING
         total = factor * -(-count // len(self.classes)) * classes
         if isinstance(self.module, FreeImages):  # a finite set: every candidate once
             total = self.module.counts[member.index]
@@ -136,6 +144,23 @@ class TrainedGenerator:
             parts.append(self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape))
         images = torch.cat(parts, 1)
         return images.flatten(0, 1), images.shape[1]
+
+
+def check_drawing(drawing: str) -> None:
+    """Refuse an unknown way to draw.
+
+    Raises:
+        C2GError: it is none of ``DRAWINGS``.
+    """
+    if drawing not in DRAWINGS:
+        raise C2GError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")
+
+
+def _chances(weights: Tensor, drawing: str) -> Tensor:
+    """Of one class's candidates with relative multipliers ``[n]``; never all zero unless all multipliers are."""
+    if drawing == "supported":
+        return (weights >= SUPPORT * weights.mean()).to(weights)
+    return weights
 
 
 def systematic_resample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -32,14 +32,15 @@ Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
-    """``auto`` resolved: ``identity``, or ``top_rate`` where some rate is 0.
+    """``auto`` resolved: ``identity``, or ``rates`` where some rate is 0.
 
     A tensor that the function does not scale with (all that is before a normalisation) has <theta_k, G_k> = 0 by Euler, so a left side
-    c_k theta_k != 0 can never be met.
+    c_k theta_k != 0 can never be met. Among the others a bias of the last layer alone has the largest rate, and next to no weight at any
+    margin that is reached: ``top_rate`` would leave only it (digits, three layers with BatchNorm: 0.73, ``rates`` 0.03).
     """
     if form != AUTO:
         return form
-    return "identity" if min(rates.values()) > 0 else "top_rate"
+    return "identity" if min(rates.values()) > 0 else "rates"
 
 
 def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:

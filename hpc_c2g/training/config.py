@@ -28,7 +28,7 @@ class StationarityConfig:
     """L_stat.
 
     Attributes:
-        left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``top_rate`` where some rate is 0.
+        left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
         weighting: over tensors, ``relative`` or ``per_tensor``.
         weight: in the loss; 0 leaves classification alone.
         statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
