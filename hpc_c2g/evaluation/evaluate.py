@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_c2g import markdown
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
@@ -114,10 +115,11 @@ def _figures(row: Mapping[str, Any]) -> dict[str, float]:
 def _as_markdown(result: Mapping[str, Any]) -> str:
     """The generator and its baselines, a line each."""
     names = list(_figures(result))
-    lines = [["samples", *names], ["---"] * (1 + len(names))]
-    for who, row in {"generator": result, **result["baselines"]}.items():
-        lines.append([who, *(f"{_figures(row)[n]:.3f}" if n in _figures(row) else "" for n in names)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows = {"generator": result, **result["baselines"]}
+    cells = [
+        [who, *(f"{_figures(row)[n]:.3f}" if n in _figures(row) else "" for n in names)] for who, row in rows.items()
+    ]
+    return "\n".join(markdown.table(["samples", *names], cells))
 
 
 def _evaluate(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_c2g import markdown
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
@@ -96,12 +97,11 @@ def table(group: Mapping[str, Any]) -> list[str]:
     """The generator above its baselines, in markdown."""
     whole = [group["mean"], *group["baselines"].values()]
     names = [name for name in SHOWN if any(name in row for row in whole)]
-    lines = [["samples", *names], ["---"] * (len(names) + 1)]
     count = len(group["runs"])
     own = [cell(group["mean"].get(n), group["sd"].get(n)) for n in names]
-    lines.append([f"**generator**, {count} seed{'s' if count > 1 else ''}", *own])
-    lines += [[who, *(cell(row.get(n)) for n in names)] for who, row in group["baselines"].items()]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    generator = [f"**generator**, {count} seed{'s' if count > 1 else ''}", *own]
+    baselines = [[who, *(cell(row.get(n)) for n in names)] for who, row in group["baselines"].items()]
+    return markdown.table(["samples", *names], [generator, *baselines])
 
 
 def readme(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_c2g import markdown
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting.results import Results, Row, bound_groups
 
@@ -105,14 +106,10 @@ def as_markdown(name: str, found: Results) -> str:
         "Means ± standard deviations over runs that differ in their seed alone; evaluation uses real data.",
         "",
     ]
-    for table in (found.groups, bound_groups(found.sampling)):
-        if table:
-            names, cells = shown(table)
-            lines += [_line(names), _line(["---"] * len(names)), *map(_line, cells), ""]
+    for rows in (found.groups, bound_groups(found.sampling)):
+        if rows:
+            names, cells = shown(rows)
+            lines += [*markdown.table(names, cells), ""]
     if found.left_out:
         lines += ["Left out:", "", *(f"- {text}" for text in found.left_out), ""]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
