@@ -159,6 +159,17 @@ def test_initial_weights_are_a_function_of_the_seed_and_fan_in_counts_a_kernel()
     assert float(first.conv2.weight.detach().std()) == pytest.approx(0.3 / 24, rel=0.05)
 
 
+@pytest.mark.parametrize("default", [True, False])
+def test_normalisation_weights_start_where_they_are_told_to(default):
+    model = MLP([4], 3, width=12, depth=3, batch_norm=True)
+    initialise(model, InitConfig(default=default, norm=0.1), 0)
+    for norm in (model.norm1, model.norm2):
+        assert torch.equal(norm.weight.detach(), torch.full((12,), 0.1))
+        assert not bool(norm.bias.detach().any())
+    with pytest.raises(C2GError, match=r"init\.norm=0.*init\.norm > 0, or null"):
+        InitConfig(norm=0.0)
+
+
 def test_default_initialisation_is_that_of_torch():
     model = MLP([4], 3, width=12)
     initialise(model, InitConfig(default=True), 3)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 Report = Callable[[int, float], None]
 """Called with (step, smallest margin or loss) now and then."""
 
@@ -26,13 +27,19 @@ Report = Callable[[int, float], None]
 class InitConfig:
     """Initial weights: first ~ N(0, first^2), hidden ~ N(0, hidden^2 / fan_in), head ~ U(+-head / sqrt(fan_in)), biases like the first.
 
-    ``default`` leaves PyTorch's own initialisation.
+    ``default`` leaves PyTorch's own initialisation. ``norm`` is what the weights of normalisation layers start from, with ``default`` too;
+    None keeps them, which is 1: what a wide layer's weights still mostly are when the margin is reached.
     """
 
     default: bool = False
     first: float = 0.01
     hidden: float = 0.3
     head: float = 1.0
+    norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm is not None and not self.norm > 0:
+            raise C2GError(f"init.norm={self.norm} is not positive", "give init.norm > 0, or null")
 
 
 @dataclass
@@ -107,7 +114,10 @@ def _dtype(name: str) -> None:
 
 
 def initialise(model: nn.Module, config: InitConfig, seed: int) -> None:
-    """Draw the weights anew from ``seed``; normalisation layers keep theirs (weight 1, bias 0)."""
+    """Draw the weights anew from ``seed``; normalisation layers keep theirs (weight 1, bias 0), but for ``norm``."""
+    for module in model.modules():
+        if config.norm is not None and isinstance(module, NORMS) and module.weight is not None:
+            nn.init.constant_(module.weight, config.norm)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
