@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -52,9 +53,9 @@ def publish(config: PublishConfig) -> None:
 
 
 def commands(name: str, grid: list[str], out: str) -> list[str]:
-    """What repeats the experiment, where it is one of the toolkit's."""
+    """What repeats the experiment, where it is one of the toolkit's; where its data lie is this machine's own business."""
     kind = "experiment" if (config_folder() / "study" / "experiment" / f"{name}.yaml").is_file() else "study"
-    again = " ".join(shlex.quote(word) for word in grid)
+    again = " ".join(shlex.quote(re.sub(r"(?<=data\.root=).*", "DATA", word)) for word in grid)
     place = shlex.quote(f"studies/{name}")
     return [f"c2g sweep {kind}={name} study_dir={place} {again}", f"c2g publish {place} {shlex.quote(out)}"]
 

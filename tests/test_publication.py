@@ -8,6 +8,7 @@ import pytest
 
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
 from hpc_c2g.reporting.results import Results
+from launch.publish import commands
 
 EVALUATION = {
     "coverage": 0.4,
@@ -78,3 +79,12 @@ def test_no_picture_of_private_people_is_published(study, tmp_path, data, shown)
     pictures = [p.name for p in (tmp_path / "out").glob("*.png")]
     assert bool(pictures) is shown
     assert (".png" in (tmp_path / "out" / "README.md").read_text()) is shown
+
+
+def test_the_commands_tell_nothing_of_where_data_lie() -> None:
+    told = commands("digits100", ["train.seed=0,1", "classifier.data.root=/home/me/my data"], "docs/it")
+    assert told == [
+        "c2g sweep experiment=digits100 study_dir=studies/digits100 train.seed=0,1 classifier.data.root=DATA",
+        "c2g publish studies/digits100 docs/it",
+    ]
+    assert commands("mine", [], "o")[0].startswith("c2g sweep study=mine ")
