@@ -13,6 +13,11 @@ from hpc_c2g.evaluation.oracle import moved, net_oracle, oracle_of
 CLASSES = ["horizontal", "vertical", "crossed"]
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "STEPS", 12)
+
+
 def bars(count: int, seed: int, side: int = 24) -> Dataset:
     """Bars anywhere, as bright as the noise around them on the whole: no single pixel tells the class."""
     draw = torch.Generator().manual_seed(seed)
@@ -31,7 +36,8 @@ def accuracy(read: oracle.Oracle, data: Dataset) -> float:
     return float((read(data.samples) == data.labels).double().mean())
 
 
-def test_the_net_reads_what_it_never_saw() -> None:
+def test_the_net_reads_what_it_never_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "STEPS", 80)
     test = bars(90, 1)
     assert accuracy(net_oracle(bars(600, 0), seed=0), test) > 0.95
 
