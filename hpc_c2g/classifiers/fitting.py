@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+WITH_WEIGHTS_OF_ONE = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 Report = Callable[[int, float], None]
 """Called with (step, smallest margin or loss) now and then."""
 
@@ -116,7 +116,7 @@ def _dtype(name: str) -> None:
 def initialise(model: nn.Module, config: InitConfig, seed: int) -> None:
     """Draw the weights anew from ``seed``; normalisation layers keep theirs (weight 1, bias 0), but for ``norm``."""
     for module in model.modules():
-        if config.norm is not None and isinstance(module, NORMS) and module.weight is not None:
+        if config.norm is not None and isinstance(module, WITH_WEIGHTS_OF_ONE) and module.weight is not None:
             nn.init.constant_(module.weight, config.norm)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,15 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """The samples ``indices``, in their order."""
+        return replace(self, samples=self.samples[indices], labels=self.labels[indices])
+
+
+def flat_rows(samples: Tensor) -> Tensor:
+    """``[n, *S]`` to float64 ``[n, d]`` on the CPU."""
+    return samples.detach().cpu().flatten(1).double()
 
 
 @dataclass(frozen=True)

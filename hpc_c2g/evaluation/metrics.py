@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.data.choose import even_shares
-from hpc_c2g.data.dataset import Dataset, Split
+from hpc_c2g.data.dataset import Dataset, Split, flat_rows
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.oracle import Oracle, oracle_of, svc_oracle
 from hpc_c2g.evaluation.tables import correlation_distance, marginal_distance
@@ -105,7 +105,7 @@ def noise_samples(
 
 def nearest_pairs(samples: Tensor, train: Tensor) -> Tensor:
     """For every training image the index ``[n]`` of its nearest sample; samples ``[N, *S]``, train ``[n, *S]``."""
-    return _nearest(_rows(train), _rows(samples))[1][:, 0]
+    return _nearest(flat_rows(train), flat_rows(samples))[1][:, 0]
 
 
 def halves(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -123,7 +123,7 @@ def halves(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
             "give a larger data.held_out_size or a smaller data.train_size",
         )
     parts = (np.sort(np.concatenate([order[start::2] for order in orders])) for start in (0, 1))
-    first, second = (_subset(data, torch.from_numpy(part)) for part in parts)
+    first, second = (data.subset(torch.from_numpy(part)) for part in parts)
     return first, second
 
 
@@ -134,7 +134,7 @@ def within_class_median(data: Dataset, seed: int) -> float | None:
     """
     pairs = []
     for c in range(len(data.classes)):
-        points = _rows(data.samples[data.labels == c])
+        points = flat_rows(data.samples[data.labels == c])
         if len(points) > PAIR_SAMPLES:
             points = points[np.random.default_rng([seed, 1, c]).permutation(len(points))[:PAIR_SAMPLES]]
         pairs.append(torch.pdist(points))
@@ -153,7 +153,7 @@ def _judge(
     """``real`` is what distances are compared with."""
     samples, labels = samples.detach().cpu(), labels.detach().cpu()
     generated = Dataset(samples, labels, train.classes, train.value_range)
-    points, train_points, real_points = _rows(samples), _rows(train.samples), _rows(real.samples)
+    points, train_points, real_points = flat_rows(samples), flat_rows(train.samples), flat_rows(real.samples)
     to_train, near_sample = _nearest(points, train_points, SSIM_CANDIDATES)
     to_sample, near_train = _nearest(train_points, points, SSIM_CANDIDATES)
     to_real, _ = _nearest(train_points, real_points)
@@ -194,11 +194,6 @@ def _check(samples: Tensor, labels: Tensor, train: Dataset) -> None:
             f"the samples' labels ({labels.dtype}) go from {labels.min()} to {labels.max()}",
             f"give integers in 0..{len(train.classes) - 1}",
         )
-
-
-def _rows(samples: Tensor) -> Tensor:
-    """``[n, *S]`` to float64 ``[n, d]``."""
-    return samples.detach().cpu().flatten(1).double()
 
 
 def _nearest(queries: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -264,14 +259,10 @@ def _blocks(count: int, size: int = BLOCK) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _subset(data: Dataset, indices: Tensor) -> Dataset:
-    return Dataset(data.samples[indices], data.labels[indices], data.classes, data.value_range)
-
-
 def _first_per_class(data: Dataset, most: int) -> Dataset:
     """The first samples of every class, equally many, ``most`` in all."""
     shares = even_shares(most, len(data.classes))
-    return _subset(data, torch.cat([(data.labels == c).nonzero()[:share, 0] for c, share in enumerate(shares)]))
+    return data.subset(torch.cat([(data.labels == c).nonzero()[:share, 0] for c, share in enumerate(shares)]))
 
 
 def _median(values: Tensor) -> float:

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_c2g.data.dataset import Dataset
+from hpc_c2g.data.dataset import Dataset, flat_rows
 
 Oracle = Callable[[Tensor], Tensor]
 """Samples ``[N, *S]`` to labels ``[N]``."""
@@ -40,7 +40,7 @@ def oracle_of(data: Dataset, seed: int) -> Oracle:
     """
     if len(data) > POINTS:
         chosen = np.sort(np.random.default_rng([seed, 2]).permutation(len(data))[:POINTS])
-        data = Dataset(data.samples[chosen], data.labels[chosen], data.classes, data.value_range)
+        data = data.subset(torch.from_numpy(chosen))
     if data.samples.ndim == 4 and min(data.samples.shape[2:]) >= SMALLEST_SIDE and len(data) > 1:
         return net_oracle(data, seed)
     return svc_oracle(data)
@@ -51,8 +51,8 @@ def svc_oracle(data: Dataset) -> Oracle:
     labels = data.labels.numpy()
     if len(np.unique(labels)) == 1:
         return lambda samples: torch.full((len(samples),), int(labels[0]))
-    model = SVC(C=10.0).fit(_rows(data.samples), labels)
-    return lambda samples: torch.from_numpy(model.predict(_rows(samples)))
+    model = SVC(C=10.0).fit(flat_rows(data.samples).numpy(), labels)
+    return lambda samples: torch.from_numpy(model.predict(flat_rows(samples).numpy()))
 
 
 def net_oracle(data: Dataset, seed: int) -> Oracle:
@@ -116,8 +116,3 @@ def _net(channels: int, classes: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(100, classes),
     )
-
-
-def _rows(samples: Tensor) -> np.ndarray:
-    """float64 ``[n, d]``."""
-    return samples.detach().cpu().flatten(1).double().numpy()
