@@ -109,6 +109,14 @@ def test_one_pass_costs_a_second_pass_alone(linear):
     assert two.first.flops > 0
 
 
+def test_the_micro_batch_that_is_kept_costs_as_in_one_pass(linear):
+    dry = DryRun(linear, TrainConfig(global_batch=1024))
+    two, one = dry.cost(256), dry.cost(256, one_pass=True)
+    assert (two.first + two.second - two.saved).flops == one.second.flops
+    gathered = DryRun(linear, TrainConfig(global_batch=1024, zero_stage=3)).cost(256)
+    assert gathered.saved == one.saved == Work()
+
+
 BUNDLES = {
     "mlp": ("mlp", (1, 8, 8), {"width": 64, "depth": 3}),
     "cnn": ("cnn", (1, 8, 8), {"width": 8}),

@@ -50,7 +50,7 @@ def measured(world: World | None, classifiers: int, micro_batch: int | None, set
         k, objective = share.classifier, share.objective
         found["G"][k] = G = {name: t.clone() for name, t in share.G.total().items()}
         c, rates, alpha = objective.left_side, objective.rates, alphas[k]
-        weights = stationarity.residual_weights(objective.theta, rates, c, alpha)
+        weights = stationarity.residual_weights(objective.squares, rates, c, alpha)
         found["slope"][k] = stationarity.alpha_gradient(objective.theta, G, rates, c, alpha, weights)
     return found
 

@@ -33,6 +33,7 @@ COST = MicroBatchCost(
     first=Work(1e11, 1e8, 1e9, 100),
     second=Work(3e11, 3e8, 3e9, 300),
     backward=Work(1e10, 1e7, 1e8, 50),
+    saved=Work(5e10, 5e7, 5e8, 60),
     residual=Work(0, 0, 1e9, 50),
     update=Work(0, 0, 1e8, 50),
     sums=(4 * 10**7 + 8, 16),
@@ -44,8 +45,15 @@ COST = MicroBatchCost(
 
 def cost_of(samples: int, one_pass: bool) -> MicroBatchCost:
     part = samples / 64
-    first = Work() if one_pass else COST.first * part
-    return replace(COST, samples=samples, one_pass=one_pass, first=first, second=COST.second * part)
+    first, saved = (Work() if one_pass else work * part for work in (COST.first, COST.saved))
+    return replace(COST, samples=samples, one_pass=one_pass, first=first, saved=saved, second=COST.second * part)
+
+
+def test_what_is_kept_is_taken_off_the_passes_once():
+    kept = step_time(COST, PROFILE, 1, 64 * 5)
+    assert kept.saved == work_seconds(COST.saved, PROFILE) > 0
+    afresh = step_time(replace(COST, saved=Work()), PROFILE, 1, 64 * 5)
+    assert afresh.total - kept.total == pytest.approx(kept.saved)
 
 
 def test_the_ring_and_the_tree_of_hand():

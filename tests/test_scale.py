@@ -76,7 +76,10 @@ def test_residual_at_the_given_weights_is_the_residual_at_the_scaled_weights(nam
     at_scaled = stationarity.residual(scaled, exact_sum(model, scaled, MU)[1], rates, c, 0.0)
     for k in theta:
         assert torch.allclose(given_there[k], at_scaled[k], rtol=1e-9, atol=1e-10)
-    S, S_scaled = (stationarity.multiplier_scale(t, rates, c, a) for t, a in ((theta, ALPHA), (scaled, 0.0)))
+    S, S_scaled = (
+        stationarity.multiplier_scale(stationarity.squared_norms(t), rates, c, a)
+        for t, a in ((theta, ALPHA), (scaled, 0.0))
+    )
     assert pytest.approx(S_scaled, rel=1e-12) == S
 
 
@@ -91,7 +94,7 @@ def test_at_a_stationary_point_the_multipliers_weigh_the_scaled_margins_to_their
     margins, G = stationarity.kkt_sum(phi, theta, x, LABELS, MU)
     r = stationarity.residual(theta, G, rates, c, ALPHA)["W"]
     assert float(r.norm()) < 1e-12 * float(G["W"].norm())
-    S = stationarity.multiplier_scale(theta, rates, c, ALPHA)
+    S = stationarity.multiplier_scale(stationarity.squared_norms(theta), rates, c, ALPHA)
     assert float((MU * math.exp(ALPHA) * margins).sum()) == pytest.approx(S, rel=1e-12)
 
 
@@ -115,7 +118,7 @@ def test_loss_direction_and_alpha_gradient_are_those_of_autograd(seed, alpha, fo
     theta = {k: normal(*s, seed=seed + i) for i, (k, s) in enumerate(shapes.items())}
     G = {k: normal(*s, seed=seed + 50 + i).requires_grad_() for i, (k, s) in enumerate(shapes.items())}
     c = stationarity.left_side(RATES, form[0])
-    weights = stationarity.residual_weights(theta, RATES, c, alpha, form[1])
+    weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, alpha, form[1])
     leaf = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
     loss = slow_loss(theta, G, c, leaf, weights)
     by_alpha, *by_sum = torch.autograd.grad(loss, [leaf, *G.values()])

@@ -172,9 +172,9 @@ def sharded_gradients(name: str, micro_batch: int, form: str, weighting: str) ->
         for k, part in stationarity.kkt_sum(gated(name), theta, *piece)[1].items():
             G[k] += part
     c = stationarity.left_side(rates, form)
-    weights = stationarity.residual_weights(theta, rates, c, ALPHA, weighting)
+    weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, weighting)
     v = stationarity.direction(stationarity.residual(theta, G, rates, c, ALPHA), weights, rates, ALPHA)
-    S = stationarity.multiplier_scale(theta, rates, c, ALPHA)
+    S = stationarity.multiplier_scale(stationarity.squared_norms(theta), rates, c, ALPHA)
     gx, gmu = [], []
     for piece in pieces:
         leaf, labels, mu_leaf = piece[0].clone().requires_grad_(), piece[1], piece[2].clone().requires_grad_()
@@ -243,7 +243,7 @@ def random_problem(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_loss_without_samples_is_one(form, weighting):
     theta, _ = random_problem(0)
     c = stationarity.left_side(RATES, form)
-    weights = stationarity.residual_weights(theta, RATES, c, ALPHA, weighting)
+    weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, weighting)
     r = stationarity.residual(theta, {k: torch.zeros_like(t) for k, t in theta.items()}, RATES, c, ALPHA)
     terms = stationarity.stationarity_terms(r, weights)
     assert float(sum(terms.values())) == pytest.approx(1, rel=1e-12)
@@ -254,8 +254,8 @@ def test_loss_without_samples_is_one(form, weighting):
 def test_tensor_without_a_left_side_takes_the_relative_weight():
     theta, _ = random_problem(0)
     c = {"a": 0.0, "b": 0.0, "c": 1.0, "d": 1.0}
-    relative = stationarity.residual_weights(theta, RATES, c, ALPHA, "relative")
-    per_tensor = stationarity.residual_weights(theta, RATES, c, ALPHA, "per_tensor")
+    relative = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, "relative")
+    per_tensor = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, "per_tensor")
     assert per_tensor["a"] == per_tensor["b"] == relative["a"] == relative["c"]
     assert per_tensor["c"] != relative["c"]
 
@@ -276,10 +276,12 @@ def test_unknown_forms_and_a_zero_left_side_are_refused():
         stationarity.left_side(RATES, "both")
     ones = dict.fromkeys(RATES, 1.0)
     with pytest.raises(C2GError, match=r"weighting='both'.*relative, per_tensor"):
-        stationarity.residual_weights(theta, RATES, ones, ALPHA, "both")
+        stationarity.residual_weights(stationarity.squared_norms(theta), RATES, ones, ALPHA, "both")
     zero = theta | {"c": torch.zeros(2, 2, 2), "d": torch.zeros(1)}
     with pytest.raises(C2GError, match="left side of the stationarity condition is zero"):
-        stationarity.residual_weights(zero, RATES, stationarity.left_side(RATES, "top_rate"), ALPHA)
+        stationarity.residual_weights(
+            stationarity.squared_norms(zero), RATES, stationarity.left_side(RATES, "top_rate"), ALPHA
+        )
 
 
 def test_cotangent_of_an_input_that_nothing_reaches_is_zero():

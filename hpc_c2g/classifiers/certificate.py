@@ -32,7 +32,7 @@ from hpc_c2g.classifiers.equations import count_equations
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 from hpc_c2g.kkt.normalisation import BatchStatistics, couples, replace_norms, using
-from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual, residual_weights
+from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual, residual_weights, squared_norms
 
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
@@ -122,7 +122,7 @@ def certify(
     if alpha is None:
         alpha = -math.log(min_margin) if min_margin > 0 else 0.0
     c = left_side(rates, form)
-    weight = next(iter(residual_weights(theta, rates, c, alpha).values()))
+    weight = next(iter(residual_weights(squared_norms(theta), rates, c, alpha).values()))
     left = {k: c[k] * math.exp(alpha * rates[k]) * t for k, t in theta.items()}
     scales = {k: math.exp(alpha * (1 - rates[k])) for k in theta}
     tangent = {k: scales[k] * t for k, t in left.items()}

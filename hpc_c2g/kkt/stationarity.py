@@ -69,11 +69,16 @@ def scaled(tensors: Mapping[str, Tensor], alpha: float, powers: Mapping[str, flo
     return {k: math.exp(alpha * powers[k]) * t for k, t in tensors.items()}
 
 
+def squared_norms(theta: Mapping[str, Tensor]) -> dict[str, float]:
+    """||theta_k||^2."""
+    return {k: float(t.square().sum()) for k, t in theta.items()}
+
+
 def multiplier_scale(
-    theta: Mapping[str, Tensor], rates: Mapping[str, float], c: Mapping[str, float], alpha: float
+    squares: Mapping[str, float], rates: Mapping[str, float], c: Mapping[str, float], alpha: float
 ) -> float:
-    """S = <Lambda theta(a), c theta(a)>, by Euler the value of sum mu_ij e^a m_ij at a KKT point."""
-    return sum(rates[k] * c[k] * math.exp(2 * alpha * rates[k]) * float(t.square().sum()) for k, t in theta.items())
+    """S = <Lambda theta(a), c theta(a)> from ||theta_k||^2, by Euler the value of sum mu_ij e^a m_ij at a KKT point."""
+    return sum(rates[k] * c[k] * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items())
 
 
 def kkt_sum(
@@ -122,22 +127,23 @@ def residual(
 ) -> dict[str, Tensor]:
     """r_k = c_k e^(a lambda_k) theta_k - e^(a (1 - lambda_k)) G_k."""
     return {
-        k: c[k] * math.exp(alpha * rates[k]) * t - math.exp(alpha * (1 - rates[k])) * G[k] for k, t in theta.items()
+        k: torch.sub(c[k] * math.exp(alpha * rates[k]) * t, G[k], alpha=math.exp(alpha * (1 - rates[k])))
+        for k, t in theta.items()
     }
 
 
 def residual_weights(
-    theta: Mapping[str, Tensor],
+    squares: Mapping[str, float],
     rates: Mapping[str, float],
     c: Mapping[str, float],
     alpha: float,
     weighting: str = "relative",
 ) -> dict[str, float]:
-    """w_k: ``relative`` 1 / sum_k ||c_k theta_k(a)||^2, or ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over the K tensors.
+    """w_k from ||theta_k||^2: ``relative`` 1 / sum_k ||c_k theta_k(a)||^2, ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over K tensors.
 
     A tensor without a left side (c_k = 0) has no scale of its own and takes the relative weight.
     """
-    norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * float(t.square().sum()) for k, t in theta.items()}
+    norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
     total = sum(norms.values())
     if total <= 0:
         raise C2GError("the left side of the stationarity condition is zero", "choose stationarity.left_side=identity")
@@ -150,7 +156,7 @@ def residual_weights(
 
 def stationarity_terms(r: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """w_k ||r_k||^2 per tensor; L_stat is their sum (the relative residual)."""
-    return {k: weights[k] * t.square().sum() for k, t in r.items()}
+    return {k: weights[k] * torch.linalg.vector_norm(t).square() for k, t in r.items()}
 
 
 def direction(

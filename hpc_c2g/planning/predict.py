@@ -95,6 +95,7 @@ class StepTime:
     Attributes:
         first: pass 1, the KKT sum (0 where there is one pass).
         second: pass 2: cotangents and the generator's backward.
+        saved: of both passes, for the micro-batch that is kept from the first to the second.
         residual: residual, direction and their buffers.
         update: Adam and the generator's buffers.
         residual_sum: all-reduce of G, and of the few scalars of the step.
@@ -104,6 +105,7 @@ class StepTime:
 
     first: float
     second: float
+    saved: float
     residual: float
     update: float
     residual_sum: float
@@ -113,7 +115,7 @@ class StepTime:
     @property
     def computation(self) -> float:
         """All but communication."""
-        return self.first + self.second + self.residual + self.update
+        return self.first + self.second - self.saved + self.residual + self.update
 
     @property
     def exposed(self) -> float:
@@ -135,7 +137,7 @@ def step_time(
     stage: int = 0,
     overlap: bool = False,
 ) -> StepTime:
-    """t = m (t_first + t_second) + t_residual + t_update + t_sums, with m = share / micro-batch.
+    """t = m (t_first + t_second) - t_saved + t_residual + t_update + t_sums, with m = share / micro-batch.
 
     The sums of a step: each of the rehearsal's all-reduces, one flag (does a rank want to stop), and the generator's. ZeRO updates
     1/n of the weights on each rank. ``overlap`` hides the generator's sum behind the backward of the last micro-batch, as
@@ -160,6 +162,7 @@ def step_time(
     return StepTime(
         first=work_seconds(cost.first, profile) * m,
         second=work_seconds(cost.second, profile) * m,
+        saved=work_seconds(cost.saved, profile),
         residual=work_seconds(cost.residual, profile),
         update=work_seconds(cost.update, profile) / (ranks if stage else 1),
         residual_sum=sums,

@@ -62,6 +62,7 @@ def step_table(plan: Plan) -> Table:
     for name, value in {
         "pass 1: KKT sum": t.first,
         "pass 2: cotangents, generator backward" if t.first else "one pass: KKT sum, cotangents, generator": t.second,
+        "kept from pass 1 to pass 2": -t.saved,
         "residual, direction, buffers": t.residual,
         "Adam, gradient buffers": t.update,
         "all-reduce of G and scalars": t.residual_sum,
@@ -115,8 +116,8 @@ def formulas(plan: Plan) -> str:
         + ("max(device, host)" if p.asynchronous else "device + host")
         + f", device = max(F / {p.matrix_tflops:.4g} TFLOP/s, b_F / W) + b / W, W = {p.memory_gb_per_s:.4g} GB/s,"
         f" host = calls x {p.operation_us:.3g} us" + (f", all / {p.share:g} (cores per rank)" if p.share < 1 else ""),
-        f"step = m (first + second) + residual + update + exposed sums = {seconds(t.first + t.second)} +"
-        f" {seconds(t.residual)} + {seconds(t.update)} + {seconds(t.exposed)} = {seconds(t.total)}",
+        f"step = m (first + second) - kept + residual + update + exposed sums = {seconds(t.first + t.second)} -"
+        f" {seconds(t.saved)} + {seconds(t.residual)} + {seconds(t.update)} + {seconds(t.exposed)} = {seconds(t.total)}",
     ]
     if ranks > 1:
         lines.append(

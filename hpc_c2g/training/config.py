@@ -10,6 +10,7 @@ from hpc_c2g.distributed.wire import WIRES
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.latents import LatentConfig
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
+from hpc_c2g.kkt.chain import PRECISIONS
 from hpc_c2g.kkt.normalisation import STATISTICS
 from hpc_c2g.kkt.stationarity import AUTO, LEFT_SIDES, WEIGHTINGS
 from hpc_c2g.settings import from_plain
@@ -246,6 +247,10 @@ class TrainConfig:
         seed: of weights, latents and probes.
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
+        fast: ``auto`` takes the closed form of G and its cotangents where the classifier is fully connected without BatchNorm
+            (hpc_c2g/kkt/chain.py), ``off`` always goes through autograd. The result is the same to rounding.
+        precision: of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds their sides and sums in float32
+            (on the fast path alone).
         deterministic: the same bits on every number of ranks that divides ``virtual_shards``: these are the micro-batches
             then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs; ``micro_batch``,
             ``deepspeed`` and the rest of ``distributed`` have no say in it.
@@ -264,6 +269,8 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
+    fast: str = "auto"
+    precision: str = "float32"
     deterministic: bool = False
     virtual_shards: int = 8
     generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
@@ -311,6 +318,8 @@ class TrainConfig:
         )
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        _require(self.fast in ("auto", "off"), "fast", self.fast, "choose auto or off")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"choose {' or '.join(PRECISIONS)}")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
         _require(
             not (self.deterministic and self.zero_stage),

@@ -112,8 +112,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in made:
             self._watch(tensor)
         flops, size = 0.0, _nbytes([*inputs, *outputs])
-        if packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        product = getattr(ATEN, str(packet.__name__).removesuffix("_"), packet)  # the registry lacks addmm_
+        if product in flop_registry:
+            flops = float(flop_registry[product](*args, **kwargs, out_val=out))
         elif not outputs or packet in _UNWRITTEN or not (made or func._schema.is_mutable):  # the last: views
             size = 0
         elif packet in _GATHERING:

@@ -14,6 +14,7 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.rates import find_rates, verify_rates
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import directional, duality, priors, scale, stationarity
+from hpc_c2g.kkt.chain import Chain, links_of
 from hpc_c2g.kkt.coupled import CoupledSum, Given, Piece
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.kkt.normalisation import BatchStatistics, Reduction, couples, refuse_calls
@@ -69,10 +70,13 @@ class Objective:
         dtype: of the KKT sums, float32 or float64.
 
     Attributes:
+        squares: ||theta_k||^2.
+        chain: the fast path; None where the classifier has none, or with ``fast: off``.
         coupled: the statistics of the whole batch are part of the classifier's function: its KKT sum takes ``BatchStatistics``.
 
     Raises:
-        C2GError: the classifier has no rates (not quasi-homogeneous), no margin on probes, or a BatchNorm that cannot take its batch's.
+        C2GError: the classifier has no rates (not quasi-homogeneous), no margin on probes, a BatchNorm that cannot take its batch's, or no
+            fast path where ``precision`` needs one.
     """
 
     def __init__(
@@ -87,10 +91,22 @@ class Objective:
         self.coupled = couples(bundle.model, config.stationarity.statistics)
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
         self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalisation.box())
+        self.squares = stationarity.squared_norms(bundle.parameters)
+        self.chain = self._chain()
         # the probes' own statistics: behind a BatchNorm the scale is then that of any batch
         own = BatchStatistics() if self.coupled else None
         self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024), own)
         self.is_image = len(bundle.input_shape) == 3
+
+    def _chain(self) -> Chain | None:
+        """The fast path, where there is one and it is wanted."""
+        links = links_of(self.phi) if self.config.fast == "auto" and not self.coupled else None
+        if links is None and self.config.precision != "float32":
+            raise C2GError(
+                f"precision={self.config.precision} needs the fast path, which is for fully connected classifiers without BatchNorm",
+                "give precision=float32" if self.config.fast == "auto" else "give fast=auto, or precision=float32",
+            )
+        return Chain(links, self.theta, self.config.precision) if links else None
 
     def under(self, config: TrainConfig, batch: int) -> Objective:
         """The same classifier under other settings (batch, weights of the terms)."""
@@ -135,7 +151,7 @@ class Objective:
 
     def multiplier_scale(self, alpha: float) -> float:
         """S = <Lambda theta(a), c theta(a)>."""
-        return stationarity.multiplier_scale(self.theta, self.rates, self.left_side, alpha)
+        return stationarity.multiplier_scale(self.squares, self.rates, self.left_side, alpha)
 
     def kkt_sum(
         self,
@@ -150,6 +166,8 @@ class Objective:
         """Margins and G of one micro-batch; see ``stationarity.kkt_sum``, and ``CoupledSum`` for one of several that are coupled."""
         if isinstance(statistics, CoupledSum):
             return statistics.kkt_sum(x, labels, multipliers)
+        if self.chain is not None:
+            return self.chain.kkt_sum(self.widths(gamma), x, labels, multipliers, keep_graph, on_ready)
         phi = self.at_gates(gamma, statistics)
         return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
 
@@ -174,18 +192,19 @@ class Objective:
         """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``, and ``CoupledSum`` for a coupled one."""
         if statistics is not None:
             return statistics.directional_sum(x, labels, multipliers)
+        if self.chain is not None:
+            return self.chain.directional_sum(self.widths(gamma), residual.direction, x, labels, multipliers)
         return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
         """L_stat's terms and direction from the *global* G."""
         r = stationarity.residual(self.theta, G, self.rates, self.left_side, alpha)
         weights = stationarity.residual_weights(
-            self.theta, self.rates, self.left_side, alpha, self.config.stationarity.weighting
+            self.squares, self.rates, self.left_side, alpha, self.config.stationarity.weighting
         )
-        v = stationarity.direction(r, weights, self.rates, alpha)
-        return Residual(
-            stationarity.stationarity_terms(r, weights), {k: self.config.stationarity.weight * t for k, t in v.items()}
-        )
+        in_loss = {k: self.config.stationarity.weight * w for k, w in weights.items()}
+        direction = stationarity.direction(r, in_loss, self.rates, alpha)
+        return Residual(stationarity.stationarity_terms(r, weights), direction)
 
     def sample_losses(
         self,

@@ -122,6 +122,9 @@ class TrainStep:
         self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
         self.lane, self.phases = Lane(mesh.world.device), Phases(mesh.world.device)
         self.coupled = any(objectives[k].coupled for k in mesh.mine)
+        # the last micro-batch's graph is at hand when G is known: no need to make it again. Of several classifiers the others' G would
+        # come first, beside it; a proof of equal bits must do the same with every micro-batch
+        self.keeps_last = not (self.coupled or config.deterministic or engine.gathers_in_forward or len(mesh.mine) > 1)
         settings = config.distributed
         bucket_bytes = int(settings.bucket_mib * 2**20)
         self.shares = [
@@ -173,14 +176,16 @@ class TrainStep:
         for share, S in zip(self.shares, scales, strict=True):
             coupling = statistics[share.classifier] = self._statistics(share, step, S, gamma)
             for piece in share.pieces:
-                samples = self._draw(share, step, piece, S, keep_graph=self.one_pass)
-                on_ready = share.G.micro_batch(last=piece == share.pieces[-1])
+                last = piece == share.pieces[-1]
+                keeps = self.one_pass or (last and self.keeps_last)
+                samples = self._draw(share, step, piece, S, keep_graph=keeps)
+                on_ready = share.G.micro_batch(last)
                 margins, G = share.objective.kkt_sum(
                     gamma,
                     samples.x_leaf,
                     samples.latents.labels,
                     samples.multipliers_leaf,
-                    keep_graph=self.one_pass,
+                    keep_graph=keeps,
                     on_ready=None if coupling else on_ready,
                     statistics=coupling,
                 )
@@ -189,17 +194,13 @@ class TrainStep:
                     self.moments.add(share.classifier, samples.x_leaf)
                 if self.coupled:  # the statistics' sums must not meet buckets on their way
                     self.mesh.world.guarded(self.lane.wait)
-                if self.one_pass:
+                if keeps:
                     kept[share.classifier] = samples, margins, G
         moments = self._moments_of_all()
         phases.mark("kkt_sum")
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
-            ahead = None
-            if not (self.one_pass or self.engine.gathers_in_forward):  # while G is on its way
-                ahead = self._draw(share, step, share.pieces[0], S, keep_graph=True)
-            phases.mark("cotangents")
             residual = objective.residual(share.G.total(), alpha)
             phases.mark("all_reduce")
             coupling = statistics.pop(k)
@@ -213,13 +214,12 @@ class TrainStep:
             micro = coupling if isinstance(coupling, CoupledSum) else None
             if micro is not None:
                 micro.towards(residual.direction, lambda *piece, of=losses_of: _total(of(*piece)))
-            for piece in share.pieces:
+            for piece in reversed(share.pieces) if self.keeps_last else share.pieces:  # the kept one first
                 if k in kept:
                     samples, margins, products = kept.pop(k)
                     seeds = residual.direction
                 else:  # <v, G> alone is cheaper than G
-                    samples = ahead or self._draw(share, step, piece, S, keep_graph=True)
-                    ahead = None
+                    samples = self._draw(share, step, piece, S, keep_graph=True)
                     margins, product = objective.directional_sum(
                         gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf, micro
                     )
