@@ -8,7 +8,7 @@ With m_ij the pairwise margins of the n training samples and a = -log(smallest m
 the smallest L_stat that the training data themselves reach. Like L_stat it is a ratio of *squared* norms: the digits classifier
 64-500-10 at margin 300 has 0.04, where the ratio of norms is 0.2. It is a non-negative least-squares problem in M = n (C - 1)
 multipliers, in float64 with exact ReLU gradients: with J the scaled gradients ``[M, P]`` and b the left side ``[P]`` the numerator is
-(-1, mu) A (-1, mu)^T, A = [[b b, (J b)^T], [J b, J J^T]], and the solver needs A ``[M + 1, M + 1]`` alone. A BatchNorm has the statistics
+b b - 2 mu J b + mu J J^T mu, and the solver needs products with J J^T ``[M, M]`` alone. A BatchNorm has the statistics
 of all n samples in the graph, as in training: with frozen ones such nets are not stationary. For diagnosis alone.
 """
 
@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.classifiers.coupled import coupled_gram
+from hpc_c2g.classifiers.coupled import coupled_product
 from hpc_c2g.classifiers.equations import count_equations
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
@@ -36,6 +36,8 @@ from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual
 
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
+ITERATIONS = 20_000  # a few hundred do
+ENOUGH = 1e-6  # largest projected slope, of rows and a left side of norm 1; 1e-9 is tried
 LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
@@ -130,8 +132,11 @@ def certify(
     pairs = other_classes(y, margins.shape[1])
     multipliers = torch.zeros_like(margins)
     products = pairwise_margins(torch.cat(logits), y)[pairs]
-    gram = coupled_gram(phi, theta, scales, x, y, MEMORY) if norms else margin_gram(model, scales, x, y)
-    multipliers[pairs] = _solve(gram, products, 1 / weight)
+    if norms:
+        multipliers[pairs] = _solve(coupled_product(phi, theta, scales, x, y), products, 1 / weight)
+    else:
+        gram = margin_gram(model, scales, x, y)
+        multipliers[pairs] = _solve(gram.mv, products, 1 / weight, gram.diagonal())
     sums = [kkt_sum(phi, theta, x[s], y[s], multipliers[s])[1] for s in spans]
     G = {k: torch.stack([g[k] for g in sums]).sum(0) for k in theta}
     squares = {k: float(r.square().sum()) for k, r in residual(theta, G, rates, c, alpha).items()}
@@ -194,23 +199,35 @@ def _spans(total: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, total, size)]
 
 
-def _solve(gram: Tensor, products: Tensor, square: float) -> Tensor:
-    """argmin over mu >= 0 of ||b - J^T mu||^2 from J J^T ``[M, M]``, J b ``[M]`` and b b, through a factor of A."""
-    size = gram.diagonal().clamp(min=0).sqrt()
-    scale = torch.where(size > 0, math.sqrt(square) / size, 0.0)  # columns and right side of the same norm
-    A = torch.ones(len(size) + 1, len(size) + 1).to(gram)
-    A[1:, 1:] = scale[:, None] * gram * scale / square
-    A[0, 1:] = A[1:, 0] = scale * products / square
-    lower, singular = torch.linalg.cholesky_ex(A)
-    if singular:
-        values, vectors = torch.linalg.eigh(A)  # thirty times slower
-        lower = vectors * values.clamp(min=0).sqrt()
-    factor = lower.T.cpu().numpy()
-    try:
-        solution, _ = nnls(factor[:, 1:], factor[:, 0], maxiter=30 * len(factor))
-    except RuntimeError as error:
-        raise C2GError(f"the certificate of {len(products)} margins did not converge", "give fewer samples") from error
-    return torch.from_numpy(solution).to(gram) * scale
+def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, squares: Tensor | None = None) -> Tensor:
+    """argmin over mu >= 0 of ||b - J^T mu||^2 from mu -> J J^T mu, J b ``[M]`` and b b; ``squares`` of J's rows, if known, scale mu.
+
+    By L-BFGS-B, which needs a few hundred products with any J; active-set solvers need a factor of J J^T, and a step per multiplier.
+    """
+    if squares is None:
+        squares = (products / math.sqrt(square)).square().amax().expand_as(products)  # no row is shorter than along b
+    size = squares.clamp(min=0).sqrt()
+    scale = torch.where(size > 0, math.sqrt(square) / size, 0.0)  # rows and right side of the same norm
+    right = (scale * products / square).cpu().numpy()
+
+    def half_square_and_slope(values: Any) -> tuple[float, Any]:
+        slope = scale * gram(scale * torch.from_numpy(values).to(products)) / square
+        slope = slope.cpu().numpy() - right
+        return 0.5 * float(1 + values @ (slope - right)), slope
+
+    start = torch.zeros(len(products), dtype=torch.float64).numpy()
+    found = minimize(
+        half_square_and_slope,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * len(start),
+        options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "maxcor": 30, "ftol": 0, "gtol": 1e-9},
+    )
+    descent = abs(found.x - (found.x - found.jac).clip(min=0)).max()  # of the projected slope
+    if descent > ENOUGH:
+        raise C2GError(f"the certificate of {len(products)} margins did not converge", "give fewer samples")
+    return torch.from_numpy(found.x).to(products) * scale
 
 
 def margin_gram(model: nn.Module, scales: Mapping[str, float], x: Tensor, y: Tensor, memory: int = MEMORY) -> Tensor:

@@ -1,8 +1,8 @@
-"""Inner products of margin gradients where batch statistics couple the samples: every margin depends on every sample."""
+"""Products with the Gram matrix of margin gradients where batch statistics couple the samples: every margin depends on every sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from hpc_c2g.kkt.margins import other_classes, pairwise_margins
 from hpc_c2g.kkt.stationarity import Classifier
 
 
-def coupled_gram(
-    phi: Classifier, theta: Mapping[str, Tensor], scales: Mapping[str, float], x: Tensor, y: Tensor, memory: int
-) -> Tensor:
-    """J J^T: sum_k s_k^2 <grad_k m_ij, grad_k m_i'j'> over all j != y_i, ``[M, M]``, rows ordered by i, then j.
+def coupled_product(
+    phi: Classifier, theta: Mapping[str, Tensor], scales: Mapping[str, float], x: Tensor, y: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """mu ``[M]`` -> J J^T mu ``[M]``, with J = {s_k grad_k m_ij} over all j != y_i, rows ordered by i, then j.
 
-    A backward pass through the whole batch per margin; block of rows by block of rows, the second block of each pair anew where not all
-    fit.
+    One graph of the whole batch is made; each product is a backward pass through it for J^T mu, and one through that pass for J of the
+    result. The matrix itself would take a backward pass per row.
 
     Args:
         phi: the classifier, with the statistics of the batch that it is called on.
@@ -25,28 +25,20 @@ def coupled_gram(
         scales: s_k = e^(a (1 - lambda_k)) per parameter.
         x: the whole batch ``[n, *S]``.
         y: labels ``[n]``.
-        memory: bytes for the row gradients (at least one row is held).
     """
     leaves = {k: t.detach().requires_grad_() for k, t in theta.items()}
     with torch.enable_grad():
         margins = pairwise_margins(phi(leaves, x), y)
-        rows = margins[other_classes(y, margins.shape[1])].unbind()
+        rows = margins[other_classes(y, margins.shape[1])]
+        seeds = torch.zeros_like(rows).requires_grad_()  # their value does not matter: J^T mu is linear in mu
+        sums = torch.autograd.grad(
+            rows, list(leaves.values()), seeds, create_graph=True, materialize_grads=True, allow_unused=True
+        )
 
-    def block(span: slice) -> Tensor:
-        gradients = []
-        for row in rows[span]:
-            parts = torch.autograd.grad(row, list(leaves.values()), retain_graph=True, materialize_grads=True)
-            gradients.append(torch.cat([scales[k] * g.flatten() for k, g in zip(leaves, parts, strict=True)]))
-        return torch.stack(gradients)
+    def product(mu: Tensor) -> Tensor:
+        parts = torch.autograd.grad(rows, list(leaves.values()), mu, retain_graph=True, materialize_grads=True)
+        towards = [scales[k] ** 2 * part for k, part in zip(leaves, parts, strict=True)]
+        (result,) = torch.autograd.grad(sums, seeds, towards, retain_graph=True, materialize_grads=True)
+        return result
 
-    # a quarter: two blocks, and the rows of the second before and after they are stacked
-    size = max(1, memory // (4 * x.element_size() * sum(t.numel() for t in leaves.values())))
-    spans = [slice(i, i + size) for i in range(0, len(rows), size)]
-    gram = torch.zeros(len(rows), len(rows)).to(x)
-    for i, one in enumerate(spans):
-        first = block(one)
-        gram[one, one] = first @ first.T
-        for other in spans[i + 1 :]:
-            gram[one, other] = first @ block(other).T
-            gram[other, one] = gram[one, other].T
-    return gram
+    return product
