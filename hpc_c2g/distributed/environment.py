@@ -173,7 +173,9 @@ def prepare_libraries(device: torch.device, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_num_threads(1)
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports a compiler, for more than a second
+    if (
+        deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # the call imports a compiler, for more than a second
         torch.use_deterministic_algorithms(deterministic)
 
 

@@ -1,0 +1,137 @@
+"""``python -m benchmarks.floor [--quick]``: what a step costs at least, phase by phase, and how far from that it is.
+
+The floor of a phase is the time of its matrix products and of its other bytes at the rates that this machine reaches (a large square
+product, a copy), whichever is longer. Of the KKT gradient alone (G, residual, cotangents) the floor is measured: its matrix products,
+on operands of their shapes, and nothing else. Every way is compared with float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.common import show, write_result
+from benchmarks.kkt import TOLERANCE, Samples, error, objective_of, one_pass, products, two_passes
+from benchmarks.subject import classifier, our_step
+from benchmarks.timing import copy_rate, interleaved, product_rate, undisturbed
+from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.environment import pick_device
+from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.dry_run import DryRun
+from hpc_c2g.training.meter import Work
+
+MUST = {"one pass": 1.1, "two passes of half": 1.35}
+
+
+def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Every way of one KKT gradient against its measured floor.
+
+    Raises:
+        SystemExit: a way's result is not that of float64.
+    """
+    device = pick_device("auto")
+    samples = Samples.random(bundle, batch, device, torch.float32)
+    exact = objective_of(bundle, batch, device, torch.float64, fast="off")
+    reference = one_pass(exact, Samples.random(bundle, batch, device, torch.float64))
+    fast, off = (objective_of(bundle, batch, device, fast=choice) for choice in ("auto", "off"))
+    ways = {
+        "autograd, one pass": lambda: one_pass(off, samples),
+        "autograd, two passes of half": lambda: two_passes(off, samples, batch // 2),
+        "one pass": lambda: one_pass(fast, samples),
+        "two passes of half": lambda: two_passes(fast, samples, batch // 2),
+        "two passes of a quarter": lambda: two_passes(fast, samples, batch // 4),
+    }
+    errors = {name: error(way(), reference) for name, way in ways.items()}
+    wrong = {name: e for name, e in errors.items() if e > TOLERANCE["float32"]}
+    if wrong:
+        sys.exit(f"not the gradient of float64: {wrong}")
+    floor, flops = products(bundle, batch, device, torch.float32)
+    taken = {k: undisturbed(t) for k, t in interleaved({"floor": floor, **ways}, rounds).items()}
+    return [
+        {
+            "way": name,
+            "ms": 1e3 * took,
+            "x floor": took / taken["floor"],
+            "TFLOP/s of the floor's": flops / took / 1e12,
+            "error": errors.get(name, 0.0),
+        }
+        for name, took in taken.items()
+    ]
+
+
+def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, Any]]:
+    """Operations, bytes and floor of each phase of a training step, and what it takes."""
+    device = pick_device("auto")
+    rate, bandwidth = product_rate(device, torch.float32), copy_rate(device)
+    one = config.micro_batch is None
+    samples = config.global_batch if one else int(config.micro_batch or 0)
+    cost = DryRun(bundle, config).cost(samples, one_pass=one)
+    m = config.global_batch / samples
+    work = {
+        "first pass: generator, G": cost.first * m,
+        "second pass: G where it is one, cotangents, generator": cost.second * m - cost.saved + cost.residual,
+        "optimiser": cost.update,
+    }
+    step = our_step(bundle, config)
+    numbers = iter(range(1, rounds + 3))
+    interleaved({"step": lambda: step(next(numbers))}, 0, warm_up=2)
+    step.phases.take()
+    whole = undisturbed(interleaved({"step": lambda: step(next(numbers))}, rounds, warm_up=0)["step"])
+    spent = {name: value / rounds for name, value in step.phases.take().items()}
+    measured = {
+        "first pass: generator, G": 0.0 if one else spent["kkt_sum"],
+        "second pass: G where it is one, cotangents, generator": spent["cotangents"]
+        + spent["all_reduce"]
+        + (spent["kkt_sum"] if one else 0.0),
+        "optimiser": spent["optimiser"],
+    }
+
+    def row(name: str, one: Work, took: float) -> dict[str, Any]:
+        floor = one.flops / rate + one.moved_bytes / bandwidth
+        return {
+            "phase": name,
+            "GFLOP": one.flops / 1e9,
+            "MB moved": one.moved_bytes / 1e6,
+            "calls": one.calls,
+            "floor ms": 1e3 * floor,
+            "products ms": 1e3 * one.flops / rate,
+            "measured ms": 1e3 * took,
+            "x floor": took / floor if floor else 0.0,
+        }
+
+    rows = [row(name, part, measured[name]) for name, part in work.items() if part.calls]
+    total = sum(work.values(), Work())
+    return [*rows, row("step", total, whole)]
+
+
+def main() -> None:
+    """Print both tables and write ``results/floor.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a narrow net and few rounds: see that it works")
+    parser.add_argument("--batch", type=int, default=1024)
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)  # as a run does
+    rounds, width = (3, 50) if arguments.quick else (30, 1000)
+    bundle, batch = classifier(width=width), arguments.batch
+    kkt = gradients(bundle, batch, rounds)
+    show(f"one KKT gradient, 784-{width}-{width}-10, batch {batch}", kkt)
+    config = TrainConfig(
+        steps=10**6, global_batch=batch, scale=ScaleConfig(rate=0.0), gates=GateConfig(anneal_fraction=1.0)
+    )
+    steps = {}
+    for name, size in (("one pass", None), ("two passes", batch // 2)):
+        steps[name] = phases(bundle, replace(config, micro_batch=size), rounds)
+        show(f"a training step, {name}, batch {batch}", steps[name])
+    found = {row["way"]: row["x floor"] for row in kkt}
+    settings = {"quick": arguments.quick, "width": width, "batch": batch, "rounds": rounds}
+    print(f"written: {write_result('floor', settings, kkt=kkt, steps=steps)}")
+    for name, limit in MUST.items():
+        print(f"{name}: {found[name]:.2f} x floor (asked for: {limit})")
+
+
+if __name__ == "__main__":
+    main()
