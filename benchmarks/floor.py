@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.common import show, write_result
-from benchmarks.kkt import TOLERANCE, Samples, error, objective_of, one_pass, products, two_passes
+from benchmarks.kkt import TOLERANCE, Gradient, Samples, error, objective_of, one_pass, products, two_passes
 from benchmarks.subject import classifier, our_step
 from benchmarks.timing import copy_rate, interleaved, product_rate, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
@@ -38,7 +39,7 @@ def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
     exact = objective_of(bundle, batch, device, torch.float64, fast="off")
     reference = one_pass(exact, Samples.random(bundle, batch, device, torch.float64))
     fast, off = (objective_of(bundle, batch, device, fast=choice) for choice in ("auto", "off"))
-    ways = {
+    ways: dict[str, Callable[[], Gradient]] = {
         "autograd, one pass": lambda: one_pass(off, samples),
         "autograd, two passes of half": lambda: two_passes(off, samples, batch // 2),
         "one pass": lambda: one_pass(fast, samples),

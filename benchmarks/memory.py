@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, floa
     for number in (1, 2):
         step(number)
     most = _now(world.device, reset=False)
-    return _live(step, 3), most - before, most
+    return live_bytes(lambda: step(3)), most - before, most
 
 
-def _live(step: Step, number: int) -> float:
-    """Most bytes that PyTorch's allocator held during a step, besides what was there before."""
+def live_bytes(step: Callable[[], object]) -> float:
+    """Most bytes that PyTorch's allocator held during a call, besides what was there before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(number)
+        step()
     live = most = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
