@@ -41,10 +41,10 @@ def plain_loop(model: nn.Module, x: Tensor, labels: Tensor, target: float, rate:
     while True:
         logits = model(x)
         loss = smoothed_margin(logits, labels)
-        if float(smallest_margins(pairwise_margins(logits, labels), labels).min()) >= target:
+        if float(smallest_margins(pairwise_margins(logits.detach(), labels), labels).min()) >= target:
             return step
-        own = own / 2 if float(loss) > previous else min(own * 1.05, rate)
-        previous, step = float(loss), step + 1
+        own = own / 2 if loss.item() > previous else min(own * 1.05, rate)
+        previous, step = loss.item(), step + 1
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
