@@ -17,7 +17,7 @@ from hpc_c2g.kkt.directional import directional_sum
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.kkt.stationarity import cotangents, kkt_sum
 from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.objective import Objective, way_of_kkt_sums
 
 CLASSES, BATCH, SHAPE = 4, 6, (1, 3, 3)
 NETS = {
@@ -235,6 +235,20 @@ def test_fast_off_goes_through_autograd_to_the_same_result() -> None:
         rtol=1e-11,
         atol=1e-12,
     )
+
+
+def test_a_run_tells_which_way_it_goes() -> None:
+    def way(net: nn.Module, **settings: str) -> str:
+        names = [str(c) for c in range(CLASSES)]
+        bundle = Bundle(net, {"target": "mlp"}, names, SHAPE, Normalisation.constant(SHAPE, mean=0.5))
+        return way_of_kkt_sums(bundle, TrainConfig(classifier="c", run_dir="r", **settings))
+
+    assert way(MLP(SHAPE, CLASSES, width=7)) == "closed form, products in float32"
+    assert way(MLP(SHAPE, CLASSES, width=7), precision="bfloat16") == "closed form, products in bfloat16"
+    assert way(MLP(SHAPE, CLASSES, width=7), fast="off") == "autograd (fast=off)"
+    assert way(OTHERS["convolutions"]()) == "autograd"
+    normed = MLP(SHAPE, CLASSES, width=7, batch_norm=True)
+    assert way(normed) == "autograd"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hpc_c2g.distributed.environment import recorded
 from hpc_c2g.monitoring.provenance import as_table, machine, revision, versions
 from hpc_c2g.training.assembly import Assembly
 from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.objective import way_of_kkt_sums
 from hpc_c2g.training.run_directory import plain
 
 PLAN = "plan.json"
@@ -43,6 +44,7 @@ def _layout(assembly: Assembly) -> dict[str, object]:
         "global batch": config.global_batch,
         "micro-batch": assembly.micro_batch or "the whole share",
         "passes": "one" if sharding.one_pass else "two",
+        "KKT sums": "; ".join(way_of_kkt_sums(bundle, config) for bundle in assembly.bundles),
         "ZeRO stage": config.zero_stage,
         "classifier parameters": ", ".join(
             str(sum(p.numel() for p in bundle.parameters.values())) for bundle in assembly.bundles

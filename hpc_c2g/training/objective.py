@@ -14,7 +14,7 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.rates import find_rates, verify_rates
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import directional, duality, priors, scale, stationarity
-from hpc_c2g.kkt.chain import Chain, links_of
+from hpc_c2g.kkt.chain import Chain, Link, links_of
 from hpc_c2g.kkt.coupled import CoupledSum, Given, Piece
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.kkt.normalisation import BatchStatistics, Reduction, couples, refuse_calls
@@ -49,6 +49,20 @@ def loss_terms(config: TrainConfig, is_image: bool) -> list[str]:
         "repulsion": config.prior.repulsion,
     }
     return ["feasibility", "box", *(name for name, there in optional.items() if there)]
+
+
+def way_of_kkt_sums(bundle: Bundle, config: TrainConfig) -> str:
+    """How a run computes them, in words."""
+    if config.fast == "off":
+        return "autograd (fast=off)"
+    fast = _links(GatedClassifier(bundle.model), bundle, config) is not None
+    return f"closed form, products in {config.precision}" if fast else "autograd"
+
+
+def _links(phi: GatedClassifier, bundle: Bundle, config: TrainConfig) -> tuple[Link, ...] | None:
+    """Of the fast path, where there is one and it is wanted."""
+    wanted = config.fast == "auto" and not couples(bundle.model, config.stationarity.statistics)
+    return links_of(phi) if wanted else None
 
 
 @dataclass(frozen=True)
@@ -92,15 +106,14 @@ class Objective:
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
         self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalisation.box())
         self.squares = stationarity.squared_norms(bundle.parameters)
-        self.chain = self._chain()
+        self.chain = self._chain(_links(self.phi, bundle, config))
         # the probes' own statistics: behind a BatchNorm the scale is then that of any batch
         own = BatchStatistics() if self.coupled else None
         self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024), own)
         self.is_image = len(bundle.input_shape) == 3
 
-    def _chain(self) -> Chain | None:
-        """The fast path, where there is one and it is wanted."""
-        links = links_of(self.phi) if self.config.fast == "auto" and not self.coupled else None
+    def _chain(self, links: tuple[Link, ...] | None) -> Chain | None:
+        """The fast path, or the refusal of a precision that needs it."""
         if links is None and self.config.precision != "float32":
             raise C2GError(
                 f"precision={self.config.precision} needs the fast path, which is for fully connected classifiers without BatchNorm",

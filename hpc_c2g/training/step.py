@@ -232,7 +232,7 @@ class TrainStep:
                     _total(losses),
                 )
                 # the loss of several classifiers is the mean of theirs
-                surrogate = (samples.x * gx).sum() + (samples.multipliers * gmu).sum()
+                surrogate = torch.dot(samples.x.flatten(), gx.flatten()) + (samples.multipliers * gmu).sum()
                 self.engine.backward(surrogate / self.mesh.classifiers)
                 self.account.add(k, scalars_of(piece, residual, losses, margins, samples.multipliers, S, gx, gmu))
                 if bands is not None:
