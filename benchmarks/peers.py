@@ -100,7 +100,7 @@ class PeerLoop:
 
 
 def our_config(folder: str, run_dir: str, batch: int, codes: int, steps: int) -> TrainConfig:
-    """The default recipe, with a code per two training images as in the experiments."""
+    """The default recipe with so many codes per class."""
     return TrainConfig(
         classifier=folder,
         run_dir=run_dir,
@@ -142,8 +142,9 @@ def costs(folder: str, bundle: Bundle, batch: int, codes: int, rounds: int) -> l
     ]
 
 
-def quality(folder: str, bundle: Bundle, batch: int, codes: int, limit: float) -> list[dict[str, Any]]:
+def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: float) -> list[dict[str, Any]]:
     """Metrics (use real data) of every method after ``limit`` seconds of wall time, ours from its start with its pilot."""
+    ours, codes = batch // 2 * per_image, per_image * -(-batch // (2 * len(bundle.classes)))
     split = load_split(fitted_data(folder, None))
     oracle = split_oracle(split, 0)
 
@@ -166,10 +167,10 @@ def quality(folder: str, bundle: Bundle, batch: int, codes: int, limit: float) -
             print(f"peers, {name}: not finite after {steps} steps")
     for share in (1.0, 0.5):
         with TemporaryDirectory() as scratch:
-            runs = {steps: our_config(folder, f"{scratch}/{steps}", batch, codes, steps) for steps in (2, 1, 50)}
+            runs = {steps: our_config(folder, f"{scratch}/{steps}", ours, codes, steps) for steps in (2, 1, 50)}
             _, start, fifty = (seconds(functools.partial(train, run)) for run in runs.values())  # the first one imports
             steps = max(1, int((share * limit - start) / ((fifty - start) / 49)))
-            config = our_config(folder, f"{scratch}/run", batch, codes, steps)
+            config = our_config(folder, f"{scratch}/run", ours, codes, steps)
             took = seconds(functools.partial(train, config))
             generator = load_run(Path(config.run_dir)).generator
             rows.append(row(f"ours, {share:g} of the time", steps, took, *generator.sample(batch, 0, "supported")))
@@ -181,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classifier", required=True, help="folder of a bundle whose data are at hand")
     parser.add_argument("--seconds", type=float, default=60.0, help="wall time of every method")
+    parser.add_argument("--codes", type=int, default=2, choices=(1, 2), help="of our generator per training image")
     parser.add_argument("--quick", action="store_true", help="few rounds, one second: see that it works")
     parser.add_argument("--name", default="peers", help="of the result file")
     arguments = parser.parse_args()
@@ -191,11 +193,17 @@ def main() -> None:
     limit, rounds = (1.0, 3) if arguments.quick else (arguments.seconds, 15)
     rows = costs(arguments.classifier, bundle, batch, codes, rounds)
     show(f"a step, {train_size} training images, batch {batch}", rows)
-    found = quality(arguments.classifier, bundle, batch, codes, limit)
+    found = quality(arguments.classifier, bundle, batch, arguments.codes, limit)
     show(f"after {limit:g} s (uses real data)", found)
     best = max((r["coverage"] for r in found if r["method"].startswith("peers")), default=0.0)
     ours = next(r["coverage"] for r in found if r["method"].startswith("ours"))
-    settings = {"quick": arguments.quick, "batch": batch, "seconds": limit, "train_size": train_size}
+    settings = {
+        "quick": arguments.quick,
+        "batch": batch,
+        "seconds": limit,
+        "train_size": train_size,
+        "codes": arguments.codes,
+    }
     print(f"written: {write_result(arguments.name, settings, steps=rows, quality=found)}")
     print(f"coverage after equal time: ours {ours:.3f}, the peers' best {best:.3f}")
     if ours <= best and not arguments.quick:

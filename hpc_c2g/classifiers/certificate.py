@@ -37,6 +37,7 @@ from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
 ITERATIONS = 20_000  # a few hundred do
+NEAR = 1e-6  # what a certificate of coupled samples may lack
 ENOUGH = 2e-4  # what the certificate may lack, which is told to three decimals
 LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
@@ -202,18 +203,32 @@ def _spans(total: int, size: int) -> list[slice]:
 def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, squares: Tensor | None = None) -> Tensor:
     """argmin over mu >= 0 of ||b - J^T mu||^2 from mu -> J J^T mu, J b ``[M]`` and b b; ``squares`` of J's rows, if known, scale mu.
 
-    By L-BFGS-B, which needs a few hundred products with any J; active-set solvers need a factor of J J^T, and a step per multiplier.
+    By L-BFGS-B, which needs some hundred products with any J; active-set solvers need a factor of J J^T, and a step per multiplier. By
+    convexity no mu of at most twice the sum is better than one at which the slope is g by more than the gap
+    <g, mu> + 2 sum mu max(0, -min g): products that take passes through a net end at a gap of ``NEAR``, those with a matrix go on.
     """
+    enough = NEAR if squares is None else 0.0
     if squares is None:
         squares = (products / math.sqrt(square)).square().amax().expand_as(products)  # no row is shorter than along b
     size = squares.clamp(min=0).sqrt()
     scale = torch.where(size > 0, math.sqrt(square) / size, 0.0)  # rows and right side of the same norm
     right = (scale * products / square).cpu().numpy()
+    slopes: dict[bytes, Any] = {}  # of the last point, which the solver goes on from or leaves
 
     def half_square_and_slope(values: Any) -> tuple[float, Any]:
         slope = scale * gram(scale * torch.from_numpy(values).to(products)) / square
         slope = slope.cpu().numpy() - right
+        slopes.clear()
+        slopes[values.tobytes()] = slope
         return 0.5 * float(1 + values @ (slope - right)), slope
+
+    def gap(values: Any, slope: Any) -> float:
+        return float(slope @ values + 2 * values.sum() * max(0.0, -slope.min()))
+
+    def stop_when_near(values: Any) -> None:
+        slope = slopes.get(values.tobytes())
+        if slope is not None and values.any() and gap(values, slope) < enough:
+            raise StopIteration
 
     start = torch.zeros(len(products), dtype=torch.float64).numpy()
     found = minimize(
@@ -222,11 +237,11 @@ def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, sq
         jac=True,
         method="L-BFGS-B",
         bounds=[(0, None)] * len(start),
+        callback=stop_when_near,
         options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "maxcor": 30, "ftol": 0, "gtol": 1e-9},
     )
-    # by convexity no mu of at most twice the sum is better by more than this
-    gap = found.jac @ found.x + 2 * found.x.sum() * max(0.0, -found.jac.min())
-    if not gap < ENOUGH:
+    slope = half_square_and_slope(found.x)[1]
+    if not gap(found.x, slope) < ENOUGH:
         raise C2GError(f"the certificate of {len(products)} margins did not converge", "give fewer samples")
     return torch.from_numpy(found.x).to(products) * scale
 

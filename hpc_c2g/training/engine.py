@@ -100,10 +100,12 @@ class DeepSpeedEngine(OptimisedModule):
 def import_deepspeed() -> Any:
     """DeepSpeed, quiet.
 
-    Import it before the process group is made: it would keep that as a default argument, and its threads beyond the interpreter.
+    Import it before the process group is made: it would keep that as a default argument, and its threads beyond the interpreter. So
+    would the compiler that torch.optim imports at its first use.
     """
     with _silenced():  # build messages of a first import
         import deepspeed
+        import torch._dynamo
     # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
