@@ -105,7 +105,7 @@ def import_deepspeed() -> Any:
     """
     with _silenced():  # build messages of a first import
         import deepspeed
-        import torch._dynamo
+        import torch._dynamo  # noqa: F401
     # DeepSpeed would compile a shared-memory all-reduce on first use: a minute, a compiler, and sums in its own order
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
