@@ -178,7 +178,7 @@ def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: floa
 
 
 def main() -> None:
-    """Print both tables and write ``results/peers.json``; fail where ours covers less after equal time."""
+    """Print both tables and write ``results/peers.json``; fail where ours covers no more after equal time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classifier", required=True, help="folder of a bundle whose data are at hand")
     parser.add_argument("--seconds", type=float, default=60.0, help="wall time of every method")
@@ -204,7 +204,7 @@ def main() -> None:
         "train_size": train_size,
         "codes": arguments.codes,
     }
-    print(f"written: {write_result(arguments.name, settings, steps=rows, quality=found)}")
+    print(f"written: {write_result(arguments.name + '_quick' * arguments.quick, settings, steps=rows, quality=found)}")
     print(f"coverage after equal time: ours {ours:.3f}, the peers' best {best:.3f}")
     if ours <= best and not arguments.quick:
         sys.exit("ours covers no more than the peers after equal time")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -186,6 +186,32 @@ def test_gram_in_blocks(setup: tuple[Bundle, Tensor, Tensor], monkeypatch: pytes
     monkeypatch.setattr(module, "CHUNK", 5)
     for memory in (1, 3 * size, 7 * size):
         torch.testing.assert_close(margin_gram(bundle.model, scales, x, y, memory), whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_much_longer_than_along_the_left_side_do_not_end_the_search(length: float, known: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    J = torch.zeros(30, 40, dtype=torch.float64)
+    J[:, 0] = torch.rand(30, generator=generator).double() + 0.5
+    J[:, 1:4] = length * (torch.randn(30, 3, generator=generator).double() + 0.3)
+    b = torch.eye(40, dtype=torch.float64)[0]
+    mu = module._solve(lambda v: J @ (J.T @ v), J @ b, 1.0, J.square().sum(1) if known else None)
+    assert bool((mu >= 0).all())
+    _, norm = nnls(J.T.numpy(), b.numpy(), maxiter=10**5)
+    assert float((b - J.T @ mu).square().sum()) == pytest.approx(norm**2, abs=1e-4 if not known else 1e-8)
+
+
+def test_a_search_that_ends_too_soon_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    bundle, (x, y) = bundle_of(MLP((6,), 3, width=9), (6,), 3), data(12, (6,), 3)
+
+    def soon(function, start, **settings):
+        return minimize(function, start, **settings | {"options": {"maxiter": 1}})
+
+    monkeypatch.setattr(module, "minimize", soon)
+    with pytest.raises(C2GError, match="did not converge"):
+        certify(bundle, x, y, dict.fromkeys(bundle.parameters, 0.5))
 
 
 def test_chunks_of_samples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -157,6 +159,12 @@ def frozen_part() -> nn.Module:
     return net
 
 
+def hooked() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, CLASSES))
+    net[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return net
+
+
 OTHERS = {
     "convolutions": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2, CLASSES)),
     "batch norm": lambda: MLP(SHAPE, CLASSES, width=7, depth=3, batch_norm=True),
@@ -169,6 +177,10 @@ OTHERS = {
     "a rectifier at the end": lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, CLASSES), nn.ReLU()),
     "a part that is flattened": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
     "a fixed weight": frozen_part,
+    "a hook": hooked,
+    "a gate without a bend": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(9, 9), nn.LeakyReLU(1.0), nn.Linear(9, CLASSES)
+    ),
 }
 
 
@@ -184,6 +196,72 @@ def test_what_does_nothing_is_no_link() -> None:
     links = links_of(GatedClassifier(net))
     assert links is not None
     assert [link.weight for link in links] == ["2.weight", "6.weight"]
+
+
+class Flattened(nn.Module):
+    def __init__(self, flatten) -> None:
+        super().__init__()
+        self.flatten, self.head = flatten, nn.Linear(9, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flatten(x))
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda x: x.flatten(1),
+        lambda x: x.flatten(start_dim=1),
+        lambda x: torch.flatten(x, 1, -1),
+        lambda x: torch.flatten(x, start_dim=1, end_dim=-1),
+    ],
+)
+def test_every_way_to_flatten_samples_is_one(flatten) -> None:
+    assert links_of(GatedClassifier(Flattened(flatten))) is not None
+
+
+def test_nothing_but_samples_is_flattened() -> None:
+    assert links_of(GatedClassifier(Flattened(torch.flatten))) is None
+    assert links_of(GatedClassifier(Flattened(lambda x: x.flatten(1, 2)))) is None
+
+
+def test_a_weight_that_the_bundle_knows_by_another_name_goes_through_autograd() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare, self.first, self.head = nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, CLASSES)
+            self.spare.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x.flatten(1)).relu())
+
+    assert objective_of(Spare().double()).chain is None
+
+
+@pytest.mark.parametrize("kept", ["G", "product"])
+def test_a_graph_lets_go_of_activations_and_says_so(kept: str) -> None:
+    s = Subject("biases everywhere")
+    if kept == "G":
+        margins, _ = s.chain.kkt_sum(s.widths, s.x, s.labels, s.mu, keep_graph=True)
+    else:
+        margins, _ = s.chain.directional_sum(s.widths, s.v, s.x, s.labels, s.mu)
+    torch.autograd.grad(margins.sum(), s.x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="make it anew"):
+        torch.autograd.grad(margins.sum(), s.x)
+
+
+@pytest.mark.parametrize("keep", ["kkt_sum", "directional_sum"])
+def test_a_graph_that_nobody_differentiates_is_freed(keep: str) -> None:
+    s, alive = Subject("biases everywhere"), []
+    arguments = (s.widths, *([s.v] if keep == "directional_sum" else []), s.x, s.labels, s.mu)
+    out = getattr(s.chain, keep)(*arguments, **({"keep_graph": True} if keep == "kkt_sum" else {}))
+    alive.append(weakref.ref(out[0].grad_fn.passed[0]))
+    gc.disable()
+    try:
+        del out
+        assert alive[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_bfloat16_rounds_the_sides_of_products_and_sums_in_float32() -> None:

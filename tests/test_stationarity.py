@@ -143,6 +143,8 @@ def joint_gradients(name: str) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
         for k in theta:
             own = float(left[k].pow(2).sum())
             weight = 1 / (len(theta) * own) if weighting == "per_tensor" and own > 0 else 1 / norm
+            if weighting == "scale_free" and not own:
+                weight = float((ea ** rates[k] * theta[k].detach()).pow(2).sum()) / norm**2
             loss = loss + weight * (left[k] - ea ** (1 - rates[k]) * G[k]).pow(2).sum()
             S += rates[k] * ea ** rates[k] * float((theta[k].detach() * left[k]).sum())
         for i in range(BATCH):
@@ -260,6 +262,26 @@ def test_tensor_without_a_left_side_takes_the_relative_weight():
     assert per_tensor["c"] != relative["c"]
 
 
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
+def test_scale_free_weights_do_not_see_how_large_what_is_before_a_normalisation_was_left(factor):
+    """``a`` can be scaled at will: its rate is 0, and G_a scales with the inverse."""
+    theta, _ = random_problem(0)
+    rates = RATES | {"a": 0.0}
+    c = stationarity.left_side(rates, "rates")
+    generator = torch.Generator().manual_seed(1)
+    G = {k: torch.randn(t.shape, generator=generator, dtype=torch.float64) for k, t in theta.items()}
+
+    def terms(theta, G):
+        weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, "scale_free")
+        return stationarity.stationarity_terms(stationarity.residual(theta, G, rates, c, ALPHA), weights)
+
+    scaled = terms(theta | {"a": factor * theta["a"]}, G | {"a": G["a"] / factor})
+    torch.testing.assert_close(scaled, terms(theta, G), rtol=1e-12, atol=0)
+    relative = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA)
+    own = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, "scale_free")
+    assert {k for k in rates if own[k] == relative[k]} == {"b", "c", "d"}
+
+
 def test_left_sides_are_those_of_the_theorems():
     assert stationarity.left_side(RATES, "identity") == {"a": 1, "b": 1, "c": 1, "d": 1}
     assert stationarity.left_side(RATES, "rates") == RATES
@@ -275,7 +297,7 @@ def test_unknown_forms_and_a_zero_left_side_are_refused():
     with pytest.raises(C2GError, match=r"left_side='both'.*identity, rates, top_rate"):
         stationarity.left_side(RATES, "both")
     ones = dict.fromkeys(RATES, 1.0)
-    with pytest.raises(C2GError, match=r"weighting='both'.*relative, per_tensor"):
+    with pytest.raises(C2GError, match=r"weighting='both'.*relative, per_tensor, scale_free"):
         stationarity.residual_weights(stationarity.squared_norms(theta), RATES, ones, ALPHA, "both")
     zero = theta | {"c": torch.zeros(2, 2, 2), "d": torch.zeros(1)}
     with pytest.raises(C2GError, match="left side of the stationarity condition is zero"):

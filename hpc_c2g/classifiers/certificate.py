@@ -37,7 +37,7 @@ from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
 ITERATIONS = 20_000  # a few hundred do
-NEAR = 1e-6  # what a certificate of coupled samples may lack
+NEAR = 1e-5  # what a certificate of coupled samples may lack
 ENOUGH = 2e-4  # what the certificate may lack, which is told to three decimals
 LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
@@ -203,9 +203,10 @@ def _spans(total: int, size: int) -> list[slice]:
 def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, squares: Tensor | None = None) -> Tensor:
     """argmin over mu >= 0 of ||b - J^T mu||^2 from mu -> J J^T mu, J b ``[M]`` and b b; ``squares`` of J's rows, if known, scale mu.
 
-    By L-BFGS-B, which needs some hundred products with any J; active-set solvers need a factor of J J^T, and a step per multiplier. By
-    convexity no mu of at most twice the sum is better than one at which the slope is g by more than the gap
-    <g, mu> + 2 sum mu max(0, -min g): products that take passes through a net end at a gap of ``NEAR``, those with a matrix go on.
+    By L-BFGS-B, which needs some hundred products with any J; active-set solvers need a factor of J J^T, and a step per multiplier. In
+    mu scaled so that rows are as long as b, no point with a sum of at most s = max(2 sum mu, 1) is better, by convexity, than one at
+    which half the certificate has slope g by more than the gap 2 (<g, mu> + s max(0, -min g)): products that take passes through a net
+    end at a gap of ``NEAR``, those with a matrix go on.
     """
     enough = NEAR if squares is None else 0.0
     if squares is None:
@@ -223,11 +224,11 @@ def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, sq
         return 0.5 * float(1 + values @ (slope - right)), slope
 
     def gap(values: Any, slope: Any) -> float:
-        return float(slope @ values + 2 * values.sum() * max(0.0, -slope.min()))
+        return 2 * float(slope @ values + max(2 * values.sum(), 1.0) * max(0.0, -slope.min()))
 
     def stop_when_near(values: Any) -> None:
         slope = slopes.get(values.tobytes())
-        if slope is not None and values.any() and gap(values, slope) < enough:
+        if slope is not None and gap(values, slope) < enough:
             raise StopIteration
 
     start = torch.zeros(len(products), dtype=torch.float64).numpy()

@@ -57,7 +57,6 @@ class Passed:
     deltas: list[Tensor]
     gates: list[Tensor]
     pulls: list[Tensor]
-    margins: Tensor
 
 
 def links_of(classifier: GatedClassifier) -> tuple[Link, ...] | None:
@@ -67,11 +66,13 @@ def links_of(classifier: GatedClassifier) -> tuple[Link, ...] | None:
         return None
     if [nodes[0].op, nodes[-1].op] != ["placeholder", "output"] or not _flattens(classifier.graph, nodes[1]):
         return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in classifier.graph.modules()):
+        return None
     modules: list[Any] = [
         classifier.graph.get_submodule(str(n.target)) if n.op == "call_module" else None for n in nodes[2:-1]
     ]
     maps, gates = modules[::2], modules[1::2]
-    alternate = len(maps) == len(gates) + 1 and all(isinstance(gate, GatedReLU) for gate in gates)
+    alternate = len(maps) == len(gates) + 1 and all(isinstance(gate, GatedReLU) and gate.slope != 1 for gate in gates)
     if not alternate or any(type(linear) is not nn.Linear for linear in maps) or len({*map(id, maps)}) < len(maps):
         return None
     tensors = [t for linear in maps for t in (linear.weight, linear.bias) if t is not None]
@@ -118,8 +119,8 @@ class Chain:
             own = dict(zip(self._names(), parts, strict=True))
         else:
             with torch.no_grad():
-                passed = self._pass(widths, x, labels, multipliers)
-                margins, own = passed.margins, self._sum(passed, on_ready)
+                margins, passed = self._pass(widths, x, labels, multipliers)
+                own = self._sum(passed, on_ready)
         return margins, {k: own[k] if k in own else torch.zeros_like(t) for k, t in self.theta.items()}
 
     def directional_sum(
@@ -143,8 +144,10 @@ class Chain:
         product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
         return product if onto is None else onto.add_(product)
 
-    def _pass(self, widths: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor) -> Passed:
-        """Forward, and backward to every D."""
+    def _pass(
+        self, widths: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor
+    ) -> tuple[Tensor, Passed]:
+        """Margins by the forward, and what the backward to every D leaves."""
         a, inputs, gates = x.flatten(1), [], []
         for link, weight in zip(self.links, self.weights, strict=True):
             inputs.append(self._operand(a))
@@ -160,7 +163,7 @@ class Chain:
         for weight, s in zip(reversed(self.weights), reversed(gates), strict=False):
             pulls.insert(0, self._times(deltas[0], weight))
             deltas.insert(0, self._operand(s * pulls[0]))
-        return Passed(widths, inputs, deltas, gates, pulls, pairwise_margins(z, labels))
+        return pairwise_margins(z, labels), Passed(widths, inputs, deltas, gates, pulls)
 
     def _sum(self, passed: Passed, on_ready: Ready | None = None) -> dict[str, Tensor]:
         """G, the last map first."""
@@ -236,17 +239,16 @@ class _Sum(torch.autograd.Function):
         widths: Mapping[str, Tensor],
         on_ready: Ready | None,
     ) -> tuple[Tensor, ...]:
-        passed = chain._pass(widths, x, labels, multipliers)
+        margins, passed = chain._pass(widths, x, labels, multipliers)
         G = chain._sum(passed, on_ready)
-        ctx.chain, ctx.passed, ctx.labels, ctx.shape = chain, passed, labels, x.shape
+        ctx.chain, ctx.passed, ctx.labels, ctx.shape = chain, (passed, None), labels, x.shape
         ctx.set_materialize_grads(False)
-        return passed.margins, *(G[name] for name in chain._names())
+        return margins, *(G[name] for name in chain._names())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        chain, passed = ctx.chain, ctx.passed
-        ctx.passed = None  # let go of activations as autograd does, though the graph may be held longer
+        chain, (passed, _) = ctx.chain, _taken(ctx)
         v = dict(zip(chain._names(), grads[1:], strict=True))
         gx, gmu = chain._cotangents(passed, chain._tangents(passed, v), v, None, grads[0], ctx.labels)
         return gx.view(ctx.shape), gmu, None, None, None, None
@@ -265,22 +267,30 @@ class _Product(torch.autograd.Function):
         widths: Mapping[str, Tensor],
         v: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        passed = chain._pass(widths, x, labels, multipliers)
+        margins, passed = chain._pass(widths, x, labels, multipliers)
         tangents = chain._tangents(passed, v)
-        ctx.chain, ctx.passed, ctx.tangents, ctx.v = chain, passed, tangents, v
+        ctx.chain, ctx.passed, ctx.v = chain, (passed, tangents), v
         ctx.labels, ctx.shape = labels, x.shape
         ctx.set_materialize_grads(False)
-        return passed.margins, (multipliers * pairwise_margins(tangents[-1], labels)).sum()
+        return margins, (multipliers * pairwise_margins(tangents[-1], labels)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         seeds, of_product = grads
+        passed, tangents = _taken(ctx)
         if of_product is None:
-            of_product = torch.zeros((), dtype=ctx.tangents[-1].dtype, device=ctx.tangents[-1].device)
-        passed, tangents, ctx.passed, ctx.tangents = ctx.passed, ctx.tangents, None, None
+            of_product = tangents[-1].new_zeros(())
         gx, gmu = ctx.chain._cotangents(passed, tangents, ctx.v, of_product, seeds, ctx.labels)
         return gx.view(ctx.shape), gmu, None, None, None, None
+
+
+def _taken(ctx: Any) -> Any:
+    """What a backward needs, let go of as autograd does: the graph may be held longer."""
+    if ctx.passed is None:
+        raise RuntimeError("the closed form's graph was differentiated before: its activations are gone, make it anew")
+    passed, ctx.passed = ctx.passed, None
+    return passed
 
 
 def _to_logits(of_margins: Tensor, labels: Tensor) -> Tensor:
@@ -299,4 +309,6 @@ def _flattens(graph: fx.GraphModule, node: fx.Node) -> bool:
         module = graph.get_submodule(str(node.target))
         return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     flattens = node.target == "flatten" if node.op == "call_method" else node.target is torch.flatten
-    return flattens and node.op in ("call_method", "call_function") and (*node.args[1:],) == (1,) and not node.kwargs
+    given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
+    given |= {k: v for k, v in node.kwargs.items() if k in given}
+    return flattens and node.op in ("call_method", "call_function") and given == {"start_dim": 1, "end_dim": -1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,8 @@ def make_plan(config: PlanConfig) -> Plan:
         )
     share = -(-config.global_batch // ranks)
     stage, largest = choose(config, profile, dry, share, ranks, _file_bytes(bundle))
+    if stage != config.zero_stage:  # a step at stage 3 keeps no micro-batch
+        dry = DryRun(bundle, replace(config, zero_stage=stage))
     cost_of = functools.cache(dry.cost)
     micro = balanced(share, largest)
     cost = cost_of(micro, micro == share)

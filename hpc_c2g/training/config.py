@@ -30,7 +30,8 @@ class StationarityConfig:
 
     Attributes:
         left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
-        weighting: over tensors, ``relative`` or ``per_tensor``.
+        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free`` (relative, and what is before a normalisation in its own
+            scale; see ``residual_weights``).
         weight: in the loss; 0 leaves classification alone.
         statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
             needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
@@ -247,8 +248,8 @@ class TrainConfig:
         seed: of weights, latents and probes.
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
-        fast: ``auto`` takes the closed form of G and its cotangents where the classifier is fully connected without BatchNorm
-            (hpc_c2g/kkt/chain.py), ``off`` always goes through autograd. The result is the same to rounding.
+        fast: ``auto`` takes the closed form of G and its cotangents where the classifier is a flatten(1) and a chain of nn.Linear and
+            (leaky) ReLU (hpc_c2g/kkt/chain.py), ``off`` always goes through autograd. The result is the same to rounding.
         precision: of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds their sides and sums in float32
             (on the fast path alone).
         deterministic: the same bits on every number of ranks that divides ``virtual_shards``: these are the micro-batches

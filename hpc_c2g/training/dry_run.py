@@ -78,7 +78,8 @@ class MicroBatchCost:
 class DryRun:
     """A run's classifier and generator on the meta device, ready to be costed at any micro-batch.
 
-    The repulsion prior is left out (its size depends on the labels' values), everything else is counted as configured.
+    The repulsion prior is left out (its size depends on the labels' values), products are counted in float32, everything else as
+    configured.
 
     Args:
         bundle: the classifier.
@@ -86,7 +87,9 @@ class DryRun:
     """
 
     def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
-        self.config = replace(config, prior=replace(config.prior, repulsion=0.0), deterministic=False)
+        self.config = replace(
+            config, prior=replace(config.prior, repulsion=0.0), deterministic=False, precision="float32"
+        )
         with Meter():
             self.objective = Objective(bundle, self.config, config.global_batch, META, torch.float32)
         self.build = functools.partial(_generator, self.config, bundle)

@@ -62,7 +62,9 @@ def way_of_kkt_sums(bundle: Bundle, config: TrainConfig) -> str:
 def _links(phi: GatedClassifier, bundle: Bundle, config: TrainConfig) -> tuple[Link, ...] | None:
     """Of the fast path, where there is one and it is wanted."""
     wanted = config.fast == "auto" and not couples(bundle.model, config.stationarity.statistics)
-    return links_of(phi) if wanted else None
+    links = links_of(phi) if wanted else None
+    # a weight that the bundle knows by another name, which forward does not use
+    return links if links and all(n in bundle.parameters for k in links for n in (k.weight, k.bias) if n) else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Objective:
         self.coupled = couples(bundle.model, config.stationarity.statistics)
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
         self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalisation.box())
-        self.squares = stationarity.squared_norms(bundle.parameters)
+        self.squares = stationarity.squared_norms({k: t.double() for k, t in bundle.parameters.items()})
         self.chain = self._chain(_links(self.phi, bundle, config))
         # the probes' own statistics: behind a BatchNorm the scale is then that of any batch
         own = BatchStatistics() if self.coupled else None
@@ -116,7 +118,7 @@ class Objective:
         """The fast path, or the refusal of a precision that needs it."""
         if links is None and self.config.precision != "float32":
             raise C2GError(
-                f"precision={self.config.precision} needs the fast path, which is for fully connected classifiers without BatchNorm",
+                f"precision={self.config.precision} needs the fast path, for a flatten(1) and a chain of nn.Linear and (leaky) ReLU",
                 "give precision=float32" if self.config.fast == "auto" else "give fast=auto, or precision=float32",
             )
         return Chain(links, self.theta, self.config.precision) if links else None
