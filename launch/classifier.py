@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 
 from hpc_c2g.classifiers.fitting import FITS, MarginFitConfig
@@ -11,6 +13,8 @@ from launch.cli import run_verb
 
 DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
 GROUPS: dict[str, dict[str, type]] = {**DATA, "fit": {**FITS}}
+TELL_SECONDS = 60.0
+"""Between lines where there is no terminal."""
 
 
 def classifier(config: ClassifierConfig) -> None:
@@ -19,9 +23,17 @@ def classifier(config: ClassifierConfig) -> None:
     with console.status("fitting the classifier") as status:
         goal = f" of {config.fit.target_margin:g}" if isinstance(config.fit, MarginFitConfig) else ""
         name = "smoothed margin" if goal else "loss"
-        bundle, record = make_classifier(
-            config, lambda step, value: status.update(f"fitting the classifier: step {step}, {name} {value:.4g}{goal}")
-        )
+        told = time.monotonic()
+
+        def tell(step: int, value: float) -> None:
+            nonlocal told
+            line = f"fitting the classifier: step {step}, {name} {value:.4g}{goal}"
+            status.update(line)
+            if not console.is_terminal and time.monotonic() - told >= TELL_SECONDS:  # a log file shows no status
+                told = time.monotonic()
+                console.print(line, soft_wrap=True)
+
+        bundle, record = make_classifier(config, tell)
     if "held_out_accuracy" in record:
         print(
             f"classifier: smallest margin {record['smallest_margin']:.1f}, train accuracy {record['train_accuracy']:.3f},"

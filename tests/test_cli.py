@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
+import launch.classifier
 from hpc_c2g.classifiers.bundle import META, WEIGHTS
 from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
@@ -251,6 +252,16 @@ def test_the_verbs_follow_one_another(c2g, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR2", 75)])
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
+def test_a_long_fit_tells_a_log_file_how_far_it_is(c2g, tmp_path, monkeypatch, seconds, told):
+    monkeypatch.setattr(launch.classifier, "TELL_SECONDS", seconds)
+    code, _, err = c2g(
+        "classifier", f"out={tmp_path / 'c'}", "model.width=20", "fit.target_margin=5", "data.classes=[0,1]"
+    )
+    assert code == 0
+    assert ("fitting the classifier: step 50, smoothed margin" in err) == told
+
+
 def test_a_signal_has_an_exit_code_of_its_own_in_every_verb_that_trains(c2g, places, monkeypatch, verb, number, code):
     def call(self, step, *rest):
         os.kill(os.getpid(), getattr(signal, number))
