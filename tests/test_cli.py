@@ -250,8 +250,6 @@ def test_the_verbs_follow_one_another(c2g, tmp_path):
         assert picture.size == (5 * (2 * 9 + 1), 5 * (3 * 9 + 1))
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR2", 75)])
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
 def test_a_long_fit_tells_a_log_file_how_far_it_is(c2g, tmp_path, monkeypatch, seconds, told):
     monkeypatch.setattr(launch.classifier, "TELL_SECONDS", seconds)
@@ -262,6 +260,8 @@ def test_a_long_fit_tells_a_log_file_how_far_it_is(c2g, tmp_path, monkeypatch, s
     assert ("fitting the classifier: step 50, smoothed margin" in err) == told
 
 
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR2", 75)])
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
 def test_a_signal_has_an_exit_code_of_its_own_in_every_verb_that_trains(c2g, places, monkeypatch, verb, number, code):
     def call(self, step, *rest):
         os.kill(os.getpid(), getattr(signal, number))
