@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -165,11 +167,14 @@ def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: floa
             rows.append(row(f"peers, {name}", steps, took, x, peer.labels.cpu()))
         else:
             print(f"peers, {name}: not finite after {steps} steps")
+    with TemporaryDirectory() as scratch:
+        train(our_config(folder, f"{scratch}/first", ours, codes, 1))  # imports
     for share in (1.0, 0.5):
         with TemporaryDirectory() as scratch:
-            runs = {steps: our_config(folder, f"{scratch}/{steps}", ours, codes, steps) for steps in (2, 1, 50)}
-            _, start, fifty = (seconds(functools.partial(train, run)) for run in runs.values())  # the first one imports
-            steps = max(1, int((share * limit - start) / ((fifty - start) / 49)))
+            start = seconds(functools.partial(train, our_config(folder, f"{scratch}/start", ours, codes, 1)))
+            step, numbers = our_step(bundle, our_config(folder, "-", ours, codes, 10**6)), itertools.count(1)
+            each = statistics.mean(interleaved({"step": lambda: step(next(numbers))}, 20)["step"])  # noqa: B023
+            steps = max(1, int((share * limit - start) / each))
             config = our_config(folder, f"{scratch}/run", ours, codes, steps)
             took = seconds(functools.partial(train, config))
             generator = load_run(Path(config.run_dir)).generator

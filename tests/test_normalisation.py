@@ -166,8 +166,14 @@ def joint_loss(step, bundle: Bundle) -> Tensor:
     mu = S / BATCH * F.softplus(h) * F.one_hot(y, logits.shape[1]).logical_not()
     G = torch.autograd.grad((mu * m).sum(), list(theta.values()), create_graph=True)
     left = {k: c[k] * ea ** rates[k] * t.detach() for k, t in theta.items()}
-    residual = sum((left[k] - ea ** (1 - rates[k]) * g).square().sum() for k, g in zip(theta, G, strict=True))
-    loss = run.stationarity.weight * residual / sum(t.square().sum() for t in left.values())
+    whole = sum(t.square().sum() for t in left.values())
+    residual = 0.0
+    for k, g in zip(theta, G, strict=True):
+        square = (left[k] - ea ** (1 - rates[k]) * g).square().sum() / whole
+        if not c[k]:  # in its own scale
+            square = square * (ea ** rates[k] * theta[k].detach()).square().sum() / whole
+        residual = residual + square
+    loss = run.stationarity.weight * residual
     loss = loss + 0.3 / BATCH * F.relu(1 - ea * smallest_margins(m, y)).square().sum()
     loss = loss + 0.2 / S * (mu * F.relu(ea * m - 1)).sum()
     outside = F.relu(x - objective.upper) + F.relu(objective.lower - x)

@@ -30,15 +30,15 @@ class StationarityConfig:
 
     Attributes:
         left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
-        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free`` (relative, and what is before a normalisation in its own
-            scale; see ``residual_weights``).
+        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free``, which is ``relative`` but for what is before a normalisation,
+            taken in its own scale (see ``residual_weights``).
         weight: in the loss; 0 leaves classification alone.
         statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
             needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
     """
 
     left_side: str = AUTO
-    weighting: str = "relative"
+    weighting: str = "scale_free"
     weight: float = 1.0
     statistics: str = "auto"
 
