@@ -30,8 +30,8 @@ class StationarityConfig:
 
     Attributes:
         left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
-        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free``, which is ``relative`` but for what is before a normalisation,
-            taken in its own scale (see ``residual_weights``).
+        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free``: ``relative``, but what is before a normalisation in its
+            own scale (see ``residual_weights``).
         weight: in the loss; 0 leaves classification alone.
         statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
             needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
