@@ -34,7 +34,7 @@ KNOWS = {
     "reporting": {"studies", "monitoring"},
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }
-SHARED = {"errors", "files", "lease", "markdown", "settings"}
+SHARED = {"denormals", "errors", "files", "lease", "markdown", "settings"}
 FITS_TO_DATA = "hpc_c2g.classifiers.make"
 """The one module of `classifiers` that knows data: it makes bundles, and no training reaches it."""
 

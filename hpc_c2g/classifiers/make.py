@@ -37,6 +37,7 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import load_split
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
@@ -148,8 +149,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if same else {}  # else it tells of the classifier that was here before
 
 
+@flushed_denormals()
 def _fitted(config: ClassifierConfig, report: Callable[[int, float], None] | None) -> tuple[Bundle, dict[str, Any]]:
-    torch.set_flush_denormal(True)  # weights e^-margin of samples far from the smallest margin would slow every product
     split = load_split(config.data)
     shape = tuple(split.train.samples.shape[1:])
     normalisation = _normalisation(config.normalisation, shape, split.train)

@@ -163,9 +163,7 @@ def prepare_libraries(device: torch.device, deterministic: bool) -> None:
     """Settings that must be made before DeepSpeed is imported or CUDA starts.
 
     Deterministic runs compute on one thread, because the order of a sum may depend on the number of threads.
-    Denormal numbers count as zero: far from its edge a gate's derivative is one, and processors multiply those tens of times slower.
     """
-    torch.set_flush_denormal(True)  # threads that are started later inherit it
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:

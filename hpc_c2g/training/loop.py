@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
@@ -36,6 +37,7 @@ class RunResult:
     steps_made: int
 
 
+@flushed_denormals()
 def train(config: TrainConfig, world: World | None = None) -> RunResult:
     """Train, or go on from the newest checkpoint in ``config.run_dir``.
 

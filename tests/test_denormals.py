@@ -1,0 +1,60 @@
+"""Laws of flushing denormals: within a fit or a run they count as zero, outside nothing has changed."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from hpc_c2g.classifiers import make
+from hpc_c2g.classifiers.fitting import MarginFitConfig
+from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.loop import train
+from hpc_c2g.training.step import TrainStep
+
+
+def flushed() -> bool:
+    return not (torch.full((), 1e-320, dtype=torch.float64) * 1).item()
+
+
+def test_within_alone() -> None:
+    assert not flushed()
+    with flushed_denormals():
+        assert flushed()
+        with flushed_denormals():
+            assert flushed()
+        assert flushed()
+    assert not flushed()
+
+
+def test_after_an_error_all_is_as_before() -> None:
+    with pytest.raises(ValueError, match="mistake"), flushed_denormals():
+        raise ValueError("mistake")
+    assert not flushed()
+
+
+def test_threads_that_are_started_within_flush_too() -> None:
+    found: list[bool] = []
+    with flushed_denormals():
+        thread = threading.Thread(target=lambda: found.append(flushed()))
+        thread.start()
+        thread.join()
+    assert found == [True]
+
+
+def test_fits_and_runs_flush(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    fit, step = make.fit_margin, TrainStep.__call__
+    monkeypatch.setattr(make, "fit_margin", lambda *arguments: (seen.append(flushed()), fit(*arguments))[1])
+    monkeypatch.setattr(TrainStep, "__call__", lambda *arguments: (seen.append(flushed()), step(*arguments))[1])
+    folder = str(tmp_path / "classifier")
+    data, margin = DataConfig(train_size=20, classes=[0, 1]), MarginFitConfig(target_margin=3.0)
+    make_classifier(ClassifierConfig(out=folder, data=data, model={"_target_": "mlp", "width": 8}, fit=margin))
+    settings = {"steps": 2, "global_batch": 8, "scale": ScaleConfig(start=-1.0), "log": LogConfig(progress=False)}
+    train(TrainConfig(folder, str(tmp_path / "run"), **settings))
+    assert seen == [True, True, True]
+    assert not flushed()
