@@ -76,7 +76,8 @@ def test_the_mean_of_a_group_is_that_of_its_seeds_with_students_interval(kept):
         for tag, wanted in (("", table.mean(0)), ("/low", low), ("/high", high)):
             found = mean.Scalars(f"stationarity{tag}")
             assert [e.step for e in found] == list(range(1, 13))
-            assert [e.value for e in found] == pytest.approx(wanted, rel=1e-5)
+            # an end of the interval may be a small difference of means of order 1, which are kept in float32
+            assert [e.value for e in found] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
