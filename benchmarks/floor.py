@@ -20,6 +20,7 @@ from benchmarks.kkt import TOLERANCE, Gradient, Samples, error, objective_of, on
 from benchmarks.subject import classifier, our_step
 from benchmarks.timing import copy_rate, interleaved, product_rate, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.dry_run import DryRun
@@ -109,13 +110,13 @@ def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, A
     return [*rows, row("step", total, whole)]
 
 
+@flushed_denormals()  # as a run does
 def main() -> None:
     """Print both tables and write ``results/floor.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a narrow net and few rounds: see that it works")
     parser.add_argument("--batch", type=int, default=1024)
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)  # as a run does
     rounds, width = (3, 50) if arguments.quick else (30, 1000)
     bundle, batch = classifier(width=width), arguments.batch
     kkt = gradients(bundle, batch, rounds)

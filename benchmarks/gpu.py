@@ -22,6 +22,7 @@ from benchmarks.peers import PUBLISHED, PeerLoop
 from benchmarks.subject import classifier, our_step
 from benchmarks.timing import copy_rate, interleaved, product_rate, seconds, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
 
@@ -127,6 +128,7 @@ def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[d
     return rows
 
 
+@flushed_denormals()  # as a run does
 def main() -> None:
     """Print the tables, write ``results/gpu.json``, and name what is asked for and not reached."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,7 +137,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.quick:
         sys.exit("no GPU here: give --quick to see that the code works")
-    torch.set_flush_denormal(True)
     width, large, part, small, rounds = (50, 2048, 512, 256, 2) if arguments.quick else (1000, 65_536, 16_384, 1024, 20)
     device, bundle = pick_device("auto"), classifier(width=width)
     errors = check(bundle, small)

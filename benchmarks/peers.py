@@ -31,6 +31,7 @@ from benchmarks.timing import interleaved, seconds, undisturbed, wait
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.evaluation.metrics import judge, split_oracle
 from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig
@@ -182,6 +183,7 @@ def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: floa
     return rows
 
 
+@flushed_denormals()  # as a run does
 def main() -> None:
     """Print both tables and write ``results/peers.json``; fail where ours covers no more after equal time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -191,7 +193,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, one second: see that it works")
     parser.add_argument("--name", default="peers", help="of the result file")
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)  # as a run does
     bundle = load_bundle(Path(arguments.classifier))
     train_size, classes = len(load_split(fitted_data(arguments.classifier, None)).train), len(bundle.classes)
     batch, codes = 2 * train_size, 2 * -(-train_size // classes)

@@ -13,18 +13,19 @@ from benchmarks.common import show, write_result
 from benchmarks.kkt import products
 from benchmarks.subject import Step, classifier, joint_step, our_step
 from benchmarks.timing import interleaved, undisturbed
+from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
 
 BATCH = 1024
 
 
+@flushed_denormals()  # as a run does
 def main() -> None:
     """Print the table and write ``results/throughput.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a narrow net and few rounds: see that it works")
     quick = parser.parse_args().quick
-    torch.set_flush_denormal(True)  # as a run does
     rounds, width = (3, 50) if quick else (30, 1000)
     bundle = classifier(width=width)
     # alpha and the gates' width stand still, so that every step costs and gives the same
