@@ -65,7 +65,7 @@ def gradients(bundle: Bundle, batch: int, micro_batch: int, rounds: int) -> list
     """Time of one KKT gradient, and its share of the rates that large products reach."""
     device = pick_device("auto")
     samples = Samples.random(bundle, batch, device, torch.float32)
-    rates = {dtype: product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: product_rate(device, dtype, rounds) for dtype in (torch.float32, torch.bfloat16)}
     ways: dict[str, Callable[[], Gradient]] = {}
     for name, settings in WAYS.items():
         objective = objective_of(bundle, batch, device, torch.float32, **settings)
@@ -141,9 +141,9 @@ def main() -> None:
     device, bundle = pick_device("auto"), classifier(width=width)
     errors = check(bundle, small)
     ceilings = {
-        f"{dtype} products, TFLOP/s": product_rate(device, dtype) / 1e12
+        f"{dtype} products, TFLOP/s": product_rate(device, dtype, rounds) / 1e12
         for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    } | {"copies, GB/s": copy_rate(device) / 1e9}
+    } | {"copies, GB/s": copy_rate(device, rounds) / 1e9}
     show("ceilings", [ceilings])
     kkt = gradients(bundle, large, part, rounds)
     show(f"one KKT gradient, 784-{width}-{width}-10, batch {large}", kkt)
