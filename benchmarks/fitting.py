@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import show, write_result
+from benchmarks.memory import peak_bytes
 from hpc_c2g.classifiers.bundle import Bundle, build_model, load_bundle, save_bundle
 from hpc_c2g.classifiers.certificate import certify
 from hpc_c2g.classifiers.fitting import InitConfig, MarginFitConfig, fit_margin, initialise, smoothed_margin
@@ -88,15 +89,10 @@ def certificate(world: World, folder: str, x: Tensor, labels: Tensor) -> tuple[f
     """The certificate, its seconds and the GiB that it added to the process."""
     bundle = load_bundle(Path(folder))
     rates = verified_rates(bundle)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
-    before, began = _peak(), time.perf_counter()
+    before, began = peak_bytes(world.device, reset=True), time.perf_counter()
     found = certify(bundle, x, labels, rates)
-    return found.relative_residual, time.perf_counter() - began, (_peak() - before) / 2**30
-
-
-def _peak() -> float:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024.0 * int(fields["VmHWM"].split()[0])
+    took, most = time.perf_counter() - began, peak_bytes(world.device, reset=False)
+    return found.relative_residual, took, (most - before) / 2**30
 
 
 def main() -> None:

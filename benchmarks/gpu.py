@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write_result
-from benchmarks.kkt import TOLERANCE, Gradient, Samples, error, objective_of, one_pass, products, two_passes
+from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, products, refuse_wrong, two_passes
 from benchmarks.peers import PUBLISHED, PeerLoop
-from benchmarks.subject import classifier, our_step
+from benchmarks.subject import classifier, our_step, standing
 from benchmarks.timing import copy_rate, interleaved, product_rate, seconds, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
 
 MUST = {
     "step per sample / peers' eager float32": 0.2,
@@ -53,11 +52,7 @@ def check(bundle: Bundle, batch: int) -> dict[str, float]:
         objective = objective_of(bundle, batch, device, torch.float32, **settings)
         errors[f"{name}, one pass"] = error(one_pass(objective, samples), reference)
         errors[f"{name}, two passes"] = error(two_passes(objective, samples, batch // 4), reference)
-    wrong = {
-        k: e for k, e in errors.items() if not e <= TOLERANCE["bfloat16" if k.startswith("bfloat16") else "float32"]
-    }
-    if wrong:
-        sys.exit(f"not the gradient of float64: {wrong}")
+    refuse_wrong(errors)
     return errors
 
 
@@ -103,14 +98,11 @@ def largest_of_peers(bundle: Bundle, limit: int) -> tuple[int, float]:
 
 def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[dict[str, Any]]:
     """Time of whole training steps; micro-batch per batch."""
-    fixed = TrainConfig(
-        classifier="-", run_dir="-", steps=10**6, scale=ScaleConfig(rate=0.0), gates=GateConfig(anneal_fraction=1.0)
-    )
     rows = []
     for batch, micro_batch in batches.items():
         ways: dict[str, Callable[[], object]] = {}
         for name, settings in WAYS.items():
-            config = replace(fixed, global_batch=batch, micro_batch=micro_batch, **settings)  # type: ignore[arg-type]
+            config = replace(standing(batch), micro_batch=micro_batch, **settings)  # type: ignore[arg-type]
             ways[name] = functools.partial(
                 lambda step, numbers: step(next(numbers)), our_step(bundle, config), itertools.count(1)
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,6 +91,18 @@ def error(found: Gradient, reference: Gradient) -> float:
     return float(torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in pairs]).amax())
 
 
+def refuse_wrong(errors: Mapping[str, float]) -> None:
+    """End the benchmark where a way, named ``PRECISION...`` or else in float32, is not the gradient of float64 (nan is not).
+
+    Raises:
+        SystemExit: naming the ways and their errors.
+    """
+    limits = {name: TOLERANCE["bfloat16" if name.startswith("bfloat16") else "float32"] for name in errors}
+    wrong = {name: e for name, e in errors.items() if not e <= limits[name]}
+    if wrong:
+        sys.exit(f"not the gradient of float64: {wrong}")
+
+
 def products(bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
     """The matrix products that no way of one pass can spare, on operands of their shapes, and their operations.
 
@@ -100,9 +113,7 @@ def products(bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtyp
         ValueError: the classifier has other maps than linear ones.
     """
     maps = [m for m in bundle.model.modules() if isinstance(m, nn.Linear)]
-    if any(p.ndim > 1 for p in bundle.model.parameters()) and len(maps) < sum(
-        p.ndim > 1 for p in bundle.model.parameters()
-    ):
+    if len(maps) < sum(p.ndim > 1 for p in bundle.model.parameters()):
         raise ValueError("the floor is known for fully connected nets alone")
     operands = [
         (

@@ -34,10 +34,10 @@ def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, floa
     make = joint_step if joint else our_step
     make(bundle, warm)(1)  # loads the libraries' kernels
     step: Step = make(bundle, whole)
-    before = _now(world.device, reset=True)
+    before = peak_bytes(world.device, reset=True)
     for number in (1, 2):
         step(number)
-    most = _now(world.device, reset=False)
+    most = peak_bytes(world.device, reset=False)
     return live_bytes(lambda: step(3)), most - before, most
 
 
@@ -53,7 +53,7 @@ def live_bytes(step: Callable[[], object]) -> float:
     return float(most)
 
 
-def _now(device: torch.device, reset: bool) -> float:
+def peak_bytes(device: torch.device, reset: bool) -> float:
     """The peak since the last reset; with ``reset`` what is held now."""
     if device.type == "cuda":
         torch.cuda.synchronize()

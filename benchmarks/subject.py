@@ -22,7 +22,7 @@ from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine, build_optimiser
 from hpc_c2g.training.bundles import boxes, class_counts
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.objective import Objective, loss_terms
 from hpc_c2g.training.sharding import shard
 from hpc_c2g.training.step import TrainStep
@@ -35,6 +35,12 @@ def classifier(size: int = 28, width: int = 1000, depth: int = 3, classes: int =
     """784-1000-1000-10 with random weights, unless told otherwise."""
     with TemporaryDirectory() as folder:
         return load_bundle(random_classifier(Path(folder) / "classifier", size, width, classes, depth=depth))
+
+
+def standing(batch: int) -> TrainConfig:
+    """A run whose alpha and gates stand still, so that every step costs and gives the same."""
+    scale, gates = ScaleConfig(rate=0.0), GateConfig(anneal_fraction=1.0)
+    return TrainConfig(steps=10**6, global_batch=batch, scale=scale, gates=gates)
 
 
 def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:

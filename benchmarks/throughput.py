@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.common import show, write_result
 from benchmarks.kkt import products
-from benchmarks.subject import Step, classifier, joint_step, our_step
+from benchmarks.subject import Step, classifier, joint_step, our_step, standing
 from benchmarks.timing import interleaved, undisturbed
 from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import TrainConfig
 
 BATCH = 1024
 
@@ -28,10 +28,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     rounds, width = (3, 50) if quick else (30, 1000)
     bundle = classifier(width=width)
-    # alpha and the gates' width stand still, so that every step costs and gives the same
-    config = TrainConfig(
-        steps=10**6, global_batch=BATCH, scale=ScaleConfig(rate=0.0), gates=GateConfig(anneal_fraction=1.0)
-    )
+    config = standing(BATCH)
     ways: dict[str, Step] = {"joint graph": joint_step(bundle, config), "one pass": our_step(bundle, config)}
     for micro_batch in (512, 256):
         two = TrainConfig(**{**vars(config), "micro_batch": micro_batch})
