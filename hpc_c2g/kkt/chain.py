@@ -12,6 +12,9 @@ the cotangents of F come down, from Z_L = d losses/dz_L:
 
 These are the seven matrix products per map (five for the first) that autograd does too, without its graph, with fewer passes over
 activations, and with one place to choose the precision of products. ``<v, G>`` alone needs no G: six.
+
+A gate of width w and slope k has s = k + (1 - k) sigmoid(z / w), so that (1 - k) w ds/dz = (s - k)(1 - s), and the last term is
+f_l U_l / ((1 - k) w) of two tensors made in place of others that are no longer needed: f_l = e_l - D_l and U_l = (s_l - k) T_l.
 """
 
 from __future__ import annotations
@@ -50,13 +53,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Passed:
-    """What the two passes of a micro-batch leave: per link a ``[B, in]``, D and, but for the last, s and e ``[B, out]``."""
+    """What the two passes of a micro-batch leave: per link a ``[B, in]``, D and, but for the last, s and f ``[B, out]``."""
 
     widths: Mapping[str, Tensor]
     inputs: list[Tensor]
     deltas: list[Tensor]
     gates: list[Tensor]
-    pulls: list[Tensor]
+    rests: list[Tensor]
 
 
 def links_of(classifier: GatedClassifier) -> tuple[Link, ...] | None:
@@ -137,10 +140,13 @@ class Chain:
         """A side of a matrix product."""
         return t.bfloat16() if self.low else t
 
-    def _times(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-        """a b (+ ``onto``, which is overwritten), operands from ``_operand``, the sum in float32 at least."""
+    def _times(self, a: Tensor, b: Tensor, onto: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+        """a b (+ ``onto``, which is overwritten), operands from ``_operand``, the sum in float32 at least.
+
+        ``spare`` is an operand of the result's shape that nobody needs any more: writing into what lies in the caches costs less.
+        """
         if not self.low:
-            return a @ b if onto is None else onto.addmm_(a, b)
+            return torch.mm(a, b, out=spare) if onto is None else onto.addmm_(a, b)
         product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
         return product if onto is None else onto.add_(product)
 
@@ -159,11 +165,13 @@ class Chain:
                 s = z.div_(widths[link.gate]).sigmoid_()
                 gates.append(s.mul_(1 - link.slope).add_(link.slope) if link.slope else s)
         deltas = [self._operand(_to_logits(multipliers, labels))]
-        pulls: list[Tensor] = []
+        rests: list[Tensor] = []
         for weight, s in zip(reversed(self.weights), reversed(gates), strict=False):
-            pulls.insert(0, self._times(deltas[0], weight))
-            deltas.insert(0, self._operand(s * pulls[0]))
-        return pairwise_margins(z, labels), Passed(widths, inputs, deltas, gates, pulls)
+            pull = self._times(deltas[0], weight)
+            delta = s * pull
+            rests.insert(0, pull.sub_(delta))
+            deltas.insert(0, self._operand(delta))
+        return pairwise_margins(z, labels), Passed(widths, inputs, deltas, gates, rests)
 
     def _sum(self, passed: Passed, on_ready: Ready | None = None) -> dict[str, Tensor]:
         """G, the last map first."""
@@ -178,7 +186,7 @@ class Chain:
         return G
 
     def _tangents(self, passed: Passed, v: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """T per link; ``v`` may lack tensors."""
+        """U per link, but T of the last; ``v`` may lack tensors."""
         tangents: list[Tensor] = []
         for i, link in enumerate(self.links):
             along, of_bias = v.get(link.weight), v.get(link.bias) if link.bias else None
@@ -188,7 +196,11 @@ class Chain:
             if of_bias is not None:
                 t += of_bias
             if tangents:
-                self._times(self._operand(passed.gates[i - 1] * tangents[-1]), self.weights[i].T, onto=t)
+                below, slope = tangents[-1], self.links[i - 1].slope
+                gated = passed.gates[i - 1] * below if slope else below.mul_(passed.gates[i - 1])
+                self._times(self._operand(gated), self.weights[i].T, onto=t)
+                if slope:
+                    torch.sub(gated, below, alpha=slope, out=below)
             tangents.append(t)
         return tangents
 
@@ -206,22 +218,15 @@ class Chain:
         z = _to_logits(seeds, labels)
         for i in reversed(range(len(self.links))):
             along = v.get(self.links[i].weight)
-            a = self._times(self._operand(z), self.weights[i])
+            a = self._times(self._operand(z), self.weights[i], spare=passed.inputs[i] if i else None)  # but x is not ours
             if along is not None:
                 along = along if factor is None else factor * along
                 self._times(passed.deltas[i], self._operand(along), onto=a)
             if i:
                 gate, slope = self.links[i - 1].gate, self.links[i - 1].slope
                 assert gate is not None
-                # Z = s A + e T (s - slope) (1 - s) / ((1 - slope) width), in few passes over activations
                 steepness = (1 if factor is None else factor) / ((1 - slope) * passed.widths[gate])
-                s, bent = passed.gates[i - 1], passed.pulls[i - 1] * tangents[i - 1]
-                bent = torch.addcmul(bent, bent, s, value=-1)
-                z = (
-                    a.mul_(s).addcmul_(bent.mul_(s - slope), steepness)
-                    if slope
-                    else a.addcmul_(bent, steepness).mul_(s)
-                )
+                z = a.mul_(passed.gates[i - 1]).addcmul_(passed.rests[i - 1].mul_(tangents[i - 1]), steepness)
         gmu = pairwise_margins(tangents[-1], labels)
         return a, gmu if factor is None else factor * gmu
 

@@ -127,7 +127,7 @@ def residual(
 ) -> dict[str, Tensor]:
     """r_k = c_k e^(a lambda_k) theta_k - e^(a (1 - lambda_k)) G_k."""
     return {
-        k: torch.sub(c[k] * math.exp(alpha * rates[k]) * t, G[k], alpha=math.exp(alpha * (1 - rates[k])))
+        k: (c[k] * math.exp(alpha * rates[k]) * t).sub_(G[k], alpha=math.exp(alpha * (1 - rates[k])))
         for k, t in theta.items()
     }
 
