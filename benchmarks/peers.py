@@ -70,8 +70,7 @@ class PeerLoop:
         self.device, self.settings = pick_device("auto"), settings
         self.phi = GatedClassifier(bundle.model).to(self.device, dtype)
         self.theta = {k: t.to(self.device, dtype).requires_grad_() for k, t in bundle.parameters.items()}
-        width = torch.tensor(1 / settings.steepness, dtype=dtype, device=self.device)
-        self.widths = dict.fromkeys(self.phi.gates, width)
+        self.widths = dict.fromkeys(self.phi.gates, 1 / settings.steepness)
         self.lower, self.upper = (b.to(self.device, dtype) for b in bundle.normalisation.box())
         self.labels = torch.arange(batch, device=self.device) * len(bundle.classes) // batch
         generator = torch.Generator().manual_seed(0)

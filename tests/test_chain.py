@@ -44,7 +44,7 @@ class Subject:
             net = MLP(SHAPE, CLASSES, width=7, **NETS[name]).double()
         self.gated = GatedClassifier(net).to(torch.device("cpu"), torch.float64)
         self.theta = {k: p.detach() for k, p in net.named_parameters()}
-        self.widths = {gate: torch.tensor(0.2 + 0.1 * i).double() for i, gate in enumerate(self.gated.gates)}
+        self.widths = {gate: 0.2 + 0.1 * i for i, gate in enumerate(self.gated.gates)}
         links = links_of(self.gated)
         assert links is not None
         self.links, self.chain = links, Chain(links, self.theta)
@@ -285,9 +285,8 @@ def test_bfloat16_is_near_float32(name: str) -> None:
     theta = {k: t.float() for k, t in s.theta.items()}
     v = {k: t.float() for k, t in s.v.items()}
     x, mu = (t.detach().float().requires_grad_() for t in (s.x, s.mu))
-    widths = {k: t.float() for k, t in s.widths.items()}
     got, expected = (
-        cotangents(chain.kkt_sum(widths, x, s.labels, mu, keep_graph=True)[1], v, [x, mu])
+        cotangents(chain.kkt_sum(s.widths, x, s.labels, mu, keep_graph=True)[1], v, [x, mu])
         for chain in (Chain(s.links, theta, "bfloat16"), Chain(s.links, theta))
     )
     for a, b in zip(got, expected, strict=True):

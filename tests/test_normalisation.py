@@ -77,7 +77,7 @@ def test_without_batch_statistics_a_norm_is_that_of_eval_mode_bit_for_bit():
     bundle = normed("cnn")
     x, _, _ = problem(bundle)
     phi = GatedClassifier(bundle.model)
-    widths = dict.fromkeys(phi.gates, torch.ones((), dtype=torch.float64))
+    widths = dict.fromkeys(phi.gates, 1.0)
     assert torch.equal(phi(bundle.parameters, widths, x), bundle.model(x))
     coupled = phi(bundle.parameters, widths, x, BatchStatistics())
     assert not torch.allclose(coupled, bundle.model(x))
@@ -120,7 +120,7 @@ def test_a_shift_of_all_samples_is_invisible_without_the_prior():
     bundle = normed()
     x, labels, mu = problem(bundle)
     phi, shift = GatedClassifier(bundle.model), torch.linspace(-3, 3, 16, dtype=torch.float64).view(SHAPE)
-    widths = dict.fromkeys(phi.gates, torch.ones((), dtype=torch.float64))
+    widths = dict.fromkeys(phi.gates, 1.0)
     found = []
     for samples in (x, x + shift):
         batch = BatchStatistics()

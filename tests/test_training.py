@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def test_a_crash_between_checkpoints_leaves_no_trace_in_the_resumed_run(base, fi
             train(config)
     assert published(tmp_path / "run") == [20]
     assert metrics(tmp_path / "run")[-1]["step"] == 35  # beyond the checkpoint
+    time.sleep(1.1)  # a file of events is ordered by the second it began in
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 36, "lo')  # cut in the middle of a line
     assert train(config).steps_made == STEPS - 20

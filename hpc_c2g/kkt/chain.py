@@ -14,7 +14,7 @@ These are the seven matrix products per map (five for the first) that autograd d
 activations, and with one place to choose the precision of products. ``<v, G>`` alone needs no G: six.
 
 A gate of width w and slope k has s = k + (1 - k) sigmoid(z / w), so that (1 - k) w ds/dz = (s - k)(1 - s), and the last term is
-f_l U_l / ((1 - k) w) of two tensors made in place of others that are no longer needed: f_l = e_l - D_l and U_l = (s_l - k) T_l.
+h_l U_l / ((1 - k) w) with h_l = D_l - k e_l and U_l = T_l - s_l T_l. Both are made in place of what nobody needs any more.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Passed:
-    """What the two passes of a micro-batch leave: per link a ``[B, in]``, D and, but for the last, s and f ``[B, out]``."""
+    """What the two passes of a micro-batch leave: per link a ``[B, in]``, D and, but for the last, s and h ``[B, out]``."""
 
-    widths: Mapping[str, Tensor]
+    widths: Mapping[str, float]
     inputs: list[Tensor]
     deltas: list[Tensor]
     gates: list[Tensor]
-    rests: list[Tensor]
+    bends: list[Tensor]
 
 
 def links_of(classifier: GatedClassifier) -> tuple[Link, ...] | None:
@@ -109,7 +109,7 @@ class Chain:
 
     def kkt_sum(
         self,
-        widths: Mapping[str, Tensor],
+        widths: Mapping[str, float],
         x: Tensor,
         labels: Tensor,
         multipliers: Tensor,
@@ -127,7 +127,7 @@ class Chain:
         return margins, {k: own[k] if k in own else torch.zeros_like(t) for k, t in self.theta.items()}
 
     def directional_sum(
-        self, widths: Mapping[str, Tensor], v: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor
+        self, widths: Mapping[str, float], v: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Margins and <v, G> of one micro-batch at gates of ``widths`` with their graph, as ``directional.directional_sum``."""
         margins, product = _Product.apply(x, multipliers, labels, self, widths, v)
@@ -151,7 +151,7 @@ class Chain:
         return product if onto is None else onto.add_(product)
 
     def _pass(
-        self, widths: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor
+        self, widths: Mapping[str, float], x: Tensor, labels: Tensor, multipliers: Tensor
     ) -> tuple[Tensor, Passed]:
         """Margins by the forward, and what the backward to every D leaves."""
         a, inputs, gates = x.flatten(1), [], []
@@ -165,13 +165,13 @@ class Chain:
                 s = z.div_(widths[link.gate]).sigmoid_()
                 gates.append(s.mul_(1 - link.slope).add_(link.slope) if link.slope else s)
         deltas = [self._operand(_to_logits(multipliers, labels))]
-        rests: list[Tensor] = []
-        for weight, s in zip(reversed(self.weights), reversed(gates), strict=False):
+        bends: list[Tensor] = []
+        for link, weight, s in zip(self.links[-2::-1], reversed(self.weights), reversed(gates), strict=False):
             pull = self._times(deltas[0], weight)
-            delta = s * pull
-            rests.insert(0, pull.sub_(delta))
+            delta = s * pull if link.slope else pull.mul_(s)
+            bends.insert(0, pull.mul_(-link.slope).add_(delta) if link.slope else delta)
             deltas.insert(0, self._operand(delta))
-        return pairwise_margins(z, labels), Passed(widths, inputs, deltas, gates, rests)
+        return pairwise_margins(z, labels), Passed(widths, inputs, deltas, gates, bends)
 
     def _sum(self, passed: Passed, on_ready: Ready | None = None) -> dict[str, Tensor]:
         """G, the last map first."""
@@ -186,7 +186,7 @@ class Chain:
         return G
 
     def _tangents(self, passed: Passed, v: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """U per link, but T of the last; ``v`` may lack tensors."""
+        """U per link, but T of the last; ``v`` may lack tensors. Takes the place of the inputs, which G has used."""
         tangents: list[Tensor] = []
         for i, link in enumerate(self.links):
             along, of_bias = v.get(link.weight), v.get(link.bias) if link.bias else None
@@ -196,11 +196,9 @@ class Chain:
             if of_bias is not None:
                 t += of_bias
             if tangents:
-                below, slope = tangents[-1], self.links[i - 1].slope
-                gated = passed.gates[i - 1] * below if slope else below.mul_(passed.gates[i - 1])
+                gated = torch.mul(passed.gates[i - 1], tangents[-1], out=None if self.low else passed.inputs[i])
                 self._times(self._operand(gated), self.weights[i].T, onto=t)
-                if slope:
-                    torch.sub(gated, below, alpha=slope, out=below)
+                tangents[-1].sub_(gated)
             tangents.append(t)
         return tangents
 
@@ -218,15 +216,18 @@ class Chain:
         z = _to_logits(seeds, labels)
         for i in reversed(range(len(self.links))):
             along = v.get(self.links[i].weight)
-            a = self._times(self._operand(z), self.weights[i], spare=passed.inputs[i] if i else None)  # but x is not ours
+            a = self._times(
+                self._operand(z), self.weights[i], spare=passed.inputs[i] if i else None
+            )  # but x is not ours
             if along is not None:
                 along = along if factor is None else factor * along
                 self._times(passed.deltas[i], self._operand(along), onto=a)
             if i:
                 gate, slope = self.links[i - 1].gate, self.links[i - 1].slope
                 assert gate is not None
-                steepness = (1 if factor is None else factor) / ((1 - slope) * passed.widths[gate])
-                z = a.mul_(passed.gates[i - 1]).addcmul_(passed.rests[i - 1].mul_(tangents[i - 1]), steepness)
+                U = tangents[i - 1] if factor is None else tangents[i - 1].mul_(factor)
+                steepness = 1 / ((1 - slope) * passed.widths[gate])
+                z = a.mul_(passed.gates[i - 1]).addcmul_(U, passed.bends[i - 1], value=steepness)
         gmu = pairwise_margins(tangents[-1], labels)
         return a, gmu if factor is None else factor * gmu
 
@@ -241,7 +242,7 @@ class _Sum(torch.autograd.Function):
         multipliers: Tensor,
         labels: Tensor,
         chain: Chain,
-        widths: Mapping[str, Tensor],
+        widths: Mapping[str, float],
         on_ready: Ready | None,
     ) -> tuple[Tensor, ...]:
         margins, passed = chain._pass(widths, x, labels, multipliers)
@@ -269,7 +270,7 @@ class _Product(torch.autograd.Function):
         multipliers: Tensor,
         labels: Tensor,
         chain: Chain,
-        widths: Mapping[str, Tensor],
+        widths: Mapping[str, float],
         v: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         margins, passed = chain._pass(widths, x, labels, multipliers)

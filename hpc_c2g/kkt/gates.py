@@ -85,7 +85,7 @@ class GatedClassifier:
     def __call__(
         self,
         theta: Mapping[str, Tensor],
-        widths: Mapping[str, Tensor],
+        widths: Mapping[str, float],
         x: Tensor,
         statistics: Statistics | None = None,
     ) -> Tensor:
@@ -93,12 +93,12 @@ class GatedClassifier:
 
         Args:
             theta: parameters.
-            widths: one positive scalar per gate.
+            widths: one positive number per gate.
             x: normalised inputs ``[B, *S]``.
             statistics: of this batch, which every BatchNorm then takes instead of its frozen ones, and notes here.
         """
         used = {k: t for k, t in theta.items() if k in self.known}
-        state = {**used, **self.buffers, **{f"{gate}.width": width for gate, width in widths.items()}}
+        state = {**used, **self.buffers, **{f"{gate}.width": x.new_full((), width) for gate, width in widths.items()}}
         with using(self.norms, statistics):
             logits: Tensor = functional_call(self.graph, state, (x,))
         return logits
@@ -112,17 +112,17 @@ class GatedClassifier:
     @torch.no_grad()
     def pre_activation_scales(
         self, theta: Mapping[str, Tensor], probes: Tensor, statistics: Statistics | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, float]:
         """s per gate: root mean square of the pre-activation over ``probes`` ``[B, *S]``, with their own statistics if given."""
-        scales: dict[str, Tensor] = {}
+        scales: dict[str, float] = {}
         hooks = [
             self.graph.get_submodule(gate).register_forward_pre_hook(
-                lambda _, args, gate=gate: scales.__setitem__(gate, args[0].square().mean().sqrt().clamp_min(1e-30))
+                lambda _, args, gate=gate: scales.__setitem__(gate, max(float(args[0].square().mean().sqrt()), 1e-30))
             )
             for gate in self.gates
         ]
         try:
-            self(theta, dict.fromkeys(self.gates, probes.new_ones(())), probes, statistics)
+            self(theta, dict.fromkeys(self.gates, 1.0), probes, statistics)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -139,7 +139,7 @@ class Objective:
         """Samples in 0..1 from the box's lower to its upper end, which is raw images' own range; without a graph."""
         return (x.detach() - self.lower) / (self.upper - self.lower)
 
-    def widths(self, gamma: float) -> dict[str, Tensor]:
+    def widths(self, gamma: float) -> dict[str, float]:
         """Gate widths gamma s."""
         return {gate: gamma * s for gate, s in self.gate_scales.items()}
 
