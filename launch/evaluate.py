@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
 from hpc_c2g.evaluation.evaluate import evaluate as judge_run
+from hpc_c2g.reporting.memory import by_multiplier, rows, shares_in
 from launch.classifier import DATA
 from launch.cli import run_verb
 
@@ -48,6 +50,17 @@ def evaluate(config: EvaluateConfig) -> None:
     console = Console(stderr=True)
     for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):
         Console(width=130).print(table(result))
+        parts = by_multiplier(result["nearness"], shares_in(Path(result["classifier"])) or [])
+        if parts is None:
+            console.print(
+                "which training samples come back is told by their multipliers: c2g certify classifier=DIR first"
+            )
+        else:
+            head, body = rows(parts)
+            out = Table(*head)
+            for row in body:
+                out.add_row(*row)
+            Console(width=130).print(out)
     print(
         f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
     )

@@ -59,7 +59,7 @@ def result(config) -> dict:
 def test_the_file_holds_exactly_the_promised_table(result, run_dir):
     written = json.loads((run_dir / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(result))
-    assert written.keys() == KEYS | OF_ROWS | {"uses_real_data", "classifier", "settings", "baselines"}
+    assert written.keys() == KEYS | OF_ROWS | {"uses_real_data", "classifier", "nearness", "settings", "baselines"}
     assert written["uses_real_data"] is True
     assert {"real", "noise", "classification_only", "free_images"} <= written["baselines"].keys()
     for row in (written, *written["baselines"].values()):
@@ -70,6 +70,8 @@ def test_the_file_holds_exactly_the_promised_table(result, run_dir):
             assert all(math.isfinite(value) for value in values)
     for row in written["baselines"].values():
         assert row.keys() == KEYS | OF_ROWS
+    assert len(written["nearness"]) == DATA.train_size
+    assert sum(near < 1 for near in written["nearness"]) / DATA.train_size == written["coverage"]
     assert written["settings"]["count"] == 60
     assert written["settings"]["seed"] == 1
     assert DataConfig(**written["settings"]["data"]) == DATA

@@ -27,6 +27,7 @@ from hpc_c2g.generators.networks import (
 CLASSES, DIMENSIONS, CODES = 3, 4, 5
 KINDS = {
     "mlp": MLPGeneratorConfig(codes=CODES, embedding=6, widths=[10]),
+    "mlp on canvases": MLPGeneratorConfig(codes=CODES, embedding=6, widths=[10], canvas=True),
     "mlp without codes": MLPGeneratorConfig(codes=0, embedding=6, widths=[10, 9], multiplier_widths=[7]),
     "conv": ConvGeneratorConfig(name="conv", codes=CODES, embedding=6, channels=8),
     "conv without codes": ConvGeneratorConfig(name="conv", codes=0, embedding=6, channels=8, multiplier_widths=[7]),
@@ -107,6 +108,19 @@ def test_samples_differ(kind):
     x = build(KINDS[kind])(latents())[0].detach().flatten(1)
     distances = torch.cdist(x, x) + torch.eye(12)
     assert float(distances.min()) > 1e-6
+
+
+def test_a_canvas_is_blank_at_first_and_then_of_its_own_code_alone():
+    plain, module, drawn = build(KINDS["mlp"]), build(KINDS["mlp on canvases"]), latents()
+    x = module(drawn)[0]
+    assert torch.equal(x, plain(drawn)[0])
+    rows = module.condition.rows(drawn)
+    with torch.no_grad():
+        module.canvas.weight[rows[0]] += 0.5
+    changed = (module(drawn)[0] != x).flatten(1)
+    assert torch.equal(changed.all(1), rows == rows[0])
+    assert torch.equal(changed.any(1), rows == rows[0])
+    assert any(p is module.canvas.weight for p in module.parameter_groups()["images"])
 
 
 def test_code_is_selected_by_the_quantile_of_the_first_latent():

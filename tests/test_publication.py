@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from hpc_c2g.reporting.memory import by_multiplier
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
 from hpc_c2g.reporting.results import Results
 from launch.publish import commands
@@ -79,6 +80,34 @@ def test_no_picture_of_private_people_is_published(study, tmp_path, data, shown)
     pictures = [p.name for p in (tmp_path / "out").glob("*.png")]
     assert bool(pictures) is shown
     assert (".png" in (tmp_path / "out" / "README.md").read_text()) is shown
+
+
+def test_coverage_is_told_by_multiplier_where_the_classifier_has_a_certificate(study):
+    folder, found, folders = study
+    bundle = folder / "classifiers" / "c0"
+    bundle.mkdir(parents=True)
+    forms = [
+        {"relative_residual": 0.5, "shares": [0.1] * 10},
+        {"relative_residual": 0.1, "shares": [i / 45 for i in range(9, -1, -1)]},
+    ]
+    (bundle / "certificate.json").write_text(json.dumps(forms))
+    for run, uncovered in (("r0", 4), ("r1", 6)):  # the least of them
+        nearness = [0.5] * (10 - uncovered) + [1.5] * uncovered
+        evaluation = EVALUATION | {"classifier": "/elsewhere/classifiers/c0", "nearness": nearness}
+        (folder / "runs" / run / "evaluation.json").write_text(json.dumps(evaluation))
+    groups = content(folder, "x", "about", found, folders)["groups"]
+    parts = groups["variant=a"]["by_multiplier"]
+    assert [part["coverage"] for part in parts] == [0, 0, 0.5, 1, 1]
+    assert [round(45 * part["multipliers"]) for part in parts] == [1, 5, 9, 13, 17]
+    assert groups["variant=b"]["by_multiplier"] == []
+    page = readme(content(folder, "x", "about", found, folders), [], [], "")
+    assert "| coverage | 0.00 | 0.00 | 0.50 | 1.00 | 1.00 |" in page
+
+
+def test_a_certificate_of_other_data_tells_nothing():
+    assert by_multiplier([0.5] * 10, [0.1] * 9) is None
+    assert by_multiplier([0.5] * 10, []) is None
+    assert by_multiplier([], []) is None
 
 
 def test_the_commands_tell_nothing_of_where_data_lie() -> None:

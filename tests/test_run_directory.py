@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
@@ -107,6 +108,17 @@ def test_other_settings_are_refused_by_name_with_both_values(config, change, mes
     assert message in caught.value.what
     assert config.run_dir in caught.value.what
     enter(config)  # the refused one left neither its lock nor its settings
+
+
+def test_a_run_from_before_a_setting_existed_has_its_default(config):
+    enter(config)
+    file = RunDirectory(config).path / "config.yaml"
+    old = OmegaConf.load(file)
+    del old.precision, old.generator.canvas
+    OmegaConf.save(old, file)
+    enter(config)
+    with pytest.raises(C2GError, match="generator.canvas=False there, True now"):
+        enter(replace(config, generator=replace(config.generator, canvas=True)))
 
 
 def test_a_start_that_left_no_checkpoint_binds_nothing(config):

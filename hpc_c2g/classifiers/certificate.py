@@ -78,6 +78,12 @@ class Certificate:
     alpha: float
     statistics: str = "frozen"
 
+    @property
+    def shares(self) -> list[float]:
+        """Of each sample in all multipliers, sum_j mu_ij over the sum of all; 0 where all are."""
+        own = self.multipliers.sum(1)
+        return [float(share) for share in own / own.sum().clamp_min(torch.finfo(own.dtype).tiny)]
+
 
 def certify(
     bundle: Bundle,

@@ -37,6 +37,6 @@ def certify_bundle(folder: str, data: DataConfig | None = None) -> tuple[dict[st
     x = bundle.normalisation.normalise(train.samples.double())
     forms = LEFT_SIDES if len(set(rates.values())) > 1 else LEFT_SIDES[:1]
     certificates = [certify(bundle, x, train.labels, rates, form) for form in forms]
-    content = [{k: v for k, v in asdict(c).items() if k != "multipliers"} for c in certificates]
+    content = [{k: v for k, v in asdict(c).items() if k != "multipliers"} | {"shares": c.shares} for c in certificates]
     write_atomically(Path(folder) / CERTIFICATE, json.dumps(content, indent=2).encode())
     return rates, certificates

@@ -19,7 +19,7 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.landscape import picture, support
-from hpc_c2g.evaluation.metrics import judge, nearest_pairs, noise_samples, real_baseline, split_oracle
+from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.networks import FreeImagesConfig
@@ -137,6 +137,7 @@ def _evaluate(
         "uses_real_data": True,
         "classifier": folder,
         **judge(samples, labels, split, config.seed, oracle),
+        "nearness": nearness(samples, split),
         "settings": {"count": config.count, "drawing": config.drawing, "seed": config.seed, "data": asdict(data)},
         "baselines": _baselines(config, run, k, suffix, split, oracle, tell) if config.baselines else {},
     }

@@ -74,6 +74,18 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
     return _judge(samples, labels, split.train, oracle or split_oracle(split, seed), test_half, split.held_out, seed)
 
 
+def nearness(samples: Tensor, split: Split) -> list[float]:
+    """Distance of each training image to its nearest sample over that to its nearest held-out image; ``coverage`` is the share below 1.
+
+    Args:
+        samples: ``[N, *S]`` raw units.
+        split: as for ``judge``.
+    """
+    points, train, real = (flat_rows(t) for t in (samples.detach().cpu(), split.train.samples, split.held_out.samples))
+    to_sample, to_real = _nearest(train, points)[0], _nearest(train, real)[0]
+    return [float(ratio) for ratio in to_sample / to_real.clamp_min(torch.finfo(to_real.dtype).tiny)]
+
+
 def split_oracle(split: Split, seed: int = 0) -> Oracle:
     """The independent classifier that ``oracle_accuracy`` asks, fitted to the first half of the held-out data."""
     return oracle_of(halves(split.held_out, seed)[0], seed)

@@ -31,6 +31,8 @@ class GeneratorConfig:
         gain: on the continuous latents.
         multiplier_widths: hidden layers of the multiplier network (without codes; with codes it is a table with a row per code).
         output_scale: on the last weights at the start.
+        canvas: each code (without codes: each class) has a learned image of its own too, which the decoder's is added to, for what a
+            decoder shared by all codes is slow to learn: large images that are much alike.
     """
 
     name: str = "mlp"
@@ -39,6 +41,7 @@ class GeneratorConfig:
     gain: float = 0.2
     multiplier_widths: list[int] = field(default_factory=lambda: [128, 128])
     output_scale: float = 0.3
+    canvas: bool = False
 
     def __post_init__(self) -> None:
         if self.codes < 0:
@@ -238,10 +241,14 @@ class Generator(nn.Module):
             self.image = nn.Sequential(
                 perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
             )
+        rows = sum(classes) * max(1, config.codes)
+        self.canvas = nn.Embedding(rows, math.prod(shape)) if config.canvas else None
+        if self.canvas is not None:
+            nn.init.zeros_(self.canvas.weight)
         self.box = Box(lower, upper)
         self.register_buffer("neutral", neutral_logits(classes))
         if config.codes:
-            self.multiplier: nn.Module = nn.Embedding(sum(classes) * config.codes, max(classes))
+            self.multiplier: nn.Module = nn.Embedding(rows, max(classes))
             nn.init.zeros_(self.multiplier.weight)
         else:
             self.multiplier = perceptron([features, *config.multiplier_widths, max(classes)], 1.0)
@@ -249,13 +256,17 @@ class Generator(nn.Module):
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` in each classifier's normalised space, and the multiplier logits h ``[B, max C_k]``."""
         features = self.condition(latents)
-        h = self.multiplier(self.condition.rows(latents) if self.condition.codes else features)
-        return self.box(self.image(features), latents.classifier), h + _of(self.neutral, latents.classifier)
+        rows = self.condition.rows(latents)
+        h = self.multiplier(rows if self.condition.codes else features)
+        t = self.image(features)
+        if self.canvas is not None:
+            t = t + self.canvas(rows).view_as(t)
+        return self.box(t, latents.classifier), h + _of(self.neutral, latents.classifier)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, codes, multipliers."""
         return {
-            "images": list(self.image.parameters()),
+            "images": [*self.image.parameters(), *(self.canvas.parameters() if self.canvas is not None else ())],
             "codes": list(self.condition.parameters()),
             "multipliers": list(self.multiplier.parameters()),
         }

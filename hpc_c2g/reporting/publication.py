@@ -12,7 +12,9 @@ from typing import Any
 
 from hpc_c2g import markdown
 from hpc_c2g.files import write_atomically
+from hpc_c2g.reporting import memory
 from hpc_c2g.reporting.drawing import Figure
+from hpc_c2g.reporting.memory import Part, by_multiplier, mean_parts, shares_in
 from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
 from hpc_c2g.reporting.tables import cell
 
@@ -55,9 +57,11 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
     for label, rows in members(found.rows).items():
         runs: list[dict[str, Any]] = []
         baselines: dict[str, list[dict[str, float]]] = {}
+        recalled: list[list[Part]] = []
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
             own = _mean(map(figures_of, evaluations))
+            recalled += filter(None, (_by_multiplier(study, evaluation) for evaluation in evaluations))
             measured = {k: row[k] for k in (*MEASURED, *OF_CLASSIFIERS, "alarms", "steps") if k in row}
             runs.append({"id": row["id"], "seed": row.get("train.seed", row.get("seed")), **measured, **own})
             for evaluation in evaluations:
@@ -69,6 +73,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "mean": _mean(numbers),
             "sd": _deviation(numbers),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
+            "by_multiplier": mean_parts(recalled),
         }
     return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
 
@@ -79,6 +84,12 @@ def _evaluations(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return list(whole.get("classifiers", [whole]))
+
+
+def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[Part] | None:
+    """Of one classifier of a run, whose folder is the study's wherever that lies now."""
+    folder = study / "classifiers" / Path(evaluation.get("classifier", "")).name
+    return by_multiplier(evaluation.get("nearness", []), shares_in(folder) or [])
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -123,6 +134,8 @@ def readme(
         alarms = sorted({a for run in group["runs"] for a in str(run.get("alarms", "")).split()})
         lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
         lines += [*table(group), ""]
+        if group["by_multiplier"]:
+            lines += [*markdown.table(*memory.rows(group["by_multiplier"])), ""]
     for file, title, seen in pictures:
         lines += [f"![{seen}]({file})", "", f"*{title}*", ""]
     if found["left_out"]:

@@ -18,7 +18,7 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.lease import live_holder
 from hpc_c2g.settings import read_plain
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config import TrainConfig, config_from
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # what may differ when a run is resumed: it does not change the result
@@ -92,7 +92,7 @@ class RunDirectory:
         file = self.path / "config.yaml"
         new = plain(self.config)
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
-            old = read_config(file)
+            old = plain(config_from(read_config(file)))  # what the run's version did not know has its default
             free_names = _free_to_change(old, new)
             differences = [
                 f"{name}={old_value} there, {new_value} now"

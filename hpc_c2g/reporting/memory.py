@@ -1,0 +1,59 @@
+"""Which training samples come back: those that the classifier's conditions rest on. *Uses real data*, apart from training and after it.
+
+A training sample enters the KKT sum by its multipliers alone. One whose share of them is below what the classifier is off a KKT point by
+leaves no trace that can be told from that, so what a generator covers, and what a classifier gives away, is read against the shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+PARTS = 5
+Part = dict[str, float]
+"""``multipliers``: the part's share of all of them; ``coverage``: the share of its samples that are covered."""
+
+
+def by_multiplier(nearness: Sequence[float], shares: Sequence[float]) -> list[Part] | None:
+    """Fifths of the training samples by their share of the multipliers, the least first; None where the two do not belong together.
+
+    Args:
+        nearness: of each training sample, see ``metrics.nearness``.
+        shares: of each training sample, sum_j mu_ij over the sum of all.
+    """
+    if len(nearness) != len(shares) or len(shares) < PARTS:
+        return None
+    own, near = torch.tensor(shares, dtype=torch.float64), torch.tensor(nearness, dtype=torch.float64)
+    return [
+        {"multipliers": float(own[part].sum()), "coverage": float((near[part] < 1).double().mean())}
+        for part in own.argsort(stable=True).tensor_split(PARTS)
+    ]
+
+
+def mean_parts(runs: Iterable[Sequence[Part]]) -> list[Part]:
+    """The mean over runs, part by part."""
+    return [{key: mean(part[key] for part in parts) for key in parts[0]} for parts in zip(*runs, strict=True)]
+
+
+def rows(parts: Sequence[Part]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of their table."""
+    head = ["training samples, by multiplier", "least fifth", *(str(i) for i in range(2, len(parts))), "most"]
+    return head, [
+        ["share of all multipliers", *(f"{part['multipliers']:.3f}" for part in parts)],
+        ["coverage", *(f"{part['coverage']:.2f}" for part in parts)],
+    ]
+
+
+def shares_in(folder: Path) -> list[float] | None:
+    """What each training sample carries of all multipliers, by the best certificate in a bundle's folder; None without one."""
+    try:
+        forms = json.loads((folder / "certificate.json").read_text())
+    except (OSError, ValueError):
+        return None
+    best = min(forms, key=lambda form: float(form["relative_residual"]))
+    shares: list[float] | None = best.get("shares")  # files of earlier versions have none
+    return shares
