@@ -117,7 +117,7 @@ def test_a_run_from_before_a_setting_existed_has_its_default(config):
     del old.precision, old.generator.canvas
     OmegaConf.save(old, file)
     enter(config)
-    with pytest.raises(C2GError, match="generator.canvas=False there, True now"):
+    with pytest.raises(C2GError, match=r"generator\.canvas=False there, True now"):
         enter(replace(config, generator=replace(config.generator, canvas=True)))
 
 
