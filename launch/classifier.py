@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import time
+import functools
 
 from rich.console import Console
 
-from hpc_c2g.classifiers.fitting import FITS, MarginFitConfig
+from hpc_c2g.classifiers.fitting import FITS
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
+from hpc_c2g.classifiers.progress import LogLines, line
 from hpc_c2g.data.config import DataConfig
 from launch.cli import run_verb
 
 DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
 GROUPS: dict[str, dict[str, type]] = {**DATA, "fit": {**FITS}}
-TELL_SECONDS = 60.0
-"""Between lines where there is no terminal."""
 
 
 def classifier(config: ClassifierConfig) -> None:
     """Make the bundle and say what it is."""
     console = Console(stderr=True)
     with console.status("fitting the classifier") as status:
-        goal = f" of {config.fit.target_margin:g}" if isinstance(config.fit, MarginFitConfig) else ""
-        name = "smoothed margin" if goal else "loss"
-        told = time.monotonic()
+        log = LogLines(config.fit, functools.partial(console.print, soft_wrap=True))
 
         def tell(step: int, value: float) -> None:
-            nonlocal told
-            line = f"fitting the classifier: step {step}, {name} {value:.4g}{goal}"
-            status.update(line)
-            if not console.is_terminal and time.monotonic() - told >= TELL_SECONDS:  # a log file shows no status
-                told = time.monotonic()
-                console.print(line, soft_wrap=True)
+            status.update(line(config.fit, step, value))
+            if not console.is_terminal:  # a log file shows no status
+                log(step, value)
 
         bundle, record = make_classifier(config, tell)
     if "held_out_accuracy" in record:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-import launch.classifier
+from hpc_c2g.classifiers import progress
 from hpc_c2g.classifiers.bundle import META, WEIGHTS
 from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
@@ -252,7 +252,7 @@ def test_the_verbs_follow_one_another(c2g, tmp_path):
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
 def test_a_long_fit_tells_a_log_file_how_far_it_is(c2g, tmp_path, monkeypatch, seconds, told):
-    monkeypatch.setattr(launch.classifier, "TELL_SECONDS", seconds)
+    monkeypatch.setattr(progress, "TELL_SECONDS", seconds)
     code, _, err = c2g(
         "classifier", f"out={tmp_path / 'c'}", "model.width=20", "fit.target_margin=5", "data.classes=[0,1]"
     )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from studies import (
@@ -24,7 +25,9 @@ from studies import (
     wait_for,
 )
 
+from hpc_c2g.classifiers import progress
 from hpc_c2g.studies.ledger import FILE
+from hpc_c2g.studies.work import prepared
 
 GRID = ("train.seed=0,1",)
 
@@ -150,6 +153,18 @@ def test_status_tells_every_task_as_json(finished):
     assert [t["step"] for t in answer["tasks"]] == [None, 4, 4]
     assert all(t["residual"] > 0 for t in answer["tasks"][1:])
     assert answer["warning"] is None
+
+
+def test_a_long_fit_tells_the_log_of_its_task_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0.0)
+    values = {
+        "out": "???",
+        "data": {"name": "digits", "classes": [0, 1], "train_size": 20},
+        "model": {"_target_": "mlp", "width": 20},
+        "fit": {"name": "margin", "target_margin": 5.0},
+    }
+    prepared("classifier")(tmp_path, SimpleNamespace(config=values, folder="classifiers/c"))
+    assert "fitting the classifier: step 50, smoothed margin" in capsys.readouterr().out
 
 
 def test_status_needs_no_torch():

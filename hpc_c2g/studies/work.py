@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +21,13 @@ def prepared(stage: str) -> Work:
 def _classifier() -> Work:
     from hpc_c2g.classifiers.fitting import FITS
     from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
+    from hpc_c2g.classifiers.progress import LogLines
 
     def work(study: Path, task: Task) -> None:
         # whatever an attempt that was cut off left there is replaced
         values = {**task.config, "out": str(study / task.folder), "overwrite": True}
-        make_classifier(from_plain(ClassifierConfig, values, {"fit": FITS}))
+        config = from_plain(ClassifierConfig, values, {"fit": FITS})
+        make_classifier(config, LogLines(config.fit, functools.partial(print, flush=True)))
 
     return work
 
@@ -56,7 +59,8 @@ def _evaluate() -> Work:
     from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
 
     def work(study: Path, task: Task) -> None:
-        evaluate(from_plain(EvaluateConfig, {**task.config, "run_dir": str(study / task.folder)}), print)
+        config = from_plain(EvaluateConfig, {**task.config, "run_dir": str(study / task.folder)})
+        evaluate(config, functools.partial(print, flush=True))
 
     return work
 
