@@ -45,22 +45,32 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def memory(result: dict[str, Any]) -> Table | str:
+    """Which training samples came back, by their multipliers, or why nothing tells."""
+    folder, nearness = result["classifier"], result["nearness"]
+    shares = shares_in(Path(folder))
+    if shares is None:
+        return f"their multipliers tell which training samples come back: c2g certify classifier={folder}"
+    parts = by_multiplier(nearness, shares)
+    if parts is None:
+        return (
+            f"{folder}/certificate.json tells nothing of these {len(nearness)} training samples: it is of others, they are too"
+            " few, or none carries multipliers"
+        )
+    head, body = rows(parts)
+    out = Table(*head)
+    for row in body:
+        out.add_row(*row)
+    return out
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Judge, and print the table and the paths."""
     console = Console(stderr=True)
     for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):
         Console(width=130).print(table(result))
-        parts = by_multiplier(result["nearness"], shares_in(Path(result["classifier"])) or [])
-        if parts is None:
-            console.print(
-                "which training samples come back is told by their multipliers: c2g certify classifier=DIR first"
-            )
-        else:
-            head, body = rows(parts)
-            out = Table(*head)
-            for row in body:
-                out.add_row(*row)
-            Console(width=130).print(out)
+        told = memory(result)
+        Console(width=130).print(told) if isinstance(told, Table) else console.print(told, soft_wrap=True)
     print(
         f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
 from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.training.config import DualityConfig, PriorConfig, TrainConfig
-from hpc_c2g.training.dry_run import DryRun, largest_micro_batch, micro_batch_cost
+from hpc_c2g.training.dry_run import DryRun, generator_without_numbers, largest_micro_batch, micro_batch_cost
 from hpc_c2g.training.meter import Meter, Work
 
 
@@ -76,6 +77,18 @@ def test_bytes_and_calls_of_an_element_wise_operator(size):
     assert meter.live == meter.peak == 4 * size
     del y, z, w
     assert (meter.live, meter.peak) == (0, 4 * size)
+
+
+def test_what_an_operator_writes_into_is_not_read():
+    a, out = torch.empty(8, 16, device="meta"), torch.empty(8, 8, device="meta")
+    with Meter() as meter:
+        torch.mm(a, a.T, out=out)
+        torch.mul(out, out, out=out)
+        out.addcmul_(out, out, value=0.5)
+    assert meter.work == Work(2 * 8 * 16 * 8, 4 * (2 * 8 * 16 + 64), 4 * (3 + 2) * 64, 4)
+    assert meter.peak == 0
+    assert sum(o.flops * n for o, n in meter.operators.items()) == meter.work.flops
+    assert sum(o.nbytes * n for o, n in meter.operators.items()) == meter.work.matrix_bytes + meter.work.moved_bytes
 
 
 def test_a_temporary_counts_only_while_it_lives():
@@ -221,3 +234,11 @@ def test_a_real_micro_batch_fits_its_memory(linear):
     dry = DryRun(linear, TrainConfig(global_batch=4096))
     found = largest_micro_batch(dry.working_bytes, 2e6, 4096)
     assert dry.working_bytes(found) <= 2e6 < dry.working_bytes(2 * found)
+
+
+def test_canvases_of_all_classifiers_count(linear):
+    config = TrainConfig(global_batch=40, generator=MLPGeneratorConfig(codes=3, canvas=True))
+    numbers = [sum(p.numel() for p in generator_without_numbers(config, [linear] * k).parameters()) for k in (1, 2)]
+    rows, pixels = 3 * len(linear.classes), math.prod(linear.input_shape)
+    embedding, logits = config.generator.embedding, len(linear.classes)
+    assert numbers[1] - numbers[0] == rows * (pixels + embedding + logits)

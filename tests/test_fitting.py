@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hpc_c2g.classifiers import make
-from hpc_c2g.classifiers.bundle import load_bundle, load_state_dict_file
+from hpc_c2g.classifiers.bundle import CERTIFICATE, load_bundle, load_state_dict_file
 from hpc_c2g.classifiers.fitting import (
     ImportFitConfig,
     InitConfig,
@@ -270,7 +270,9 @@ def test_a_classifier_is_made_once_and_taken_again_for_equal_settings(tmp_path, 
 
 def test_overwrite_replaces_the_classifier_and_its_record(tmp_path):
     first, _ = make_classifier(settings_of(tmp_path))
+    (tmp_path / "out" / CERTIFICATE).write_text("[]")
     second, record = make_classifier(settings_of(tmp_path, seed=1, overwrite=True))
+    assert not (tmp_path / "out" / CERTIFICATE).exists()  # it was of the first
     assert load_bundle(tmp_path / "out").fingerprint == second.fingerprint != first.fingerprint
     assert make_classifier(settings_of(tmp_path, seed=1))[1] == record
     with pytest.raises(C2GError, match="holds another classifier"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from hpc_c2g.reporting.memory import by_multiplier
+from hpc_c2g.reporting.memory import by_multiplier, shares_in
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
 from hpc_c2g.reporting.results import Results
 from launch.publish import commands
@@ -108,6 +109,34 @@ def test_a_certificate_of_other_data_tells_nothing():
     assert by_multiplier([0.5] * 10, [0.1] * 9) is None
     assert by_multiplier([0.5] * 10, []) is None
     assert by_multiplier([], []) is None
+    assert by_multiplier([0.5] * 10, [0.0] * 10) is None
+    assert by_multiplier([0.5] * 10, [math.nan] * 10) is None
+
+
+def test_samples_with_the_same_share_count_alike_in_whichever_order_they_come():
+    nearness, shares = [0.5, 0.5, 0.5, 0.5, 1.5, 1.5, 1.5, None, 0.5, 0.5], [0.0] * 8 + [0.4, 0.6]
+    for order in (range(10), range(9, -1, -1)):
+        parts = by_multiplier([nearness[i] for i in order], [shares[i] for i in order])
+        assert [part["coverage"] for part in parts] == [0.5, 0.5, 0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "null", "{}", '[{"relative_residual": null}]', '[{"relative_residual": 0.1}]', "[{}]"]
+)
+def test_a_damaged_certificate_is_none(tmp_path, damage):
+    (tmp_path / "certificate.json").write_text(damage)
+    assert shares_in(tmp_path) is None
+    assert shares_in(tmp_path / "nowhere") is None
+
+
+def test_a_table_of_some_runs_is_not_shown_as_one_of_all(study):
+    folder, found, folders = study
+    bundle = folder / "classifiers" / "c0"
+    bundle.mkdir(parents=True)
+    (bundle / "certificate.json").write_text(json.dumps([{"relative_residual": 0.1, "shares": [0.1] * 10}]))
+    evaluation = EVALUATION | {"classifier": "classifiers/c0", "nearness": [0.5] * 10}
+    (folder / "runs" / "r0" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert content(folder, "x", "about", found, folders)["groups"]["variant=a"]["by_multiplier"] == []
 
 
 def test_the_commands_tell_nothing_of_where_data_lie() -> None:

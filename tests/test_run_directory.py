@@ -121,6 +121,19 @@ def test_a_run_from_before_a_setting_existed_has_its_default(config):
         enter(replace(config, generator=replace(config.generator, canvas=True)))
 
 
+def test_what_only_another_version_knows_is_told_as_a_difference_or_does_not_matter(config):
+    enter(config)
+    file = RunDirectory(config).path / "config.yaml"
+    old = OmegaConf.load(file)
+    old.log.future, old.micro_batch = 3, 10**6
+    OmegaConf.save(old, file)
+    enter(config)
+    old.future = 1
+    OmegaConf.save(old, file)
+    with pytest.raises(C2GError, match=r"run_dir=.* holds a run with other settings: future=1 there, None now"):
+        enter(config)
+
+
 def test_a_start_that_left_no_checkpoint_binds_nothing(config):
     with RunDirectory(config):
         pass

@@ -26,7 +26,7 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
 
-WEIGHTS, META = "classifier.safetensors", "bundle.json"
+WEIGHTS, META, CERTIFICATE = "classifier.safetensors", "bundle.json", "certificate.json"
 FORMAT = 1
 OTHER_WEIGHTS = "classifier-b.safetensors"
 """The weights' name where another bundle was replaced: two names take turns, the description says which is valid."""

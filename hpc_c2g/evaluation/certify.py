@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from hpc_c2g.classifiers.bundle import load_bundle
+from hpc_c2g.classifiers.bundle import CERTIFICATE, load_bundle
 from hpc_c2g.classifiers.certificate import Certificate, certify
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.data.config import DataConfig
@@ -14,8 +14,6 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
 from hpc_c2g.files import write_atomically
 from hpc_c2g.kkt.stationarity import LEFT_SIDES
-
-CERTIFICATE = "certificate.json"
 
 
 def certify_bundle(folder: str, data: DataConfig | None = None) -> tuple[dict[str, float], list[Certificate]]:

@@ -74,8 +74,10 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
     return _judge(samples, labels, split.train, oracle or split_oracle(split, seed), test_half, split.held_out, seed)
 
 
-def nearness(samples: Tensor, split: Split) -> list[float]:
+def nearness(samples: Tensor, split: Split) -> list[float | None]:
     """Distance of each training image to its nearest sample over that to its nearest held-out image; ``coverage`` is the share below 1.
+
+    None where the training image is held out too, so that nothing can be nearer.
 
     Args:
         samples: ``[N, *S]`` raw units.
@@ -83,7 +85,7 @@ def nearness(samples: Tensor, split: Split) -> list[float]:
     """
     points, train, real = (flat_rows(t) for t in (samples.detach().cpu(), split.train.samples, split.held_out.samples))
     to_sample, to_real = _nearest(train, points)[0], _nearest(train, real)[0]
-    return [float(ratio) for ratio in to_sample / to_real.clamp_min(torch.finfo(to_real.dtype).tiny)]
+    return [_ratio(float(own), float(other)) for own, other in zip(to_sample, to_real, strict=True)]
 
 
 def split_oracle(split: Split, seed: int = 0) -> Oracle:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpc_c2g.kkt.normalisation import Moments
 
@@ -14,8 +13,8 @@ from hpc_c2g.kkt.normalisation import Moments
 def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Tensor:
     """1/B sum over samples and entries of (relu(x - upper)^2 + relu(lower - x)^2) / half_range^2; x ``[B, *S]``."""
     half = (upper - lower) / 2
-    # the nearest point of the box is a constant to the derivative, in few passes over x
-    return F.mse_loss(x / half, x.detach().clamp(lower, upper) / half, reduction="sum") / global_batch
+    # the nearest point of the box is a constant to the derivative, in few passes over x (mse_loss would hold as much again)
+    return (x - x.detach().clamp(lower, upper)).div_(half).square().sum() / global_batch
 
 
 def total_variation(x: Tensor, global_batch: int) -> Tensor:

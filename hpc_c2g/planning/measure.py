@@ -176,14 +176,14 @@ def _replay(operators: Sequence[tuple[Operator, int]], device: torch.device, mem
         function = functools.reduce(getattr, operator.name.split("."), torch.ops)
 
         def fill(function: Any = function, ring: list[Any] = ring, copies: int = copies) -> None:
-            kept = [function(*ring[i % len(ring)]) for i in range(copies)]
+            kept = [function(*given, **named) for given, named in (ring[i % len(ring)] for i in range(copies))]
             kept.clear()
 
         result += count * _seconds(fill, device, seconds / len(operators)) / copies
     return result
 
 
-def _operands(operator: Operator, device: torch.device) -> list[Any]:
+def _operands(operator: Operator, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
     """Ones (which stay normal numbers under repeated in-place changes), and zeros for indices."""
 
     def real(value: Any) -> Any:
@@ -193,7 +193,9 @@ def _operands(operator: Operator, device: torch.device) -> list[Any]:
             return torch.full((length,), fill, dtype=value.dtype, device=device).as_strided(value.shape, value.stride)
         return [real(v) for v in value] if isinstance(value, tuple) else value
 
-    return [real(value) for value in operator.arguments]
+    # a device is that of the dry run, which has none
+    named = {name: device if name == "device" else real(value) for name, value in operator.keywords}
+    return [real(value) for value in operator.arguments], named
 
 
 def _call_seconds(device: torch.device, seconds: float) -> float:

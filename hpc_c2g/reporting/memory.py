@@ -7,30 +7,36 @@ leaves no trace that can be told from that, so what a generator covers, and what
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-import torch
+import numpy as np
 
 PARTS = 5
 Part = dict[str, float]
 """``multipliers``: the part's share of all of them; ``coverage``: the share of its samples that are covered."""
 
 
-def by_multiplier(nearness: Sequence[float], shares: Sequence[float]) -> list[Part] | None:
+def by_multiplier(nearness: Sequence[float | None], shares: Sequence[float]) -> list[Part] | None:
     """Fifths of the training samples by their share of the multipliers, the least first; None where the two do not belong together.
+
+    Samples with the same share (many have none) count with their common coverage, in whichever part they come to lie.
 
     Args:
         nearness: of each training sample, see ``metrics.nearness``.
         shares: of each training sample, sum_j mu_ij over the sum of all.
     """
-    if len(nearness) != len(shares) or len(shares) < PARTS:
+    if len(nearness) != len(shares) or len(shares) < PARTS or not math.fsum(shares) > 0:
         return None
-    own, near = torch.tensor(shares, dtype=torch.float64), torch.tensor(nearness, dtype=torch.float64)
+    own = np.asarray(shares, dtype=np.float64)
+    covered = np.asarray([near is not None and near < 1 for near in nearness], dtype=np.float64)
+    _, tie, count = np.unique(own, return_inverse=True, return_counts=True)
+    common = (np.bincount(tie, covered) / count)[tie]
     return [
-        {"multipliers": float(own[part].sum()), "coverage": float((near[part] < 1).double().mean())}
-        for part in own.argsort(stable=True).tensor_split(PARTS)
+        {"multipliers": float(own[part].sum()), "coverage": float(common[part].mean())}
+        for part in np.array_split(own.argsort(kind="stable"), PARTS)
     ]
 
 
@@ -49,11 +55,13 @@ def rows(parts: Sequence[Part]) -> tuple[list[str], list[list[str]]]:
 
 
 def shares_in(folder: Path) -> list[float] | None:
-    """What each training sample carries of all multipliers, by the best certificate in a bundle's folder; None without one."""
+    """What each training sample carries of all multipliers, by the best certificate in a bundle's folder.
+
+    None without a certificate, from one of an earlier version, and from a damaged one.
+    """
     try:
         forms = json.loads((folder / "certificate.json").read_text())
-    except (OSError, ValueError):
+        best = min(forms, key=lambda form: float(form["relative_residual"]))
+        return [float(share) for share in best["shares"]]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    best = min(forms, key=lambda form: float(form["relative_residual"]))
-    shares: list[float] | None = best.get("shares")  # files of earlier versions have none
-    return shares

@@ -57,11 +57,11 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
     for label, rows in members(found.rows).items():
         runs: list[dict[str, Any]] = []
         baselines: dict[str, list[dict[str, float]]] = {}
-        recalled: list[list[Part]] = []
+        recalled: list[list[Part] | None] = []
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
             own = _mean(map(figures_of, evaluations))
-            recalled += filter(None, (_by_multiplier(study, evaluation) for evaluation in evaluations))
+            recalled += [_by_multiplier(study, evaluation) for evaluation in evaluations]
             measured = {k: row[k] for k in (*MEASURED, *OF_CLASSIFIERS, "alarms", "steps") if k in row}
             runs.append({"id": row["id"], "seed": row.get("train.seed", row.get("seed")), **measured, **own})
             for evaluation in evaluations:
@@ -73,7 +73,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "mean": _mean(numbers),
             "sd": _deviation(numbers),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
-            "by_multiplier": mean_parts(recalled),
+            "by_multiplier": mean_parts(known) if len(known := [*filter(None, recalled)]) == len(recalled) else [],
         }
     return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
 

@@ -11,7 +11,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.dry_run import DryRun, largest_micro_batch
+from hpc_c2g.training.dry_run import DryRun, generator_without_numbers, largest_micro_batch
 
 GIB = 2**30
 COPIES = 5
@@ -81,7 +81,7 @@ def largest_that_fits(bundles: list[Bundle], config: TrainConfig, mesh: Mesh, fr
     share = -(-config.global_batch // mesh.data.size)
     dry = {k: DryRun(bundles[k], config) for k in mesh.mine}
     # weights, their gradient and Adam's two moments, as if nothing were shared out; the sums of all of this rank's classifiers
-    held = 16 * max(sum(p.numel() for p in one.build().parameters()) for one in dry.values())
+    held = 16 * sum(p.numel() for p in generator_without_numbers(config, bundles).parameters())
     room = free * (1 - MARGIN) - held - _kkt_bytes(bundles, mesh)
     fitting = []
     for one in dry.values():

@@ -13,7 +13,7 @@ operators allocate for themselves is not seen: up to a fifth more for convolutio
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ from hpc_c2g.training.bundles import boxes, class_counts
 from hpc_c2g.training.config import DistributedConfig, OptimiserConfig, TrainConfig
 from hpc_c2g.training.meter import Meter, Operator, Work
 from hpc_c2g.training.objective import Objective, loss_terms
-from hpc_c2g.training.sharding import shard
+from hpc_c2g.training.sharding import batch_shares, shard
 from hpc_c2g.training.step import TrainStep
 
 META = torch.device("meta")
@@ -92,7 +92,7 @@ class DryRun:
         )
         with Meter():
             self.objective = Objective(bundle, self.config, config.global_batch, META, torch.float32)
-        self.build = functools.partial(_generator, self.config, bundle)
+        self.build = functools.partial(generator_without_numbers, self.config, [bundle])
 
     def cost(self, samples: int, one_pass: bool = False) -> MicroBatchCost:
         """The cost of micro-batches of ``samples``, more than one of them unless ``one_pass``.
@@ -296,9 +296,10 @@ class _Latents:
         return Latents(z, index, index, index)
 
 
-def _generator(config: TrainConfig, bundle: Bundle) -> Generator | FreeImages:
-    """The run's generator without numbers."""
-    lower, upper = boxes([bundle])
-    latents, classes = config.latents.dimensions, class_counts([bundle])
-    module = build_generator(config.generator, latents, classes, [config.global_batch], lower, upper, config.seed)
+def generator_without_numbers(config: TrainConfig, bundles: Sequence[Bundle]) -> Generator | FreeImages:
+    """The run's generator of these classifiers on the meta device."""
+    lower, upper = boxes(bundles)
+    latents, classes = config.latents.dimensions, class_counts(bundles)
+    counts = batch_shares(config, classes) if len(bundles) > 1 else [config.global_batch]
+    module = build_generator(config.generator, latents, classes, counts, lower, upper, config.seed)
     return module.to(META, DTYPES[config.dtype])

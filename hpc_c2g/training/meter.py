@@ -61,12 +61,14 @@ class Operator:
     Attributes:
         name: below ``torch.ops``, such as ``aten.mm.default``.
         arguments: tensors as ``TensorShape``, lists as tuples.
+        keywords: (name, argument) pairs.
         flops: of one call, 0 where it is bound by memory.
         nbytes: read and written by one call.
     """
 
     name: str
     arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
     flops: float
     nbytes: float
 
@@ -80,7 +82,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         work: since the last ``reset``.
         peak: largest sum of bytes that were alive at once, of storages made since the last ``reset``.
-        operators: what was called how often; only calls without keyword arguments.
+        operators: what was called how often.
     """
 
     def __init__(self) -> None:
@@ -108,6 +110,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         inputs, outputs = list(_tensors([args, kwargs])), list(_tensors(out))
         held = {t.untyped_storage()._cdata for t in inputs}
+        inputs = [t for t in inputs if t is not kwargs.get("out")]  # written, not read
         made = [t for t in outputs if t.untyped_storage()._cdata not in held]
         for tensor in made:
             self._watch(tensor)
@@ -123,8 +126,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             values = args[0] if packet is ATEN.embedding_dense_backward else args[2]
             size = 3 * _nbytes([values]) + _nbytes(made)
         self.work += Work(flops, size, 0, 1) if flops else Work(0, 0, size, 1)
-        if size and not kwargs:
-            self.operators[Operator(str(func), _frozen(args), flops, size)] += 1
+        if size:
+            self.operators[Operator(str(func), _frozen(args), _frozen(sorted(kwargs.items())), flops, size)] += 1
 
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -18,7 +18,7 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.lease import live_holder
 from hpc_c2g.settings import read_plain
-from hpc_c2g.training.config import TrainConfig, config_from
+from hpc_c2g.training.config import TrainConfig
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # what may differ when a run is resumed: it does not change the result
@@ -92,7 +92,9 @@ class RunDirectory:
         file = self.path / "config.yaml"
         new = plain(self.config)
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
-            old = plain(config_from(read_config(file)))  # what the run's version did not know has its default
+            # what the version that began the run did not know has its default
+            defaults = TrainConfig(classifier="c", run_dir="r", generator=type(self.config.generator)())
+            old = _filled(read_config(file), plain(defaults))
             free_names = _free_to_change(old, new)
             differences = [
                 f"{name}={old_value} there, {new_value} now"
@@ -136,6 +138,14 @@ def read_config(file: Path) -> dict[str, Any]:
     return read_plain(
         file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
     )
+
+
+def _filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with what it lacks from ``defaults``."""
+    both = {
+        k: _filled(v, defaults[k]) for k, v in old.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
+    }
+    return {**defaults, **old, **both}
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
