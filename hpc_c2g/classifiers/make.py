@@ -134,8 +134,8 @@ def make_classifier(
             return load_bundle(folder), record
         raise C2GError(f"out={folder} holds another classifier", "choose another out, or overwrite=true to replace it")
     bundle, record = _imported(config) if isinstance(config.fit, ImportFitConfig) else _fitted(config, report)
-    (folder / CERTIFICATE).unlink(missing_ok=True)  # it tells of the classifier that was here before
     save_bundle(bundle, folder)
+    (folder / CERTIFICATE).unlink(missing_ok=True)  # it tells of the classifier that was here before
     record = {"settings": settings, "weights_sha256": bundle.fingerprint, **record}
     write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     return bundle, record
