@@ -31,8 +31,7 @@ class GeneratorConfig:
         gain: on the continuous latents.
         multiplier_widths: hidden layers of the multiplier network (without codes; with codes it is a table with a row per code).
         output_scale: on the last weights at the start.
-        canvas: each code (without codes: each class) has a learned image of its own too, which the decoder's is added to, for what a
-            decoder shared by all codes is slow to learn: large images that are much alike.
+        canvas: each code (without codes: each class) has a learned image of its own too, which the decoder's is added to.
     """
 
     name: str = "mlp"
