@@ -193,10 +193,10 @@ class Condition(nn.Module):
         code = (quantile * self.codes).long().clamp(0, self.codes - 1)
         return labels * self.codes + code
 
-    def forward(self, latents: Latents) -> Tensor:
-        """Features ``[B, features]``."""
+    def forward(self, latents: Latents, rows: Tensor) -> Tensor:
+        """Features ``[B, features]``; ``rows`` are those of the latents."""
         z = latents.z[:, 1:] if self.codes else latents.z
-        return torch.cat([self.gain * z.to(self.table.weight), self.table(self.rows(latents))], 1)
+        return torch.cat([self.gain * z.to(self.table.weight), self.table(rows)], 1)
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
@@ -254,8 +254,8 @@ class Generator(nn.Module):
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` in each classifier's normalised space, and the multiplier logits h ``[B, max C_k]``."""
-        features = self.condition(latents)
         rows = self.condition.rows(latents)
+        features = self.condition(latents, rows)
         h = self.multiplier(rows if self.condition.codes else features)
         t = self.image(features)
         if self.canvas is not None:

@@ -216,9 +216,8 @@ class Chain:
         z = _to_logits(seeds, labels)
         for i in reversed(range(len(self.links))):
             along = v.get(self.links[i].weight)
-            a = self._times(
-                self._operand(z), self.weights[i], spare=passed.inputs[i] if i else None
-            )  # but x is not ours
+            spare = passed.inputs[i] if i else None  # x is not ours
+            a = self._times(self._operand(z), self.weights[i], spare=spare)
             if along is not None:
                 along = along if factor is None else factor * along
                 self._times(passed.deltas[i], self._operand(along), onto=a)

@@ -14,7 +14,6 @@ from hpc_c2g import markdown
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting import memory
 from hpc_c2g.reporting.drawing import Figure
-from hpc_c2g.reporting.memory import Part, by_multiplier, mean_parts, shares_in
 from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
 from hpc_c2g.reporting.tables import cell
 
@@ -57,7 +56,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
     for label, rows in members(found.rows).items():
         runs: list[dict[str, Any]] = []
         baselines: dict[str, list[dict[str, float]]] = {}
-        recalled: list[list[Part] | None] = []
+        recalled: list[list[memory.Part]] = []
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
             own = _mean(map(figures_of, evaluations))
@@ -73,7 +72,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "mean": _mean(numbers),
             "sd": _deviation(numbers),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
-            "by_multiplier": mean_parts(known) if len(known := [*filter(None, recalled)]) == len(recalled) else [],
+            "by_multiplier": memory.mean_parts(recalled) if all(recalled) else [],
         }
     return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
 
@@ -86,10 +85,10 @@ def _evaluations(file: Path) -> list[dict[str, Any]]:
     return list(whole.get("classifiers", [whole]))
 
 
-def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[Part] | None:
-    """Of one classifier of a run, whose folder is the study's wherever that lies now."""
+def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[memory.Part]:
+    """Of one classifier of a run, whose folder is the study's wherever that lies now; empty where nothing tells."""
     folder = study / "classifiers" / Path(evaluation.get("classifier", "")).name
-    return by_multiplier(evaluation.get("nearness", []), shares_in(folder) or [])
+    return memory.by_multiplier(evaluation.get("nearness", []), memory.shares_in(folder) or []) or []
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
