@@ -35,7 +35,8 @@ def run_ranks(
     ``nodes`` is how many the ranks believe that they are on.
     """
     local = count // nodes
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # its server imports once what every rank of every test needs
+    context.set_forkserver_preload(["deepspeed", "torch._dynamo", "hpc_c2g.training.loop"])
     queue = context.Queue()
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / f"meeting-{count}-{len(list(folder.iterdir()))}"

@@ -20,12 +20,14 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.trained import DRAWINGS
 from hpc_c2g.training import assembly
 from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
 from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
+from hpc_c2g.training.sharding import batch_shares, shard
 
 ALONE = World.alone(torch.device("cpu"))
 
@@ -38,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(parent / str(k)) for k in range(3)]
 
 
-def config(folders: list[str], run_dir: Path, **changes: object) -> TrainConfig:
+def config(folders: str | list[str], run_dir: Path, **changes: object) -> TrainConfig:
     return TrainConfig(
         **{
             "classifier": folders,
@@ -100,6 +102,57 @@ def test_a_stopped_run_of_three_goes_on_bitwise_and_other_classifiers_are_refuse
         train(config(folders[:2], tmp_path / "cut"))
 
 
+def test_two_solutions_are_what_two_copies_of_the_classifier_would_get(folders: list[str], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    train(config([folders[0], str(copy)], tmp_path / "copies"))
+    train(config(folders[0], tmp_path / "solutions", solutions=2))
+    copies, solutions = (load_run(tmp_path / name) for name in ("copies", "solutions"))
+    assert copies.alphas == solutions.alphas
+    for mine, other in zip(copies.generator.module.parameters(), solutions.generator.module.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("copies", "solutions")
+    ]
+    for copied, solved in zip(*lines, strict=True):
+        for k in range(2):
+            assert solved[f"solution{k}/alpha"] == copied[f"classifier{k}/alpha"]
+            assert solved[f"solution{k}/margins/q50"] == copied[f"classifier{k}/margins/q50"]
+    for drawing in DRAWINGS:
+        for mine, other in zip(
+            copies.generator.sample(30, 0, drawing), solutions.generator.sample(30, 0, drawing), strict=True
+        ):
+            assert torch.equal(mine, other)
+
+
+def test_each_classifier_has_its_own_solutions(folders: list[str], tmp_path: Path) -> None:
+    train(config(folders[:2], tmp_path / "run", solutions=2, shares=[2.0, 1.0]))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    each = [f"classifier{k}/solution{s}/" for k in range(2) for s in range(2)]
+    assert len({line[f"{prefix}stationarity"] for prefix in each}) == 4
+    run = load_run(tmp_path / "run")
+    assert [member.classifier for member in run.generator.members] == [0, 0, 1, 1]
+    only = run.generator.only(1)
+    assert only.classes == ["b", "d"]
+    assert [member.index for member in only.members] == [2, 3]
+    picture, columns = run.generator.picture(0, rows=4)
+    assert (columns, len(picture)) == (5, 20)
+    rows = picture.reshape(4, 5, 1, 4, 4)[:, :3]
+    for s, member in enumerate(run.generator.only(0).members):
+        latents = fresh_latents(0, 12, run.generator.dimensions, 3, classifier=member.index)
+        drawn = run.generator.draw(latents, member)[0].reshape(4, 3, 1, 4, 4)
+        assert torch.equal(rows[s::2], drawn[s::2])  # the solutions' rows in turn
+
+
+def test_shares_are_those_of_classifiers_whatever_the_solutions(folders: list[str]) -> None:
+    wanted = config(folders[:2], Path("run"), solutions=2, shares=[2.0, 1.0])
+    assert batch_shares(wanted, [3, 3, 2, 2]) == [12, 12, 6, 6]
+    with pytest.raises(C2GError, match=r"shares=\[1.0\] names 1 shares for 2 classifiers"):
+        shard(replace(wanted, shares=[1.0]), [3, 3, 2, 2], Mesh.over(ALONE, 4), None)
+    with pytest.raises(C2GError, match="solutions=0"):
+        replace(wanted, solutions=0)
+
+
 def test_free_images_of_several_classifiers_keep_their_place(folders: list[str], tmp_path: Path) -> None:
     from hpc_c2g.generators.networks import FreeImagesConfig
 
@@ -128,7 +181,7 @@ def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
         names.append(str(tmp_path / f"digits{len(names)}"))
         data = DataConfig(classes=classes, train_size=20, held_out_size=60)
         make_classifier(ClassifierConfig(out=names[-1], data=data))
-    train(config(names, tmp_path / "run"))
+    train(config(names, tmp_path / "run", solutions=2))
     settings = EvaluateConfig(str(tmp_path / "run"), count=20, classification_steps=2, free_steps=2)
     results = evaluate(settings)
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -136,6 +189,12 @@ def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
     assert written["classifiers"] == json.loads(json.dumps(results))
     assert [one["settings"]["data"]["classes"] for one in results] == [[0, 1, 2], [3, 4]]
     assert (tmp_path / "run" / "nearest-classifier1.png").exists()
+    baseline = load_run(next((tmp_path / "run" / "baselines").glob("classification_only-classifier1-*"))).config
+    assert (baseline.classifier, baseline.solutions, baseline.global_batch) == (
+        names[1],
+        1,
+        7,
+    )  # 36 in two fifths, halved
     with pytest.raises(C2GError, match="each is judged on the data that its record names"):
         evaluate(replace(settings, data=DataConfig()))
 

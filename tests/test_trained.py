@@ -37,7 +37,7 @@ GENERATORS = {
 def make(config=GENERATORS["codes"], count: int = 12) -> TrainedGenerator:
     lower, upper = (bound.float() for bound in NORMALISATION.box())
     module = build_generator(config, 2, [CLASSES], [count], lower[None], upper[None], seed=0)
-    return TrainedGenerator(module, 2, [Member(0, ["a", "b", "c"], NORMALISATION)])
+    return TrainedGenerator(module, 2, [Member(0, 0, ["a", "b", "c"], NORMALISATION)])
 
 
 def make_free(count: int) -> TrainedGenerator:
@@ -151,7 +151,7 @@ class Quarters(nn.Module):
 
 def test_samples_are_drawn_in_proportion_to_their_multipliers_within_each_class():
     trained = TrainedGenerator(
-        Quarters(), 2, [Member(0, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))]
+        Quarters(), 2, [Member(0, 0, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))]
     )
     frequencies_of = {"multipliers": [0, 1 / 6, 2 / 6, 3 / 6], "supported": [0, 0, 0.5, 0.5], "plain": [0.25] * 4}
     for drawing, wanted in frequencies_of.items():

@@ -143,6 +143,7 @@ def trainer(bundles: Sequence[Bundle], settings: TrainConfig, world: World | Non
         [loss_terms(settings, True) for _ in bundles],
         RunningSum(world),
         world.device,
+        [f"classifier{k}/" for k in range(len(bundles))] if len(bundles) > 1 else [""],
     )
     plain = PlainEngine(module, world, **engine)
     return TrainStep(settings, objectives, samplers, classes, account, plain, mesh, sharding, [ALPHA0] * len(bundles))

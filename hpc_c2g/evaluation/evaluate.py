@@ -165,12 +165,16 @@ def _landscape(
 def _baselines(
     config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier."""
+    """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier.
+
+    Each baseline is one solution.
+    """
     settings = replace(run.config, distributed=DistributedConfig())  # in this one process
-    if len(settings.classifiers) > 1:
-        batch = batch_shares(settings, class_counts(run.generator.members))[k]
+    first = k * settings.solutions  # of the classifier's members
+    if len(settings.members) > 1:
+        batch = batch_shares(settings, class_counts(run.generator.members))[first]
         own = settings.classifiers[k]
-        settings = replace(settings, classifier=own, shares=[], global_batch=batch, micro_batch=None)
+        settings = replace(settings, classifier=own, solutions=1, shares=[], global_batch=batch, micro_batch=None)
     folder = Path(config.run_dir) / "baselines"
 
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def _baselines(
         run_dir=str(folder / f"classification_only{suffix}-{config.classification_steps}-at-{run.step}"),
         steps=min(config.classification_steps, settings.steps),
         stationarity=replace(settings.stationarity, weight=0.0),
-        scale=replace(settings.scale, start=run.alphas[k], rate=0.0),  # without multipliers alpha cannot be learned
+        scale=replace(settings.scale, start=run.alphas[first], rate=0.0),  # without multipliers alpha cannot be learned
     )
     train(without)
     baselines["classification_only"] = judged(

@@ -29,15 +29,17 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Member:
-    """What a generator knows of one of its classifiers.
+    """What a generator knows of one solution of one of its classifiers.
 
     Attributes:
-        index: of the classifier within the generator.
+        index: of the member within the generator.
+        classifier: which one it is a solution of.
         classes: names.
         normalisation: maps the generator's outputs for it to raw values.
     """
 
     index: int
+    classifier: int
     classes: list[str]
     normalisation: Normalisation
 
@@ -49,7 +51,7 @@ class TrainedGenerator:
     Attributes:
         module: generator and multiplier network.
         dimensions: of its latents.
-        members: the classifiers it was born from.
+        members: the solutions of the classifiers it was born from, classifier by classifier.
     """
 
     module: Generator | FreeImages
@@ -57,13 +59,16 @@ class TrainedGenerator:
     members: list[Member]
 
     @classmethod
-    def of(cls, bundles: Sequence[Bundle], module: Generator | FreeImages, dimensions: int) -> TrainedGenerator:
-        """For a generator in training against ``bundles``."""
-        return cls(module, dimensions, [Member(k, b.classes, b.normalisation) for k, b in enumerate(bundles)])
+    def of(
+        cls, bundles: Sequence[Bundle], solutions: int, module: Generator | FreeImages, dimensions: int
+    ) -> TrainedGenerator:
+        """For a generator in training whose members have ``bundles``, each classifier's ``solutions`` in turn."""
+        members = [Member(i, i // solutions, b.classes, b.normalisation) for i, b in enumerate(bundles)]
+        return cls(module, dimensions, members)
 
     def only(self, classifier: int) -> TrainedGenerator:
         """The part of the generator that belongs to one classifier."""
-        return replace(self, members=[self.members[classifier]])
+        return replace(self, members=[member for member in self.members if member.classifier == classifier])
 
     @property
     def classes(self) -> list[str]:
@@ -79,14 +84,18 @@ class TrainedGenerator:
         """What a checkpoint keeps beside the weights."""
         names = ("mean", "scale", "lower", "upper")
         members = [
-            {"classes": list(m.classes), "normalisation": {k: getattr(m.normalisation, k) for k in names}}
+            {
+                "classifier": m.classifier,
+                "classes": list(m.classes),
+                "normalisation": {k: getattr(m.normalisation, k) for k in names},
+            }
             for m in self.members
         ]
         return {"dimensions": self.dimensions, "members": members}
 
     @torch.no_grad()
     def draw(self, latents: Latents, member: Member) -> tuple[Tensor, Tensor]:
-        """Raw samples ``[n, *S]`` for one classifier and their relative multipliers sum_j softplus(h_ij) ``[n]``, on the CPU in float32."""
+        """Raw samples ``[n, *S]`` of one member and their relative multipliers sum_j softplus(h_ij) ``[n]``, on the CPU in float32."""
         device = next(self.module.parameters()).device
         images, weights = [], []
         for start in range(0, len(latents.labels), CHUNK):
@@ -119,13 +128,13 @@ class TrainedGenerator:
                 picked = systematic_resample(_chances(weights[candidates], drawing), len(wanted), generator)
             else:
                 picked = torch.arange(len(wanted)) % len(candidates)
-                if len(self.members) > 1:  # candidates come classifier by classifier: take some of each
+                if len(self.members) > 1:  # candidates come member by member: take some of each
                     picked = torch.randperm(len(candidates), generator=generator)[picked]
             chosen[wanted] = candidates[picked]
         return images[chosen], labels
 
     def _candidates(self, member: Member, count: int, seed: int, drawing: str) -> tuple[Tensor, Tensor, Tensor]:
-        """One classifier's samples, relative multipliers and labels in the common label space."""
+        """One member's samples, relative multipliers and labels in the common label space."""
         classes = len(member.classes)
         factor = 1 if drawing == "plain" else OVERSAMPLING
         total = factor * -(-count // len(self.classes)) * classes
@@ -136,13 +145,18 @@ class TrainedGenerator:
         return *self.draw(latents, member), common[latents.labels]
 
     def picture(self, seed: int, rows: int = 10) -> tuple[Tensor, int]:
-        """Raw samples for a grid at latents that never change: a column per class, classifier by classifier; and the columns' number."""
-        parts = []
+        """Raw samples for a grid at latents that never change: a column per class, classifier by classifier; and the columns' number.
+
+        Of a classifier's solutions each has a row in turn.
+        """
+        parts: dict[int, list[Tensor]] = {}
         for member in self.members:
             columns = len(member.classes)
             latents = fresh_latents(seed, rows * columns, self.dimensions, columns, classifier=member.index)
-            parts.append(self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape))
-        images = torch.cat(parts, 1)
+            drawn = self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape)
+            parts.setdefault(member.classifier, []).append(drawn)
+        turn = torch.arange(rows)
+        images = torch.cat([torch.stack(own)[turn % len(own), turn] for own in parts.values()], 1)
         return images.flatten(0, 1), images.shape[1]
 
 
@@ -175,5 +189,7 @@ def systematic_resample(weights: Tensor, count: int, generator: torch.Generator)
 def members_from(state: Mapping[str, Any]) -> list[Member]:
     """The members that ``TrainedGenerator.state_dict`` kept."""
     return [
-        Member(k, kept["classes"], Normalisation(**kept["normalisation"])) for k, kept in enumerate(state["members"])
+        # a run from before there were solutions has one of each classifier
+        Member(i, kept.get("classifier", i), kept["classes"], Normalisation(**kept["normalisation"]))
+        for i, kept in enumerate(state["members"])
     ]

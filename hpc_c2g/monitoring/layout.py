@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-OWN = r"^(classifier\d+/)?"
+OWN = r"^((classifier|solution)\d+/)*"
 Layout = dict[str, dict[str, list[Any]]]
 
 
@@ -13,12 +13,15 @@ def layout(prefixes: Sequence[str]) -> Layout:
     """Categories of charts.
 
     Args:
-        prefixes: of each classifier's curves: ``[""]`` for one, ``["classifier0/", ...]`` for several.
+        prefixes: of each member's curves: ``[""]`` for one, ``["classifier0/", ...]`` or ``["solution0/", ...]`` for several.
     """
     return {
         "Conditions": {
             "relative residual": ["Multiline", [r"^stationarity$"]],
-            "relative residual per classifier": ["Multiline", [r"^classifier\d+/stationarity$"]],
+            "relative residual per classifier and solution": [
+                "Multiline",
+                [r"^((classifier|solution)\d+/)+stationarity$"],
+            ],
             "relative residual per tensor": ["Multiline", [OWN + "stationarity/"]],
             "losses": ["Multiline", [OWN + "(loss|duality|feasibility|slackness|box|total_variation|repulsion)$"]],
             "rho: sum mu e^a m / sum mu, 1 at a KKT point": ["Multiline", [OWN + "rho$"]],

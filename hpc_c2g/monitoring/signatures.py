@@ -19,7 +19,7 @@ UTMOST = 1000.0
 """Levels beyond are all alike."""
 
 JUDGED = re.compile(
-    r"stationarity|gradient/generator|(classifier\d+/)?(diversity|unsupported|roughness|saturation|class_mass)"
+    r"stationarity|gradient/generator|((classifier|solution)\d+/)*(diversity|unsupported|roughness|saturation|class_mass)"
 )
 
 
@@ -59,7 +59,7 @@ def judged(line: Line) -> dict[str, float]:
 
 def _worst(name: str, worst: Callable[[list[float]], float]) -> Callable[[Sequence[Line]], float]:
     """Median over the window of the worst classifier's scalar ``name``."""
-    pattern = re.compile(rf"(classifier\d+/)?{re.escape(name)}")
+    pattern = re.compile(rf"((classifier|solution)\d+/)*{re.escape(name)}")
 
     def measure(lines: Sequence[Line]) -> float:
         values = [worst(own) for line in lines if (own := [v for k, v in line.items() if pattern.fullmatch(k)])]

@@ -67,6 +67,11 @@ class PlanConfig(TrainConfig):
             raise C2GError(
                 f"classifier={self.classifier} names {len(self.classifiers)}", "plan one classifier at a time"
             )
+        if self.solutions > 1:
+            raise C2GError(
+                f"solutions={self.solutions} is not planned for",
+                "plan one, with its part of global_batch; n take n times as long",
+            )
         if self.nodes < 1:
             raise C2GError(f"nodes={self.nodes} is not possible", "give at least one node")
         if self.max_nodes < 1:

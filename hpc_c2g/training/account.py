@@ -25,6 +25,7 @@ class Account:
         losses: names of each classifier's weighted losses over samples.
         summation: over all ranks.
         device: of the sums, which are float64.
+        prefixes: of the classifiers' names in what is told.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class Account:
         losses: Sequence[Sequence[str]],
         summation: Summation,
         device: torch.device,
+        prefixes: Sequence[str] = ("",),
     ) -> None:
         self.names = [
             [*(f"stationarity/{name}" for name in theta), *terms, *BALANCE]
             for theta, terms in zip(tensors, losses, strict=True)
         ]
-        self.losses, self.summation = [list(terms) for terms in losses], summation
+        self.losses, self.summation, self.prefixes = [list(terms) for terms in losses], summation, list(prefixes)
         slots = [(k, name) for k, names in enumerate(self.names) for name in names]
         self.slots = {slot: i for i, slot in enumerate(slots)}
         self.empty = torch.zeros(len(slots), dtype=torch.float64, device=device)
@@ -60,7 +62,7 @@ class Account:
         figures: list[dict[str, float]] = [{} for _ in self.names]
         for (k, name), value in zip(self.slots, numbers, strict=True):
             figures[k][name] = value
-            _check(step, name if len(self.names) == 1 else f"classifier{k}/{name}", value)
+            _check(step, f"{self.prefixes[k]}{name}", value)
         _check(step, "gradient/generator", norm)
         return figures, norm
 
@@ -82,7 +84,9 @@ class Account:
             name: sum(one[name] for one in told) / len(told)
             for name in ("loss", "stationarity", "duality", "rho", "multiplier_sum")
         }
-        each = {f"classifier{k}/{name}": value for k, one in enumerate(told) for name, value in one.items()}
+        each = {
+            f"{own}{name}": value for own, one in zip(self.prefixes, told, strict=True) for name, value in one.items()
+        }
         return {**means, "gradient/generator": norm, **each}
 
 

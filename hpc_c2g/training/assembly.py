@@ -67,7 +67,7 @@ class Assembly:
     Attributes:
         config: of the run.
         world: all ranks.
-        bundles: the classifiers.
+        bundles: of the members, in the order of ``config.members``.
         mesh: who works on which.
         micro_batch: samples whose graph is held at once, None for no limit.
         sharding: this rank's samples.
@@ -86,7 +86,7 @@ class Assembly:
 
         Args:
             config: of the run.
-            bundles: its classifiers.
+            bundles: of its members.
             mesh: the ranks.
             found_before: what ``micro_batch=auto`` came to when the run began on as many ranks: it goes on bitwise.
 
@@ -118,7 +118,9 @@ class Assembly:
         for k, (batch, classes) in enumerate(zip(self.sharding.batches, class_counts(self.bundles), strict=True)):
             period = classes * config.generator.codes
             if batch % period:
-                part = f"classifier {k}'s part of it, {batch}," if len(self.bundles) > 1 else f"{batch}"
+                part = (
+                    f"{config.prefixes[k].rstrip('/')}'s part of it, {batch}," if len(self.bundles) > 1 else f"{batch}"
+                )
                 found.append(
                     f"global_batch: {part} is no multiple of classes x codes = {period}: some codes are met more often than others, which"
                     f" adds noise to the KKT sum; {(batch // period + 1) * period} would not"
@@ -134,7 +136,7 @@ class Assembly:
         )
 
     def parts(self, alphas: list[float]) -> Parts:
-        """Everything that trains, each classifier's alpha at its start."""
+        """Everything that trains, each member's alpha at its start."""
         config, world, mesh = self.config, self.world, self.mesh
         classes, batches = class_counts(self.bundles), self.sharding.batches
         engine: DeepSpeedEngine | AdamEngine
@@ -154,10 +156,11 @@ class Assembly:
             [loss_terms(config, len(b.input_shape) == 3) for b in self.bundles],
             TreeSum(world, len(self.bundles)) if config.deterministic else RunningSum(world),
             world.device,
+            config.prefixes,
         )
         step = TrainStep(config, objectives, samplers, classes, account, engine, mesh, self.sharding, alphas)
         # on the CPU: the device may hold no second generator
-        gallery = TrainedGenerator.of(self.bundles, self.generator(), config.latents.dimensions)
+        gallery = TrainedGenerator.of(self.bundles, config.solutions, self.generator(), config.latents.dimensions)
         return Parts(engine, step, gallery)
 
 
@@ -169,4 +172,4 @@ def lay_out(config: TrainConfig, world: World) -> Mesh:
     """
     settings = config.distributed
     groups = 1 if config.deterministic and settings.groups is None else settings.groups
-    return Mesh.over(world, len(config.classifiers), groups, settings.hierarchical)
+    return Mesh.over(world, len(config.members), groups, settings.hierarchical)

@@ -13,14 +13,15 @@ from hpc_c2g.generators.trained import Member
 
 
 def load_bundles(folders: Sequence[str]) -> list[Bundle]:
-    """The classifiers of one generator.
+    """The classifiers of one generator's members; a folder that is named more than once is read once.
 
     Raises:
         C2GError: a bundle cannot be read, or they take inputs of different shapes.
     """
-    bundles = [load_bundle(folder) for folder in folders]
+    read = {folder: load_bundle(folder) for folder in dict.fromkeys(folders)}
+    bundles = [read[folder] for folder in folders]
     if len({bundle.input_shape for bundle in bundles}) > 1:
-        told = ", ".join(f"{folder} {list(b.input_shape)}" for folder, b in zip(folders, bundles, strict=True))
+        told = ", ".join(f"{folder} {list(bundle.input_shape)}" for folder, bundle in read.items())
         raise C2GError(
             f"the classifiers take inputs of different shapes: {told}",
             "one generator makes one shape: train the others in runs of their own",

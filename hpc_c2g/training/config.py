@@ -242,7 +242,9 @@ class TrainConfig:
         classifier: folder of the bundle, or a list of folders.
         run_dir: where everything is written; the same folder resumes.
         steps: optimiser steps.
-        global_batch: B, samples of a step over all classifiers and processes.
+        solutions: independent solutions of each classifier's conditions that the generator holds, each with codes, multipliers, an alpha
+            and an equal part of the batch of its own; the decoder is shared.
+        global_batch: B, samples of a step over all classifiers, solutions and processes.
         micro_batch: samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
         shares: of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
         seed: of weights, latents and probes.
@@ -264,6 +266,7 @@ class TrainConfig:
     classifier: Any = "???"
     run_dir: str = "???"
     steps: int = 3000
+    solutions: int = 1
     global_batch: int = 200
     micro_batch: int | str | None = None
     shares: list[float] = field(default_factory=list)
@@ -291,6 +294,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, "give at least one step")
+        _require(
+            self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
+        )
         _require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
         size = self.micro_batch
         _require(
@@ -341,6 +347,21 @@ class TrainConfig:
     def classifiers(self) -> list[str]:
         """Folders of the bundles."""
         return list(self.classifier) if isinstance(self.classifier, (list, tuple)) else [self.classifier]
+
+    @property
+    def members(self) -> list[str]:
+        """The folder of each member of the run: of every solution of every classifier, classifier by classifier."""
+        return [folder for folder in self.classifiers for _ in range(self.solutions)]
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What the names of each member's curves begin with: nothing where there is but one."""
+        several, more = len(self.classifiers) > 1, self.solutions > 1
+        return [
+            (f"classifier{k}/" if several else "") + (f"solution{s}/" if more else "")
+            for k in range(len(self.classifiers))
+            for s in range(self.solutions)
+        ]
 
 
 GENERATORS: dict[str, type[GeneratorConfig]] = {

@@ -54,7 +54,7 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
     if not config.deterministic:
         import_deepspeed()  # before the process group is made
     world = world or World.start(config.device, config.deterministic)
-    bundles = world.agreed(lambda: load_bundles(config.classifiers))
+    bundles = world.agreed(lambda: load_bundles(config.members))
     # before signals become a flag: where a rank dies while groups are made, the launcher's SIGTERM must end the others at once
     mesh = lay_out(config, world)
     with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
@@ -112,7 +112,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
             if watched:
                 scalars = {**scalars, **shares(phases.take(), world)}
                 if log:  # rank 0 looks for all
-                    scalars |= of_samples(result.bands, classes)
+                    scalars |= of_samples(result.bands, classes, config.prefixes)
                 verdict = world.from_first(functools.partial(watch.look, step, scalars))
             if log:
                 log.step(step, {**scalars, **verdict.scalars} if watched else scalars, verdict.begun if watched else ())
@@ -136,7 +136,9 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
 def _started(assembly: Assembly, checkpoint: Checkpoint | None, boundary: Callable[[], None]) -> Parts:
     """The parts at the checkpoint, or at the beginning."""
     if checkpoint is None:
-        return assembly.parts(pilot_alphas(assembly.bundles, assembly.config, assembly.world, boundary))
+        solutions = assembly.config.solutions  # of one classifier start at one alpha
+        alphas = pilot_alphas(assembly.bundles[::solutions], assembly.config, assembly.world, boundary)
+        return assembly.parts([alpha for alpha in alphas for _ in range(solutions)])
     parts = assembly.parts([0.0] * len(assembly.bundles))
     parts.load_state_dict(checkpoint.state)
     return parts
@@ -144,9 +146,7 @@ def _started(assembly: Assembly, checkpoint: Checkpoint | None, boundary: Callab
 
 def _log(config: TrainConfig, resumed: int, assembly: Assembly) -> RunLog:
     log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
-    count = len(assembly.bundles)
-    prefixes = [f"classifier{k}/" for k in range(count)] if count > 1 else [""]
-    log.introduce(introduction(assembly), hyperparameters(config), prefixes)
+    log.introduce(introduction(assembly), hyperparameters(config), config.prefixes)
     for advice in assembly.advice() if config.log.progress and not resumed else ():
         log.say(advice)
     return log
@@ -157,9 +157,9 @@ def _draw(parts: Parts, log: RunLog | None, step: int, config: TrainConfig) -> N
     trained = parts.trained()
     if log is None or trained is None:
         return
-    several = len(trained.members) > 1
-    for member in trained.members if several else []:
-        log.images(step, f"classifier{member.index}/samples", *trained.only(member.index).picture(config.seed))
+    count = len(config.classifiers)
+    for k in range(count) if count > 1 else ():
+        log.images(step, f"classifier{k}/samples", *trained.only(k).picture(config.seed))
     images, columns = trained.picture(config.seed)
     log.images(step, "samples", images, columns)
     if step == config.steps:

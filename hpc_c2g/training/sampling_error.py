@@ -89,7 +89,7 @@ def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda tex
         C2GError: no run, free images, a classifier that is gone, or a ``reference_batch`` too small for the run.
     """
     device, run = pick_device(config.device), load_run(config.run_dir)
-    bundles = load_bundles(run.config.classifiers)
+    bundles = load_bundles(run.config.members)
     batches = batch_shares(run.config, class_counts(bundles))
     results = []
     for k, (bundle, own) in enumerate(zip(bundles, batches, strict=True)):
@@ -101,7 +101,7 @@ def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda tex
                 f"give at least {least}, better a hundred times as much",
             )
         summands = Summands(run, bundle, k, device, config.micro_batch)
-        results.append({"classifier": run.config.classifiers[k], **_measure(config, summands, own, tell)})
+        results.append({"classifier": run.config.members[k], **_measure(config, summands, own, tell)})
     content = {
         "uses_real_data": False,
         "run_dir": config.run_dir,

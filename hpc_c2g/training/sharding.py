@@ -39,7 +39,8 @@ def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
     Raises:
         C2GError: a classifier would get no sample.
     """
-    global_batch, shares = config.global_batch, config.shares or classes
+    shares: Sequence[float] = [share for share in config.shares for _ in range(config.solutions)] or classes
+    global_batch = config.global_batch
     exact = [global_batch * share / sum(shares) for share in shares]
     batches = [int(e) for e in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: batches[k] - exact[k])
@@ -47,7 +48,7 @@ def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
         batches[k] += 1
     if min(batches) < 1:
         raise C2GError(
-            f"global_batch={global_batch} with shares {list(shares)} gives classifier {batches.index(0)} no sample",
+            f"global_batch={global_batch} with shares {list(shares)} gives classifier {batches.index(0) // config.solutions} no sample",
             "give a larger global_batch or other shares",
         )
     return batches
@@ -65,9 +66,9 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
     Raises:
         C2GError: a classifier or a rank would be left without samples.
     """
-    if config.shares and len(config.shares) != len(classes):
+    if config.shares and len(config.shares) * config.solutions != len(classes):
         raise C2GError(
-            f"shares={config.shares} names {len(config.shares)} shares for {len(classes)} classifiers",
+            f"shares={config.shares} names {len(config.shares)} shares for {len(classes) // config.solutions} classifiers",
             "give one share per classifier",
         )
     batches = batch_shares(config, classes)

@@ -87,7 +87,7 @@ class Summands:
         if couples(bundle.model, run.config.stationarity.statistics):
             raise C2GError(
                 f"run_dir={run.config.run_dir} has stationarity.statistics={run.config.stationarity.statistics} and classifier"
-                f" {run.config.classifiers[classifier]} a BatchNorm: its KKT sum is no mean over independent samples",
+                f" {run.config.members[classifier]} a BatchNorm: its KKT sum is no mean over independent samples",
                 "give a run with stationarity.statistics=frozen, or of a classifier without BatchNorm",
             )
         self.classifier, self.micro_batch, self.latents = classifier, micro_batch, run.config.latents

@@ -13,11 +13,10 @@ from hpc_c2g.training.bands import Bands
 from hpc_c2g.training.config import AlarmConfig
 
 
-def of_samples(bands: Sequence[Bands], classes: Sequence[int]) -> dict[str, float]:
-    """What is logged of every classifier's samples, each under its prefix where there are several."""
+def of_samples(bands: Sequence[Bands], classes: Sequence[int], prefixes: Sequence[str]) -> dict[str, float]:
+    """What is logged of every member's samples, each under its prefix."""
     found: dict[str, float] = {}
-    for k, (band, count) in enumerate(zip(bands, classes, strict=True)):
-        prefix = f"classifier{k}/" if len(bands) > 1 else ""
+    for band, count, prefix in zip(bands, classes, prefixes, strict=True):
         margins, multipliers, labels, samples = (
             part.cpu().numpy() for part in (band.margins, band.multipliers, band.labels, band.samples)
         )
