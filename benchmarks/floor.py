@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write_result
-from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, products, refuse_wrong, two_passes
+from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, products, refuse_wrong, sum_of, two_passes
 from benchmarks.subject import classifier, our_step, standing
 from benchmarks.timing import copy_rate, interleaved, product_rate, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
@@ -39,12 +39,13 @@ def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
     exact = objective_of(bundle, batch, device, torch.float64, fast="off")
     reference = one_pass(exact, Samples.random(bundle, batch, device, torch.float64))
     fast, off = (objective_of(bundle, batch, device, fast=choice) for choice in ("auto", "off"))
+    sum_off, sum_fast = sum_of(off), sum_of(fast)
     ways: dict[str, Callable[[], Gradient]] = {
         "autograd, one pass": lambda: one_pass(off, samples),
-        "autograd, two passes of half": lambda: two_passes(off, samples, batch // 2),
+        "autograd, two passes of half": lambda: two_passes(off, samples, batch // 2, sum_off),
         "one pass": lambda: one_pass(fast, samples),
-        "two passes of half": lambda: two_passes(fast, samples, batch // 2),
-        "two passes of a quarter": lambda: two_passes(fast, samples, batch // 4),
+        "two passes of half": lambda: two_passes(fast, samples, batch // 2, sum_fast),
+        "two passes of a quarter": lambda: two_passes(fast, samples, batch // 4, sum_fast),
     }
     errors = {name: error(way(), reference) for name, way in ways.items()}
     refuse_wrong(errors)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write_result
-from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, products, refuse_wrong, two_passes
+from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, products, refuse_wrong, sum_of, two_passes
 from benchmarks.peers import PUBLISHED, PeerLoop
 from benchmarks.subject import classifier, our_step, standing
 from benchmarks.timing import copy_rate, interleaved, product_rate, seconds, undisturbed
@@ -51,7 +51,7 @@ def check(bundle: Bundle, batch: int) -> dict[str, float]:
     for name, settings in WAYS.items():
         objective = objective_of(bundle, batch, device, torch.float32, **settings)
         errors[f"{name}, one pass"] = error(one_pass(objective, samples), reference)
-        errors[f"{name}, two passes"] = error(two_passes(objective, samples, batch // 4), reference)
+        errors[f"{name}, two passes"] = error(two_passes(objective, samples, batch // 4, sum_of(objective)), reference)
     refuse_wrong(errors)
     return errors
 
@@ -66,7 +66,9 @@ def gradients(bundle: Bundle, batch: int, micro_batch: int, rounds: int) -> list
         objective = objective_of(bundle, batch, device, torch.float32, **settings)
         if name != "autograd":
             ways[f"{name}, one pass"] = functools.partial(one_pass, objective, samples)
-        ways[f"{name}, two passes of {micro_batch}"] = functools.partial(two_passes, objective, samples, micro_batch)
+        ways[f"{name}, two passes of {micro_batch}"] = functools.partial(
+            two_passes, objective, samples, micro_batch, sum_of(objective)
+        )
     flops = products(bundle, 1, device, torch.float32)[1] * batch
     taken = interleaved(ways, rounds)
     return [

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.lane import Lane
+from hpc_c2g.distributed.mesh import Mesh
+from hpc_c2g.distributed.reduction import ResidualSum
+from hpc_c2g.distributed.world import World
 from hpc_c2g.kkt.stationarity import cotangents
 from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.objective import Objective
@@ -61,16 +65,22 @@ def one_pass(objective: Objective, samples: Samples) -> Gradient:
     return gx, gmu
 
 
-def two_passes(objective: Objective, samples: Samples, micro_batch: int) -> Gradient:
+def sum_of(objective: Objective) -> ResidualSum:
+    """Adds up G over micro-batches as a training step of one process does, in memory that it keeps."""
+    device = next(iter(objective.theta.values())).device
+    return ResidualSum(objective.theta, Mesh.over(World.alone(device), 1), Lane(device), "float32", 4 * 2**20)
+
+
+def two_passes(objective: Objective, samples: Samples, micro_batch: int, G: ResidualSum) -> Gradient:
     """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others' cotangents anew."""
     pieces = [(i, min(i + micro_batch, len(samples.x))) for i in range(0, len(samples.x), micro_batch)]
-    G = {k: torch.zeros_like(t) for k, t in objective.theta.items()}
     for piece in pieces:
+        last = piece == pieces[-1]
         x, labels, mu = samples.part(*piece)
-        margins, own = objective.kkt_sum(GAMMA, x, labels, mu, keep_graph=piece == pieces[-1])
-        for k, part in own.items():
-            G[k] += part.detach()
-    residual = objective.residual(G, ALPHA)
+        on_ready = G.micro_batch(last)
+        margins, own = objective.kkt_sum(GAMMA, x, labels, mu, keep_graph=last, on_ready=on_ready)
+        G.add(own)
+    residual = objective.residual(G.total(), ALPHA)
     found = [cotangents(own, residual.direction, [x, mu], _loss(margins))]
     for piece in reversed(pieces[:-1]):
         x, labels, mu = samples.part(*piece)

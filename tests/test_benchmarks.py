@@ -57,7 +57,7 @@ def test_every_way_of_a_gradient_is_checked_before_it_is_timed(
     assert rows["floor"]["x floor"] == 1
     assert all(row["error"] <= 1e-4 for row in rows.values())
     monkeypatch.setattr(
-        floor, "two_passes", lambda objective, samples, size: [2 * t for t in one_pass(objective, samples)]
+        floor, "two_passes", lambda objective, samples, size, total: [2 * t for t in one_pass(objective, samples)]
     )
     with pytest.raises(SystemExit, match="not the gradient"):
         floor.main()

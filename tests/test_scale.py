@@ -124,13 +124,16 @@ def test_loss_direction_and_alpha_gradient_are_those_of_autograd(seed, alpha, fo
     by_alpha, *by_sum = torch.autograd.grad(loss, [leaf, *G.values()])
     with torch.no_grad():
         r = stationarity.residual(theta, G, RATES, c, alpha)
-        terms = stationarity.stationarity_terms(r, weights)
-        v = stationarity.direction(r, weights, RATES, alpha)
+        terms, v = stationarity.terms_and_direction(theta, G, weights, RATES, c, alpha)
+        _, heavier = stationarity.terms_and_direction(theta, G, weights, RATES, c, alpha, weight=3.0)
         slope = stationarity.alpha_gradient(theta, G, RATES, c, alpha, weights)
     assert float(sum(terms.values())) == pytest.approx(loss.item(), rel=1e-12)
     assert float(slope) == pytest.approx(float(by_alpha), rel=1e-9, abs=1e-12)
     for got, expected in zip(v.values(), by_sum, strict=True):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-14)
+    for k in theta:
+        assert torch.allclose(heavier[k], 3 * v[k], rtol=1e-12)
+        assert float(terms[k]) == pytest.approx(weights[k] * float(r[k].square().sum()), rel=1e-12)
 
 
 ALPHAS = st.floats(-10, 10)

@@ -175,7 +175,7 @@ def sharded_gradients(name: str, micro_batch: int, form: str, weighting: str) ->
             G[k] += part
     c = stationarity.left_side(rates, form)
     weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, weighting)
-    v = stationarity.direction(stationarity.residual(theta, G, rates, c, ALPHA), weights, rates, ALPHA)
+    _, v = stationarity.terms_and_direction(theta, G, weights, rates, c, ALPHA)
     S = stationarity.multiplier_scale(stationarity.squared_norms(theta), rates, c, ALPHA)
     gx, gmu = [], []
     for piece in pieces:
@@ -246,8 +246,8 @@ def test_loss_without_samples_is_one(form, weighting):
     theta, _ = random_problem(0)
     c = stationarity.left_side(RATES, form)
     weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, weighting)
-    r = stationarity.residual(theta, {k: torch.zeros_like(t) for k, t in theta.items()}, RATES, c, ALPHA)
-    terms = stationarity.stationarity_terms(r, weights)
+    nothing = {k: torch.zeros_like(t) for k, t in theta.items()}
+    terms, _ = stationarity.terms_and_direction(theta, nothing, weights, RATES, c, ALPHA)
     assert float(sum(terms.values())) == pytest.approx(1, rel=1e-12)
     if weighting == "per_tensor":
         assert [float(t) for t in terms.values()] == pytest.approx([0.25] * 4, rel=1e-12)
@@ -273,7 +273,7 @@ def test_scale_free_weights_do_not_see_how_large_what_is_before_a_normalisation_
 
     def terms(theta, G):
         weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, "scale_free")
-        return stationarity.stationarity_terms(stationarity.residual(theta, G, rates, c, ALPHA), weights)
+        return stationarity.terms_and_direction(theta, G, weights, rates, c, ALPHA)[0]
 
     scaled = terms(theta | {"a": factor * theta["a"]}, G | {"a": G["a"] / factor})
     torch.testing.assert_close(scaled, terms(theta, G), rtol=1e-12, atol=0)

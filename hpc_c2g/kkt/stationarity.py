@@ -160,16 +160,27 @@ def residual_weights(
     raise C2GError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
 
 
-def stationarity_terms(r: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """w_k ||r_k||^2 per tensor; L_stat is their sum (the relative residual)."""
-    return {k: weights[k] * torch.linalg.vector_norm(t).square() for k, t in r.items()}
+def terms_and_direction(
+    theta: Mapping[str, Tensor],
+    G: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    rates: Mapping[str, float],
+    c: Mapping[str, float],
+    alpha: float,
+    weight: float = 1.0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """w_k ||r_k||^2 per tensor, whose sum is L_stat (the relative residual), and v_k = weight dL_stat/dG_k = -2 weight w_k g_k r_k.
 
-
-def direction(
-    r: Mapping[str, Tensor], weights: Mapping[str, float], rates: Mapping[str, float], alpha: float
-) -> dict[str, Tensor]:
-    """v_k = dL_stat/dG_k = -2 w_k e^(a (1 - lambda_k)) r_k."""
-    return {k: -2 * weights[k] * math.exp(alpha * (1 - rates[k])) * t for k, t in r.items()}
+    In as few passes over tensors of theta's size as there can be: with s_k = c_k e^(a lambda_k) and g_k = e^(a (1 - lambda_k)), r_k is
+    s_k (theta_k - g_k / s_k G_k) or -g_k (G_k - s_k / g_k theta_k), the larger factor outside: the bracket is one pass, and becomes v_k.
+    """
+    terms, v = {}, {}
+    for k, t in theta.items():
+        s, g = c[k] * math.exp(alpha * rates[k]), math.exp(alpha * (1 - rates[k]))
+        unit, bracket = (s, torch.sub(t, G[k], alpha=g / s)) if s > g else (-g, torch.sub(G[k], t, alpha=s / g))
+        terms[k] = weights[k] * unit**2 * torch.linalg.vector_norm(bracket).square()
+        v[k] = bracket.mul_(-2 * weight * weights[k] * g * unit)
+    return terms, v
 
 
 def alpha_gradient(

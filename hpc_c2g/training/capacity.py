@@ -14,8 +14,8 @@ from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.dry_run import DryRun, generator_without_numbers, largest_micro_batch
 
 GIB = 2**30
-COPIES = 5
-"""float32 tensors of a classifier's size on a rank: theta, the traced graph's copy, the bucket of G, residual and direction."""
+COPIES = 4
+"""float32 tensors of a classifier's size on a rank: theta, the traced graph's copy, the bucket of G, the residual (later direction)."""
 MARGIN = 0.2
 """Share of the memory that is left alone: kernels' workspaces, fragmentation, the libraries."""
 CGROUP, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

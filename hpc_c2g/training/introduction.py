@@ -36,6 +36,7 @@ def introduction(assembly: Assembly) -> dict[str, str]:
 
 def _layout(assembly: Assembly) -> dict[str, object]:
     config, world, sharding = assembly.config, assembly.world, assembly.sharding
+    bundles = assembly.bundles[:: config.solutions]
     return {
         "processes": world.size,
         "device": world.device,
@@ -44,13 +45,13 @@ def _layout(assembly: Assembly) -> dict[str, object]:
         "global batch": config.global_batch,
         "micro-batch": assembly.micro_batch or "the whole share",
         "passes": "one" if sharding.one_pass else "two",
-        "KKT sums": "; ".join(way_of_kkt_sums(bundle, config) for bundle in assembly.bundles),
+        "KKT sums": "; ".join(way_of_kkt_sums(bundle, config) for bundle in bundles),
         "ZeRO stage": config.zero_stage,
         "classifier parameters": ", ".join(
-            str(sum(p.numel() for p in bundle.parameters.values())) for bundle in assembly.bundles
+            str(sum(p.numel() for p in bundle.parameters.values())) for bundle in bundles
         ),
         "advice": "; ".join(assembly.advice()) or "none",
-        "classifiers": ", ".join(bundle.fingerprint for bundle in assembly.bundles),
+        "classifiers": ", ".join(bundle.fingerprint for bundle in bundles),
     }
 
 

@@ -213,13 +213,13 @@ class Objective:
 
     def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
         """L_stat's terms and direction from the *global* G."""
-        r = stationarity.residual(self.theta, G, self.rates, self.left_side, alpha)
         weights = stationarity.residual_weights(
             self.squares, self.rates, self.left_side, alpha, self.config.stationarity.weighting
         )
-        in_loss = {k: self.config.stationarity.weight * w for k, w in weights.items()}
-        direction = stationarity.direction(r, in_loss, self.rates, alpha)
-        return Residual(stationarity.stationarity_terms(r, weights), direction)
+        weight = self.config.stationarity.weight
+        return Residual(
+            *stationarity.terms_and_direction(self.theta, G, weights, self.rates, self.left_side, alpha, weight)
+        )
 
     def sample_losses(
         self,

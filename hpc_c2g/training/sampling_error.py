@@ -85,6 +85,8 @@ class BoundConfig:
 def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Measure every classifier of the run and write ``sampling_error.json`` into it; plain JSON, a function of the settings alone.
 
+    Of several solutions of a classifier the first is measured.
+
     Raises:
         C2GError: no run, free images, a classifier that is gone, or a ``reference_batch`` too small for the run.
     """
@@ -92,7 +94,9 @@ def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda tex
     bundles = load_bundles(run.config.members)
     batches = batch_shares(run.config, class_counts(bundles))
     results = []
-    for k, (bundle, own) in enumerate(zip(bundles, batches, strict=True)):
+    for k, folder in enumerate(run.config.classifiers):
+        member = k * run.config.solutions
+        bundle, own = bundles[member], batches[member]
         least = max(own, 2 * len(bundle.classes))
         if config.reference_batch < least:
             raise C2GError(
@@ -100,8 +104,8 @@ def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda tex
                 f" {len(bundle.classes)} classes",
                 f"give at least {least}, better a hundred times as much",
             )
-        summands = Summands(run, bundle, k, device, config.micro_batch)
-        results.append({"classifier": run.config.members[k], **_measure(config, summands, own, tell)})
+        summands = Summands(run, bundle, member, device, config.micro_batch)
+        results.append({"classifier": folder, **_measure(config, summands, own, f"classifier {k}", tell)})
     content = {
         "uses_real_data": False,
         "run_dir": config.run_dir,
@@ -115,18 +119,19 @@ def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda tex
     return content
 
 
-def _measure(config: BoundConfig, summands: Summands, own: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def _measure(
+    config: BoundConfig, summands: Summands, own: int, name: str, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """One classifier."""
-    k = summands.classifier
-    tell(f"classifier {k}: expectation and covariance from {config.reference_batch} samples each")
+    tell(f"{name}: expectation and covariance from {config.reference_batch} samples each")
     moments = measure(summands, config.reference_batch, config.seed)
     centre = moments.centre
     residual = float((summands.left - centre).square().sum()) - moments.centre_variance
     rows, schemes = [], list(dict.fromkeys(config.schemes))
     for scheme in schemes:
         for batch in sorted({*config.batches, own}):
-            tell(f"classifier {k}: {scheme}, {config.repeats} batches of {batch}")
-            draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, k)
+            tell(f"{name}: {scheme}, {config.repeats} batches of {batch}")
+            draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, summands.classifier)
             means = (summands.mean(draw(i)) for i in range(config.repeats))
             row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == summands.latents.scheme}
             rows.append(row | row_of(means, moments, summands.left, residual, scheme, batch))

@@ -46,7 +46,7 @@ def drawing(
         classes: C.
         batch: B.
         seed: of the draws.
-        classifier: its index.
+        classifier: index of the member.
     """
     first = APART + (batch << 24)
     if scheme == INDEPENDENT:
@@ -70,7 +70,7 @@ class Summands:
     Args:
         run: a generator, no free images.
         bundle: the classifier.
-        classifier: its index.
+        classifier: index of the member.
         device: where to compute.
         micro_batch: samples of a backward.
 
