@@ -162,9 +162,10 @@ def test_a_run_introduces_itself_before_its_first_step(tmp_path):
     assert "_hparams_/experiment" not in summaries  # one run's columns would hide the others'
 
 
-@pytest.mark.parametrize("prefixes", [[""], ["classifier0/", "classifier1/"]])
+@pytest.mark.parametrize("prefixes", [[""], ["classifier0/", "classifier1/"], ["solution0/", "solution1/"]])
 def test_every_chart_of_the_layout_finds_a_curve_that_a_run_writes(prefixes, line_of):
-    names = line_of(len(prefixes))
+    what = "solution" if prefixes[0].startswith("solution") else "classifier"
+    names = [re.sub("^classifier", what, name) for name in line_of(len(prefixes))]
     for charts in layout(prefixes).values():
         for title, (kind, patterns) in charts.items():
             found = {n for n in names for p in patterns if (n == p if kind == "Margin" else re.match(p, n))}

@@ -36,7 +36,9 @@ def test_a_good_run_fires_nothing_and_has_a_level_of_every_signature():
 
 
 @pytest.mark.parametrize("name", FAILING)
-@pytest.mark.parametrize("prefixes", [("",), ("classifier0/", "classifier1/")])
+@pytest.mark.parametrize(
+    "prefixes", [("",), ("classifier0/", "classifier1/"), ("classifier0/solution1/", "classifier1/solution0/")]
+)
 def test_one_classifier_that_fails_fires_its_signature_alone(name, prefixes):
     line = {f"{p}{k}": v for p in prefixes for k, v in GOOD.items()} | GOOD
     line |= {f"{prefixes[-1]}{k}": v for k, v in FAILING[name].items()}
