@@ -28,7 +28,7 @@ from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs, and the machine may be busy
-STEPS, EVERY, SHORT = 50, 10, 20  # bfloat16 runs are short
+STEPS, EVERY, SHORT = 24, 6, 12  # bfloat16 runs are short
 DTYPES = ("float32", "bfloat16")
 STAGES = (0, 1, 2, 3)
 CLASSIFIERS = {1: (1, 3, 2, 3), 2: (1, 2, 3, 2), 4: (3, 1, 2, 3)}  # by ranks and stage
