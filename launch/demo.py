@@ -19,7 +19,7 @@ BEST = {"train": ["solutions=3", "global_batch=600"]}
 """What the demo asks for beside the defaults: three solutions show more of the training digits, in three times the time."""
 
 QUICK = {
-    "train": ["steps=300", "log.every=50"],
+    "train": ["steps=300", "solutions=1", "global_batch=200", "log.every=50"],
     "evaluate": ["classification_steps=100", "free_steps=300", "count=500"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -21,6 +22,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
 from hpc_c2g.generators.latents import fresh_latents
+from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import DRAWINGS
 from hpc_c2g.training import assembly
 from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
@@ -102,10 +104,17 @@ def test_a_stopped_run_of_three_goes_on_bitwise_and_other_classifiers_are_refuse
         train(config(folders[:2], tmp_path / "cut"))
 
 
-def test_two_solutions_are_what_two_copies_of_the_classifier_would_get(folders: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"deterministic": True, "virtual_shards": 2}, {"generator": FreeImagesConfig()}],
+    ids=lambda c: "-".join(c),
+)
+def test_two_solutions_are_what_two_copies_of_the_classifier_would_get(
+    folders: list[str], tmp_path: Path, changes: dict[str, object]
+) -> None:
     copy = shutil.copytree(folders[0], tmp_path / "copy")
-    train(config([folders[0], str(copy)], tmp_path / "copies"))
-    train(config(folders[0], tmp_path / "solutions", solutions=2))
+    train(config([folders[0], str(copy)], tmp_path / "copies", **changes))
+    train(config(folders[0], tmp_path / "solutions", solutions=2, **changes))
     copies, solutions = (load_run(tmp_path / name) for name in ("copies", "solutions"))
     assert copies.alphas == solutions.alphas
     for mine, other in zip(copies.generator.module.parameters(), solutions.generator.module.parameters(), strict=True):
@@ -118,6 +127,8 @@ def test_two_solutions_are_what_two_copies_of_the_classifier_would_get(folders: 
         for k in range(2):
             assert solved[f"solution{k}/alpha"] == copied[f"classifier{k}/alpha"]
             assert solved[f"solution{k}/margins/q50"] == copied[f"classifier{k}/margins/q50"]
+        for name in ("alpha", "diversity", "margins/q50"):
+            assert solved[name] == pytest.approx(sum(solved[f"solution{k}/{name}"] for k in range(2)) / 2)
     for drawing in DRAWINGS:
         for mine, other in zip(
             copies.generator.sample(30, 0, drawing), solutions.generator.sample(30, 0, drawing), strict=True
@@ -144,6 +155,23 @@ def test_each_classifier_has_its_own_solutions(folders: list[str], tmp_path: Pat
         assert torch.equal(rows[s::2], drawn[s::2])  # the solutions' rows in turn
 
 
+def test_a_run_from_before_there_were_solutions_has_one_of_each_classifier(folders: list[str], tmp_path: Path) -> None:
+    train(config(folders[:2], tmp_path / "run"))
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.pt"):
+        state = torch.load(file, weights_only=True)
+        for member in state["trained"]["members"]:
+            del member["classifier"]
+        torch.save(state, file)
+        meta = json.loads(file.with_name("meta.json").read_text())
+        meta |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+        file.with_name("meta.json").write_text(json.dumps(meta))
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("solutions: 1\n", ""))
+    assert [member.classifier for member in load_run(tmp_path / "run").generator.members] == [0, 1]
+    with pytest.raises(C2GError, match="solutions=1 there, 2 now"):
+        train(config(folders[:2], tmp_path / "run", solutions=2))
+
+
 def test_shares_are_those_of_classifiers_whatever_the_solutions(folders: list[str]) -> None:
     wanted = config(folders[:2], Path("run"), solutions=2, shares=[2.0, 1.0])
     assert batch_shares(wanted, [3, 3, 2, 2]) == [12, 12, 6, 6]
@@ -154,8 +182,6 @@ def test_shares_are_those_of_classifiers_whatever_the_solutions(folders: list[st
 
 
 def test_free_images_of_several_classifiers_keep_their_place(folders: list[str], tmp_path: Path) -> None:
-    from hpc_c2g.generators.networks import FreeImagesConfig
-
     train(config(folders[:2], tmp_path / "run", generator=FreeImagesConfig(), shares=[2.0, 1.0]))
     module = load_run(tmp_path / "run").generator.module
     assert module.counts == [24, 12]
@@ -223,7 +249,7 @@ def test_the_largest_micro_batch_fits_and_is_kept_by_a_run(
 
 def test_more_classifiers_than_the_ranks_can_hold_are_refused(folders: list[str]) -> None:
     bundles = [load_bundle(folder) for folder in folders]
-    with pytest.raises(C2GError, match=r"3 classifiers per process need 0\.00 GiB"):
+    with pytest.raises(C2GError, match=r"3 classifiers x solutions per process need 0\.00 GiB"):
         check_classifiers(bundles, Mesh.over(ALONE, 3), 1000)
     check_classifiers(bundles, Mesh.over(ALONE, 3), 1e6)
 

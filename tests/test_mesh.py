@@ -117,8 +117,8 @@ def refused(world: World) -> list[str]:
 def test_what_the_mesh_or_the_ranks_cannot_hold_is_refused(tmp_path: Path) -> None:
     for kind, said in run_ranks(2, tmp_path, refused):
         assert kind == "value", said
-        assert "distributed.groups=2 does not divide the 3 classifiers" in said[0]
-        assert "distributed.groups=2 does not divide the 1 classifiers" in said[1]
+        assert "distributed.groups=2 does not divide the 3 classifiers x solutions" in said[0]
+        assert "distributed.groups=2 does not divide the 1 classifiers x solutions" in said[1]
         assert said[2] == "nothing"  # two samples and one, on a rank each
         assert "global_batch gives classifier 0 1 samples for 2 micro-batches (2 ranks x 1)" in said[3]
         assert "shares=[1.0] names 1 shares for 2 classifiers" in said[4]

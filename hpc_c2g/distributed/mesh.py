@@ -59,7 +59,7 @@ class Mesh:
 
         Args:
             world: all ranks.
-            classifiers: K.
+            classifiers: K, each counted once for every solution.
             groups: None takes as many as divide both ranks and classifiers.
             hierarchical: sum inside the node first, then across nodes.
 
@@ -67,11 +67,11 @@ class Mesh:
             C2GError: the ranks or the classifiers cannot be shared by the groups.
         """
         groups = groups or math.gcd(world.size, classifiers)
-        for count, what in ((classifiers, "classifiers"), (world.size, "processes")):
+        for count, what in ((classifiers, "classifiers x solutions"), (world.size, "processes")):
             if count % groups:
                 raise C2GError(
                     f"distributed.groups={groups} does not divide the {count} {what}",
-                    f"give a common divisor of {classifiers} classifiers and {world.size} processes, or null",
+                    f"give a common divisor of {classifiers} classifiers x solutions and {world.size} processes, or null",
                 )
         size = world.size // groups
         if size == 1:

@@ -174,7 +174,9 @@ def _baselines(
     if len(settings.members) > 1:
         batch = batch_shares(settings, class_counts(run.generator.members))[first]
         own = settings.classifiers[k]
-        settings = replace(settings, classifier=own, solutions=1, shares=[], global_batch=batch, micro_batch=None)
+        limit = settings.micro_batch
+        limit = min(limit, batch) if isinstance(limit, int) else limit
+        settings = replace(settings, classifier=own, solutions=1, shares=[], global_batch=batch, micro_batch=limit)
     folder = Path(config.run_dir) / "baselines"
 
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
         import hpc_c2g.training.loop  # noqa: F401
     torch.set_num_threads(threads)
     torch.ones(8, 8, device=world.device) @ torch.ones(8, 8, device=world.device)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimiser imports a compiler: 0.14 GiB
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimiser imports a compiler, which stays
     runtime = _runtime_bytes(world.device)
     sums = _sums(world, cost, seconds)
     measured = {"products": 0.0, "flops": 0.0, "moves": 0.0, "moved": 0.0, "call": 0.0}

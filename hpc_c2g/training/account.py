@@ -82,7 +82,7 @@ class Account:
             return {**told[0], "gradient/generator": norm}
         means = {
             name: sum(one[name] for one in told) / len(told)
-            for name in ("loss", "stationarity", "duality", "rho", "multiplier_sum")
+            for name in ("loss", "stationarity", "duality", "alpha", "rho", "multiplier_sum")
         }
         each = {
             f"{own}{name}": value for own, one in zip(self.prefixes, told, strict=True) for name, value in one.items()

@@ -115,15 +115,17 @@ class Assembly:
         config, found = self.config, []
         if config.latents.scheme != "stratified" or not config.generator.codes or config.generator.name == "free":
             return []
-        for k, (batch, classes) in enumerate(zip(self.sharding.batches, class_counts(self.bundles), strict=True)):
-            period = classes * config.generator.codes
+        alone = len(self.bundles) == 1
+        for k in range(0, len(self.bundles), config.solutions):  # a classifier's solutions have equal parts
+            batch, period = self.sharding.batches[k], len(self.bundles[k].classes) * config.generator.codes
             if batch % period:
-                part = (
-                    f"{config.prefixes[k].rstrip('/')}'s part of it, {batch}," if len(self.bundles) > 1 else f"{batch}"
+                part, fitting = (
+                    f"{config.prefixes[k].rstrip('/')}'s part of it, {batch},",
+                    (batch // period + 1) * period,
                 )
                 found.append(
-                    f"global_batch: {part} is no multiple of classes x codes = {period}: some codes are met more often than others, which"
-                    f" adds noise to the KKT sum; {(batch // period + 1) * period} would not"
+                    f"global_batch: {batch if alone else part} is no multiple of classes x codes = {period}: some codes are met more often"
+                    f" than others, which adds noise to the KKT sum; {fitting if alone else f'a part of {fitting}'} would not"
                 )
         return found
 

@@ -66,9 +66,9 @@ def check_classifiers(bundles: list[Bundle], mesh: Mesh, free: float) -> None:
     needed = _kkt_bytes(bundles, mesh)
     if needed > free * (1 - MARGIN):
         raise C2GError(
-            f"{len(mesh.mine)} classifiers per process need {needed / GIB:.2f} GiB for their KKT sums,"
+            f"{len(mesh.mine)} classifiers x solutions per process need {needed / GIB:.2f} GiB for their KKT sums,"
             f" {free * (1 - MARGIN) / GIB:.2f} GiB are there",
-            f"start more processes, so that distributed.groups={mesh.groups} can grow, or train fewer classifiers at once",
+            f"start more processes, so that distributed.groups={mesh.groups} can grow, or train fewer at once",
         )
 
 
@@ -79,7 +79,7 @@ def largest_that_fits(bundles: list[Bundle], config: TrainConfig, mesh: Mesh, fr
         C2GError: not even one sample fits.
     """
     share = -(-config.global_batch // mesh.data.size)
-    dry = {k: DryRun(bundles[k], config) for k in mesh.mine}
+    dry = {id(bundles[k]): DryRun(bundles[k], config) for k in mesh.mine}  # solutions share a bundle, and cost the same
     # weights, their gradient and Adam's two moments, as if nothing were shared out; the sums of all of this rank's classifiers
     held = 16 * sum(p.numel() for p in generator_without_numbers(config, bundles).parameters())
     room = free * (1 - MARGIN) - held - _kkt_bytes(bundles, mesh)

@@ -217,7 +217,7 @@ class DistributedConfig:
     """How several processes share the work; none of it changes the result beyond rounding, ``wire: bfloat16`` excepted.
 
     Attributes:
-        groups: of processes, each with its own part of the classifiers; None takes as many as divide both.
+        groups: of processes, each with its own part of the classifiers and solutions; None takes as many as divide both.
         hierarchical: G is summed inside each node first, then across nodes.
         wire: what G travels as, ``float32`` or ``bfloat16`` (half the bytes, its rounding errors fed back).
         bucket_mib: a bucket of G leaves when it holds as much, while the backward goes on.

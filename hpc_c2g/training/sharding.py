@@ -48,7 +48,8 @@ def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
         batches[k] += 1
     if min(batches) < 1:
         raise C2GError(
-            f"global_batch={global_batch} with shares {list(shares)} gives classifier {batches.index(0) // config.solutions} no sample",
+            f"global_batch={global_batch} with shares {config.shares or list(classes)} gives classifier"
+            f" {batches.index(0) // config.solutions} no sample",
             "give a larger global_batch or other shares",
         )
     return batches
@@ -89,7 +90,7 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
         if mesh.groups > 1:
             counts = dict.fromkeys(mesh.mine, max(needed))
     for k, batch in enumerate(batches):  # of every classifier, so that every rank refuses
-        _check(k, batch, data.size, counts.get(k, max(counts.values())))
+        _check(k // config.solutions, batch, data.size, counts.get(k, max(counts.values())))
     pieces = {k: _pieces(batches[k], data.rank, data.size, count) for k, count in counts.items()}
     held = max(sum(_largest(b, data.size) for b in batches[g : g + each]) for g in range(0, len(batches), each))
     one_pass = all(count == 1 for count in counts.values()) and held <= (micro_batch or held)

@@ -14,15 +14,19 @@ from hpc_c2g.training.config import AlarmConfig
 
 
 def of_samples(bands: Sequence[Bands], classes: Sequence[int], prefixes: Sequence[str]) -> dict[str, float]:
-    """What is logged of every member's samples, each under its prefix."""
-    found: dict[str, float] = {}
-    for band, count, prefix in zip(bands, classes, prefixes, strict=True):
+    """What is logged of every member's samples, each under its prefix, and of several their means."""
+    told: list[dict[str, float]] = []
+    for band, count in zip(bands, classes, strict=True):
         margins, multipliers, labels, samples = (
             part.cpu().numpy() for part in (band.margins, band.multipliers, band.labels, band.samples)
         )
-        own = traits(margins, multipliers, labels, samples, count)
-        found |= {f"{prefix}{name}": value for name, value in own.items()}
-    return found
+        told.append(traits(margins, multipliers, labels, samples, count))
+    if len(told) == 1:
+        return told[0]
+    means = {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+    return means | {
+        f"{own}{name}": value for own, one in zip(prefixes, told, strict=True) for name, value in one.items()
+    }
 
 
 @dataclass(frozen=True)
