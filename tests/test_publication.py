@@ -146,3 +146,9 @@ def test_the_commands_tell_nothing_of_where_data_lie() -> None:
         "c2g publish studies/digits100 docs/it",
     ]
     assert commands("mine", [], "o")[0].startswith("c2g sweep study=mine ")
+
+
+def test_a_group_is_not_named_by_where_its_data_lie(study) -> None:
+    folder, found, folders = study
+    rows = [{**row, "classifier.data.root": "/home/me"} for row in found.rows]
+    assert set(content(folder, "n", "a", Results(rows, [], [], []), folders)["groups"]) == {"variant=a", "variant=b"}
