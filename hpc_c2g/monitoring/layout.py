@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-OWN = r"^((classifier|solution)\d+/)*"
+MEMBER = r"((classifier|solution)\d+/)*"
+"""What the names of a classifier's or a solution's curves begin with; nothing where there is but one."""
+OWN = rf"^{MEMBER}"
 Layout = dict[str, dict[str, list[Any]]]
 
 

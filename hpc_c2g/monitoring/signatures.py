@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hpc_c2g.monitoring.layout import MEMBER
+
 Line = Mapping[str, float]
 """The scalars of one logged step, as in metrics.jsonl."""
 
@@ -18,9 +20,7 @@ GRACE = 0.2
 UTMOST = 1000.0
 """Levels beyond are all alike."""
 
-JUDGED = re.compile(
-    r"stationarity|gradient/generator|((classifier|solution)\d+/)*(diversity|unsupported|roughness|saturation|class_mass)"
-)
+JUDGED = re.compile(rf"stationarity|gradient/generator|{MEMBER}(diversity|unsupported|roughness|saturation|class_mass)")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def judged(line: Line) -> dict[str, float]:
 
 def _worst(name: str, worst: Callable[[list[float]], float]) -> Callable[[Sequence[Line]], float]:
     """Median over the window of the worst classifier's scalar ``name``."""
-    pattern = re.compile(rf"((classifier|solution)\d+/)*{re.escape(name)}")
+    pattern = re.compile(rf"{MEMBER}{re.escape(name)}")
 
     def measure(lines: Sequence[Line]) -> float:
         values = [worst(own) for line in lines if (own := [v for k, v in line.items() if pattern.fullmatch(k)])]
