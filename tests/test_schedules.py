@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.training.config import GateConfig, OptimiserConfig
-from hpc_c2g.training.schedules import gate_width, rate_factor
+from hpc_c2g.training.config import GateConfig, OptimiserConfig, StationarityConfig
+from hpc_c2g.training.schedules import gate_width, own_scale, rate_factor
 
 quick = settings(deadline=None, max_examples=40)
 STEPS = st.integers(1, 200)
@@ -36,6 +36,20 @@ def test_gates_are_at_their_end_for_the_last_fifth_of_a_run():
     assert [gate_width(config, step, 100) for step in (1, 41, 81, 100)] == pytest.approx(
         [0.5, math.sqrt(0.5 * 0.05), 0.05, 0.05]
     )
+
+
+@quick
+@given(STEPS, st.floats(0.05, 1))
+def test_what_is_before_a_normalisation_comes_into_its_own_scale_evenly(steps, fraction):
+    config = StationarityConfig(anneal_fraction=fraction)
+    powers = [own_scale(config, step, steps) for step in range(1, steps + 2)]
+    assert powers[0] == 0
+    assert powers[-1] == 1
+    assert powers == pytest.approx([min(1, i / (fraction * steps)) for i in range(steps + 1)], abs=1e-12)
+
+
+def test_without_annealing_it_is_in_its_own_scale_from_the_first_step():
+    assert [own_scale(StationarityConfig(anneal_fraction=0), step, 10) for step in (1, 5, 10)] == [1, 1, 1]
 
 
 @quick

@@ -282,6 +282,19 @@ def test_scale_free_weights_do_not_see_how_large_what_is_before_a_normalisation_
     assert {k for k in rates if own[k] == relative[k]} == {"b", "c", "d"}
 
 
+def test_scale_free_weights_grow_geometrically_out_of_the_relative_ones():
+    theta, _ = random_problem(0)
+    squares, c = stationarity.squared_norms(theta), {"a": 0.0, "b": 0.0, "c": 1.0, "d": 1.0}
+
+    def weights(own_scale, weighting="scale_free"):
+        return stationarity.residual_weights(squares, RATES, c, ALPHA, weighting, own_scale)
+
+    start, half, end = weights(0.0), weights(0.5), weights(1.0)
+    assert start == pytest.approx(weights(1.0, "relative"), rel=1e-12)
+    assert half == pytest.approx({k: math.sqrt(start[k] * end[k]) for k in start}, rel=1e-12)
+    assert {k for k in start if end[k] != pytest.approx(start[k])} == {"a", "b"}
+
+
 def test_left_sides_are_those_of_the_theorems():
     assert stationarity.left_side(RATES, "identity") == {"a": 1, "b": 1, "c": 1, "d": 1}
     assert stationarity.left_side(RATES, "rates") == RATES

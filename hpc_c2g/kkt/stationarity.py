@@ -138,13 +138,14 @@ def residual_weights(
     c: Mapping[str, float],
     alpha: float,
     weighting: str = "relative",
+    own_scale: float = 1.0,
 ) -> dict[str, float]:
     """w_k from ||theta_k||^2, with the total L = sum_k ||c_k theta_k(a)||^2 of the left side.
 
     ``relative`` is 1 / L, ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over K tensors. A tensor without a left side (c_k = 0) has no scale
-    of its own there and takes 1 / L. ``scale_free`` is 1 / L too, but for those: ||theta_k(a)||^2 / L^2. What is before a normalisation
-    can be scaled at will, G_k with the inverse: only ||theta_k|| ||G_k|| means something, and it is comparable to L, since by Euler
-    sum_k <theta_k, G_k> is.
+    of its own there and takes 1 / L. ``scale_free`` is 1 / L too, but for those: (||theta_k(a)||^2 / L)^p / L with p = ``own_scale``, 1
+    unless training is still on its way there. What is before a normalisation can be scaled at will, G_k with the inverse: only
+    ||theta_k|| ||G_k|| means something, and it is comparable to L, since by Euler sum_k <theta_k, G_k> is.
     """
     norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
     total = sum(norms.values())
@@ -153,8 +154,8 @@ def residual_weights(
     if weighting == "relative":
         return dict.fromkeys(norms, 1 / total)
     if weighting == "scale_free":
-        own = {k: math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
-        return {k: 1 / total if norm > 0 else own[k] / total**2 for k, norm in norms.items()}
+        own = {k: math.exp(2 * alpha * rates[k]) * square / total for k, square in squares.items()}
+        return {k: 1 / total if norm > 0 else own[k] ** own_scale / total for k, norm in norms.items()}
     if weighting == "per_tensor":
         return {k: 1 / (len(norms) * norm) if norm > 0 else 1 / total for k, norm in norms.items()}
     raise C2GError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")

@@ -32,6 +32,7 @@ class StationarityConfig:
         left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
         weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free``: ``relative``, but what is before a normalisation in its
             own scale (see ``residual_weights``).
+        anneal_fraction: share of the steps over which ``scale_free`` grows out of ``relative``; 0 for at once.
         weight: in the loss; 0 leaves classification alone.
         statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
             needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
@@ -39,6 +40,7 @@ class StationarityConfig:
 
     left_side: str = AUTO
     weighting: str = "scale_free"
+    anneal_fraction: float = 0.6
     weight: float = 1.0
     statistics: str = "auto"
 
@@ -51,6 +53,8 @@ class StationarityConfig:
         _require(
             self.weighting in WEIGHTINGS, "stationarity.weighting", self.weighting, f"choose {', '.join(WEIGHTINGS)}"
         )
+        share = "stationarity.anneal_fraction"
+        _require(0 <= self.anneal_fraction <= 1, share, self.anneal_fraction, "give a share in [0, 1]")
         _require(self.weight >= 0, "stationarity.weight", self.weight, "give a weight >= 0")
 
 

@@ -211,10 +211,10 @@ class Objective:
             return self.chain.directional_sum(self.widths(gamma), residual.direction, x, labels, multipliers)
         return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
 
-    def residual(self, G: Mapping[str, Tensor], alpha: float) -> Residual:
-        """L_stat's terms and direction from the *global* G."""
+    def residual(self, G: Mapping[str, Tensor], alpha: float, own_scale: float = 1.0) -> Residual:
+        """L_stat's terms and direction from the *global* G; ``own_scale`` as ``residual_weights`` takes it."""
         weights = stationarity.residual_weights(
-            self.squares, self.rates, self.left_side, alpha, self.config.stationarity.weighting
+            self.squares, self.rates, self.left_side, alpha, self.config.stationarity.weighting, own_scale
         )
         weight = self.config.stationarity.weight
         return Residual(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 
-from hpc_c2g.training.config import GateConfig, OptimiserConfig
+from hpc_c2g.training.config import GateConfig, OptimiserConfig, StationarityConfig
 
 
 def gate_width(config: GateConfig, step: int, steps: int) -> float:
     """gamma: geometric from start to end over the first ``anneal_fraction`` of the steps (counted from 1)."""
     progress = min(1.0, (step - 1) / max(1.0, config.anneal_fraction * steps))
     return float(config.start * (config.end / config.start) ** progress)
+
+
+def own_scale(config: StationarityConfig, step: int, steps: int) -> float:
+    """p of ``residual_weights``: linear from 0 (``relative``) to 1 over the first ``anneal_fraction`` of the steps.
+
+    From the start, G of what is before a normalisation outweighs all else some hundred times: samples that do not classify yet never come to.
+    """
+    return min(1.0, (step - 1) / (config.anneal_fraction * steps)) if config.anneal_fraction else 1.0
 
 
 def rate_factor(config: OptimiserConfig, step: int, steps: int) -> float:

@@ -25,7 +25,7 @@ from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.input_moments import InputMoments
 from hpc_c2g.training.objective import Objective
 from hpc_c2g.training.phases import Phases
-from hpc_c2g.training.schedules import gate_width, rate_factor
+from hpc_c2g.training.schedules import gate_width, own_scale, rate_factor
 from hpc_c2g.training.sharding import Range, Sharding
 
 
@@ -168,6 +168,7 @@ class TrainStep:
         """
         config, phases = self.config, self.phases
         gamma = gate_width(config.gates, step, config.steps)
+        own = own_scale(config.stationarity, step, config.steps)
         scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
         bands = self._collector() if watch else None
         kept: dict[int, tuple[Samples, Tensor, dict[str, Tensor]]] = {}
@@ -201,7 +202,7 @@ class TrainStep:
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
-            residual = objective.residual(share.G.total(), alpha)
+            residual = objective.residual(share.G.total(), alpha, own)
             phases.mark("all_reduce")
             coupling = statistics.pop(k)
             losses_of = functools.partial(
