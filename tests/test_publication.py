@@ -70,7 +70,9 @@ def test_a_page_tells_alarms_and_what_is_left_out(study):
     page = readme(whole, ["c2g sweep"], [("p.svg", "a title", "a figure")], "\nmine\n")
     for words in ("alarms: instability", "- run x: failed", "![a figure](p.svg)", "    c2g sweep"):
         assert words in page
-    assert page.partition(NOTES)[2].strip() == "mine"
+    assert page.partition(NOTES)[2] == "\n\nmine\n"
+    again = readme(whole, ["c2g sweep"], [("p.svg", "a title", "a figure")], page.partition(NOTES)[2])
+    assert again == page  # written again and again it does not grow
 
 
 @pytest.mark.parametrize(("data", "shown"), [("digits", True), ("celeba", False)])

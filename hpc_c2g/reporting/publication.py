@@ -139,7 +139,7 @@ def readme(
         lines += [f"![{seen}]({file})", "", f"*{title}*", ""]
     if found["left_out"]:
         lines += ["Left out:", "", *(f"- {text}" for text in found["left_out"]), ""]
-    return "\n".join([*lines, NOTES, notes.rstrip() or "", ""])
+    return "\n".join([*lines, NOTES, "", *([notes.strip(), ""] if notes.strip() else [])])
 
 
 def publish(
