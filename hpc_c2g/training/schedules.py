@@ -16,7 +16,7 @@ def gate_width(config: GateConfig, step: int, steps: int) -> float:
 def own_scale(config: StationarityConfig, step: int, steps: int) -> float:
     """p of ``residual_weights``: linear from 0 (``relative``) to 1 over the first ``anneal_fraction`` of the steps.
 
-    From the start, G of what is before a normalisation outweighs all else some hundred times: samples that do not classify yet never come to.
+    From the first step, G of what is before a normalisation outweighs all else a hundred times: samples never come to classify.
     """
     return min(1.0, (step - 1) / (config.anneal_fraction * steps)) if config.anneal_fraction else 1.0
 
