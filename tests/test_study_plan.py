@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_c2g.classifiers.make import ClassifierConfig
+from hpc_c2g.data.config import ON_DISK, DataConfig
+from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import C2GError
 from hpc_c2g.settings import from_plain
 from hpc_c2g.studies import identity
@@ -49,6 +51,16 @@ def test_every_study_s_own_grid_plans_into_tasks_that_build_on_each_other(name):
         assert task.inputs == tuple(tasks[u].folder for u in task.upstream)
         assert bool(task.upstream) == (task.stage != "classifier")
     assert len(of(tasks, "train")) == len(expand(grid_of(config, [])))
+
+
+def test_no_study_asks_for_more_samples_than_its_data_have():
+    """Of the data that the project ships."""
+    tasks = [t for name in STUDIES for t in of(planned(study(name)), "classifier")]
+    wanted = {str(t.config["data"]): from_plain(DataConfig, t.config["data"]) for t in tasks}
+    shipped = [data for data in wanted.values() if data.name not in ON_DISK]
+    assert len(shipped) > 20
+    for data in shipped:
+        assert len(load_split(data).train) == data.train_size
 
 
 def test_the_studies_that_a_user_relies_on_are_there():
