@@ -265,8 +265,9 @@ class Generator(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, codes, multipliers."""
         return {
-            "images": [*self.image.parameters(), *(self.canvas.parameters() if self.canvas is not None else ())],
-            "codes": list(self.condition.parameters()),
+            "images": list(self.image.parameters()),
+            # a canvas is its own code's alone, like the code, and moves as fast
+            "codes": [*self.condition.parameters(), *(self.canvas.parameters() if self.canvas is not None else ())],
             "multipliers": list(self.multiplier.parameters()),
         }
 

@@ -145,7 +145,7 @@ class PriorConfig:
 
 @dataclass
 class OptimiserConfig:
-    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate."""
+    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate; ``code_rate`` is that of the codes and their canvases."""
 
     rate: float = 1e-3
     code_rate: float = 0.02
