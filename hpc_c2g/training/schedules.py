@@ -7,10 +7,14 @@ import math
 from hpc_c2g.training.config import GateConfig, OptimiserConfig, StationarityConfig
 
 
+def annealed(fraction: float, step: int, steps: int) -> float:
+    """Share that is done at ``step`` (counted from 1) of an annealing over the first ``fraction`` of the steps; 1 for a fraction of 0."""
+    return min(1.0, (step - 1) / (fraction * steps)) if fraction else 1.0
+
+
 def gate_width(config: GateConfig, step: int, steps: int) -> float:
     """gamma: geometric from start to end over the first ``anneal_fraction`` of the steps (counted from 1)."""
-    progress = min(1.0, (step - 1) / max(1.0, config.anneal_fraction * steps))
-    return float(config.start * (config.end / config.start) ** progress)
+    return float(config.start * (config.end / config.start) ** annealed(config.anneal_fraction, step, steps))
 
 
 def own_scale(config: StationarityConfig, step: int, steps: int) -> float:
@@ -18,7 +22,7 @@ def own_scale(config: StationarityConfig, step: int, steps: int) -> float:
 
     From the first step, G of what is before a normalisation outweighs all else a hundred times: samples never come to classify.
     """
-    return min(1.0, (step - 1) / (config.anneal_fraction * steps)) if config.anneal_fraction else 1.0
+    return annealed(config.anneal_fraction, step, steps)
 
 
 def rate_factor(config: OptimiserConfig, step: int, steps: int) -> float:
