@@ -211,12 +211,14 @@ class Objective:
             return self.chain.directional_sum(self.widths(gamma), residual.direction, x, labels, multipliers)
         return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
 
+    def weights(self, alpha: float, own_scale: float = 1.0) -> dict[str, float]:
+        """L_stat's weight of each tensor's residual, by the run's ``stationarity.weighting``."""
+        weighting = self.config.stationarity.weighting
+        return stationarity.residual_weights(self.squares, self.rates, self.left_side, alpha, weighting, own_scale)
+
     def residual(self, G: Mapping[str, Tensor], alpha: float, own_scale: float = 1.0) -> Residual:
         """L_stat's terms and direction from the *global* G; ``own_scale`` as ``residual_weights`` takes it."""
-        weights = stationarity.residual_weights(
-            self.squares, self.rates, self.left_side, alpha, self.config.stationarity.weighting, own_scale
-        )
-        weight = self.config.stationarity.weight
+        weights, weight = self.weights(alpha, own_scale), self.config.stationarity.weight
         return Residual(
             *stationarity.terms_and_direction(self.theta, G, weights, self.rates, self.left_side, alpha, weight)
         )

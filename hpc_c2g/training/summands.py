@@ -99,10 +99,7 @@ class Summands:
         self.phi, self.theta = objective.at_gates(self.gamma), objective.theta
         self.scale = objective.multiplier_scale(self.alpha)
         rates, c = objective.rates, objective.left_side
-        weights = stationarity.residual_weights(
-            objective.squares, rates, c, self.alpha, run.config.stationarity.weighting
-        )
-        roots = {k: math.sqrt(w) for k, w in weights.items()}
+        roots = {k: math.sqrt(w) for k, w in objective.weights(self.alpha).items()}
         self.factors = {k: roots[k] * math.exp(self.alpha * (1 - rates[k])) for k in roots}
         self.left = torch.cat(
             [(roots[k] * c[k] * math.exp(self.alpha * rates[k]) * t).flatten() for k, t in self.theta.items()]
