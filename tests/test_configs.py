@@ -199,6 +199,7 @@ RANGES = [
         "optimiser.rate=nan",
         "optimiser.rate=1e38",
         "optimiser.code_rate=-1",
+        "optimiser.canvas_rate=0",
         "optimiser.betas=[0.9]",
     ),
     *("optimiser.betas=[0.9,1]", "optimiser.betas=[0.9,0.9,0.9]", "optimiser.warmup_fraction=1"),

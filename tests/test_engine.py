@@ -23,7 +23,7 @@ LOUDNESS = (50.0, 1.0, 0.02, 1.0)
 
 
 def make_generator(seed: int = 0, free: bool = False):
-    config = FreeImagesConfig() if free else MLPGeneratorConfig(widths=[8], embedding=4, codes=2)
+    config = FreeImagesConfig() if free else MLPGeneratorConfig(widths=[8], embedding=4, codes=2, canvas=True)
     return build_generator(config, 2, [CLASSES], [BATCH], -torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), seed)
 
 
@@ -52,7 +52,7 @@ def engine_steps(engine: DeepSpeedEngine, micro_batches: int, factor: float = 1.
 
 def adam_steps(module, clip: float = 0.0, factor: float = 1.0) -> None:
     """The reference: plain Adam on the gradient of the whole sum."""
-    rates = {"images": 1e-3, "codes": 0.02, "multipliers": 0.01}
+    rates = {"images": 1e-3, "codes": 0.02, "multipliers": 0.01, "canvases": 1e-3}
     groups = [{"params": p, "lr": factor * rates[name]} for name, p in module.parameter_groups().items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     for loudness in LOUDNESS:
@@ -106,8 +106,8 @@ def test_clipping_applies_to_the_norm_of_the_sum_and_only_when_set(micro_batches
 
 
 def test_each_parameter_group_moves_at_its_own_rate():
-    rates = {"images": 0.003, "codes": 0.04, "multipliers": 0.0005}
-    names = dict(zip(rates, ("rate", "code_rate", "multiplier_rate"), strict=True))
+    rates = {"images": 0.003, "codes": 0.04, "multipliers": 0.0005, "canvases": 0.007}
+    names = dict(zip(rates, ("rate", "code_rate", "multiplier_rate", "canvas_rate"), strict=True))
     engine = make_engine(optimiser=OptimiserConfig(**{names[k]: v for k, v in rates.items()}))
     engine_steps(engine, 1, factor=0.5, steps=(1.0,))
     start = make_generator().parameter_groups()

@@ -120,7 +120,7 @@ def test_a_canvas_is_blank_at_first_and_then_of_its_own_code_alone():
     changed = (module(drawn)[0] != x).flatten(1)
     assert torch.equal(changed.all(1), rows == rows[0])
     assert torch.equal(changed.any(1), rows == rows[0])
-    assert any(p is module.canvas.weight for p in module.parameter_groups()["codes"])
+    assert any(p is module.canvas.weight for p in module.parameter_groups()["canvases"])
 
 
 def test_code_is_selected_by_the_quantile_of_the_first_latent():

@@ -263,13 +263,15 @@ class Generator(nn.Module):
         return self.box(t, latents.classifier), h + _of(self.neutral, latents.classifier)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by learning rate: images, codes, multipliers."""
-        return {
-            "images": list(self.image.parameters()),
-            # a canvas is its own code's alone, like the code, and moves as fast
-            "codes": [*self.condition.parameters(), *(self.canvas.parameters() if self.canvas is not None else ())],
-            "multipliers": list(self.multiplier.parameters()),
+        """Parameters by learning rate: images, codes, multipliers, canvases where there are any."""
+        groups: dict[str, nn.Module] = {
+            "images": self.image,
+            "codes": self.condition,
+            "multipliers": self.multiplier,
         }
+        if self.canvas is not None:
+            groups["canvases"] = self.canvas
+        return {name: list(module.parameters()) for name, module in groups.items()}
 
 
 class FreeImages(nn.Module):

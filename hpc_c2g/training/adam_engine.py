@@ -16,7 +16,12 @@ from hpc_c2g.training.zero_state import whole_layout
 
 def build_optimiser(module: Generator | FreeImages, config: OptimiserConfig) -> torch.optim.Adam:
     """Adam with a learning rate per group of the generator's parameters."""
-    rates = {"images": config.rate, "codes": config.code_rate, "multipliers": config.multiplier_rate}
+    rates = {
+        "images": config.rate,
+        "codes": config.code_rate,
+        "multipliers": config.multiplier_rate,
+        "canvases": config.canvas_rate,
+    }
     groups = [{"params": params, "lr": rates[name]} for name, params in module.parameter_groups().items()]
     return torch.optim.Adam(groups, lr=config.rate, betas=(config.betas[0], config.betas[1]))
 

@@ -145,18 +145,30 @@ class PriorConfig:
 
 @dataclass
 class OptimiserConfig:
-    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate; ``code_rate`` is that of the codes and their canvases."""
+    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate.
+
+    Attributes:
+        rate: of the decoder.
+        code_rate: of the codes.
+        multiplier_rate: of the multipliers.
+        canvas_rate: of the canvases; faster ones cover more where alpha stays on the high side, and pull it down where it does not.
+        betas: Adam's.
+        warmup_fraction: of the steps.
+        final_fraction: of the rates, at the last step.
+        gradient_clipping: largest norm of the whole gradient; 0 for none.
+    """
 
     rate: float = 1e-3
     code_rate: float = 0.02
     multiplier_rate: float = 0.01
+    canvas_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     warmup_fraction: float = 0.0
     final_fraction: float = 0.05
     gradient_clipping: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("rate", "code_rate", "multiplier_rate"):
+        for name in ("rate", "code_rate", "multiplier_rate", "canvas_rate"):
             # beyond, float32 overflows within the optimiser
             _require(
                 0 < getattr(self, name) <= 1e30, f"optimiser.{name}", getattr(self, name), "give a rate in (0, 1e30]"
