@@ -34,7 +34,7 @@ from hpc_c2g.data.record import fitted_data
 from hpc_c2g.denormals import flushed_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.evaluation.metrics import judge, split_oracle
-from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train

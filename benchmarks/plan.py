@@ -32,8 +32,9 @@ from hpc_c2g.files import write_atomically
 from hpc_c2g.planning.measure import Rates, measure_rates, profile_of
 from hpc_c2g.planning.predict import memory, step_time
 from hpc_c2g.planning.profile import GIB
-from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.dry_run import DryRun, MicroBatchCost
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.step import StepResult, TrainStep
 
 RESULT = Path(__file__).parent / "results" / "plan.json"

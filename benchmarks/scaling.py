@@ -18,8 +18,9 @@ from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.planning.measure import profile_of
 from hpc_c2g.planning.predict import step_time
-from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.dry_run import DryRun
+from hpc_c2g.training.objective_config import ScaleConfig
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.common import show, write_result
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.generators.networks import MLPGeneratorConfig
+from hpc_c2g.generators.config import MLPGeneratorConfig
 from hpc_c2g.monitoring.signatures import BY_NAME
-from hpc_c2g.training.config import LogConfig, OptimiserConfig, PriorConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, OptimiserConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import PriorConfig, ScaleConfig
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine, build_optimiser
 from hpc_c2g.training.bundles import boxes, class_counts
-from hpc_c2g.training.config import GateConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.objective_config import GateConfig, ScaleConfig
 from hpc_c2g.training.sharding import shard
 from hpc_c2g.training.step import TrainStep
 

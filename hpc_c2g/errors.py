@@ -15,3 +15,13 @@ class C2GError(ValueError):
         self.what = what
         self.mend = mend
         super().__init__(f"{what} -- {mend}" if mend else what)
+
+
+def require(condition: bool, name: str, value: object, mend: str) -> None:
+    """Check of a setting.
+
+    Raises:
+        C2GError: ``condition`` does not hold; names the field, its value and the fix.
+    """
+    if not condition:
+        raise C2GError(f"{name}={value} is not possible", mend)

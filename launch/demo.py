@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hpc_c2g.classifiers.make import ClassifierConfig
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
-from hpc_c2g.training.config import GENERATORS, TrainConfig
+from hpc_c2g.generators.config import GENERATORS
+from hpc_c2g.training.config import TrainConfig
 from launch.certify import CertifyConfig, certify
 from launch.classifier import DATA, GROUPS, classifier
 from launch.cli import T, composed, register, run_verb, typed

@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from hpc_c2g.files import write_atomically
+from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.planning.plan import PlanConfig, make_plan
 from hpc_c2g.planning.profile import ClusterProfile, Here, as_yaml
 from hpc_c2g.planning.report import formulas, memory_table, scaling_table, step_table
-from hpc_c2g.training.config import GENERATORS
 from launch.cli import run_verb
 
 CLUSTERS = {"here": Here, "h100": ClusterProfile, "a100": ClusterProfile}

@@ -19,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hpc_c2g.classifiers.make import ClassifierConfig
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
+from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
 from hpc_c2g.studies.identity import run_id
 from hpc_c2g.studies.tasks import FOLDERS, Task
-from hpc_c2g.training.config import GENERATORS, TrainConfig
+from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.sampling_error import BoundConfig
 from launch.certify import CertifyConfig
 from launch.classifier import DATA, GROUPS

@@ -21,13 +21,14 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.latents import fresh_latents
-from hpc_c2g.generators.networks import FreeImagesConfig
 from hpc_c2g.generators.trained import DRAWINGS
 from hpc_c2g.training import assembly
 from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.sharding import batch_shares, shard
 

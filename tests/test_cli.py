@@ -24,8 +24,9 @@ from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.run_directory import RunDirectory
 from hpc_c2g.training.step import TrainStep
 from launch.__main__ import VERBS, main

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from hpc_c2g.classifiers.models import ARCHITECTURES
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.networks import FreeImagesConfig
+from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.planning.profile import ClusterProfile
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.training.config import OptimiserConfig, TrainConfig

@@ -21,17 +21,11 @@ from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import (
-    DualityConfig,
-    LogConfig,
-    PriorConfig,
-    ScaleConfig,
-    StationarityConfig,
-    TrainConfig,
-)
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.dry_run import DryRun
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig, StationarityConfig
 from hpc_c2g.training.sampling_error import BoundConfig, sampling_error
 
 BATCH = 13  # an odd batch, which two ranks share unevenly

@@ -185,7 +185,8 @@ class Wall:
 
 sys.meta_path.insert(0, Wall())
 from pathlib import Path
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 

@@ -12,8 +12,9 @@ from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.denormals import flushed_denormals
-from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.step import TrainStep
 
 

@@ -13,10 +13,11 @@ from benchmarks.subject import our_step
 from hpc_c2g.classifiers.bundle import Bundle, build_model
 from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
-from hpc_c2g.training.config import DualityConfig, PriorConfig, TrainConfig
+from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.dry_run import DryRun, generator_without_numbers, largest_micro_batch, micro_batch_cost
 from hpc_c2g.training.meter import Meter, Work
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig
 
 
 def made(target: str, shape: tuple[int, ...], classes: int = 4, **arguments: object) -> Bundle:

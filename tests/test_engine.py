@@ -10,8 +10,9 @@ import torch
 
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
-from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
+from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.training.config import OptimiserConfig, TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 

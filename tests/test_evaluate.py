@@ -21,8 +21,9 @@ from hpc_c2g.evaluation import evaluate as module
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate, side_by_side
 from hpc_c2g.evaluation.metrics import judge
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 
 KEYS = {

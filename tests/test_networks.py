@@ -13,16 +13,9 @@ from scipy import stats
 from torch import Tensor
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import Latents, fresh_latents
-from hpc_c2g.generators.networks import (
-    Box,
-    ConvGeneratorConfig,
-    FreeImagesConfig,
-    Generator,
-    GeneratorConfig,
-    MLPGeneratorConfig,
-    build_generator,
-)
+from hpc_c2g.generators.networks import Box, Generator, build_generator
 
 CLASSES, DIMENSIONS, CODES = 3, 4, 5
 KINDS = {

@@ -17,12 +17,8 @@ from hpc_c2g.kkt.gates import GatedClassifier
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 from hpc_c2g.kkt.normalisation import BatchStatistics
 from hpc_c2g.kkt.priors import statistics_distance
-from hpc_c2g.training.config import (
-    DualityConfig,
-    PriorConfig,
-    StationarityConfig,
-    TrainConfig,
-)
+from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, StationarityConfig
 from hpc_c2g.training.schedules import gate_width
 
 BATCH = 13

@@ -14,16 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.lease import Lease
-from hpc_c2g.training.config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimiserConfig,
-    ScaleConfig,
-    TrainConfig,
-    config_from,
-)
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig, config_from
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
 
 HOLDER = """

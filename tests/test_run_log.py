@@ -18,8 +18,9 @@ from benchmarks.common import random_classifier
 from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
-from hpc_c2g.training.config import DualityConfig, LogConfig, PriorConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
 

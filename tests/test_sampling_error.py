@@ -21,13 +21,14 @@ from trainers import three_bundles
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler, fresh_latents
-from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.kkt import concentration
 from hpc_c2g.training.bundles import load_bundles
-from hpc_c2g.training.config import LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.moments import Moments, expectation, measure
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.sampling_error import BoundConfig, row_of, sampling_error
 from hpc_c2g.training.schedules import gate_width

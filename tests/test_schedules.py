@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.training.config import GateConfig, OptimiserConfig, StationarityConfig
+from hpc_c2g.training.config import OptimiserConfig
+from hpc_c2g.training.objective_config import GateConfig, StationarityConfig
 from hpc_c2g.training.schedules import gate_width, own_scale, rate_factor
 
 quick = settings(deadline=None, max_examples=40)

@@ -17,8 +17,9 @@ from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
 from hpc_c2g.kkt import scale
-from hpc_c2g.training.config import DualityConfig, OptimiserConfig, PriorConfig, ScaleConfig
+from hpc_c2g.training.config import OptimiserConfig
 from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
 from hpc_c2g.training.schedules import gate_width, rate_factor
 from hpc_c2g.training.step import TrainStep
 

@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
-from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig, build_generator
+from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import DRAWINGS, Member, TrainedGenerator, members_from, systematic_resample
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.run_directory import RunDirectory
 

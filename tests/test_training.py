@@ -22,19 +22,12 @@ from hpc_c2g.classifiers.fitting import MarginFitConfig
 from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import C2GError
-from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.monitoring.signatures import SIGNATURES
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import (
-    CheckpointConfig,
-    DualityConfig,
-    LogConfig,
-    OptimiserConfig,
-    PriorConfig,
-    ScaleConfig,
-    TrainConfig,
-)
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.step import TrainStep
 

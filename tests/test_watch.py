@@ -13,8 +13,9 @@ from benchmarks.launched import differences
 from hpc_c2g.errors import C2GError
 from hpc_c2g.monitoring.signatures import GRACE, WINDOW
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import AlarmConfig, CheckpointConfig, LogConfig, OptimiserConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import AlarmConfig, CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.watch import Watch
 from tests.test_signatures import FAILING, GOOD
 

@@ -20,12 +20,14 @@ from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
-from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
+from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.training.adam_engine import AdamEngine
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, ScaleConfig, TrainConfig
+from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig
 from hpc_c2g.training.engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.objective_config import ScaleConfig
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs, and the machine may be busy
 STEPS, EVERY, SHORT = 24, 6, 12  # bfloat16 runs are short

@@ -14,12 +14,14 @@ from hpc_c2g.classifiers.normalisation import Normalisation
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
+from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
-from hpc_c2g.generators.networks import FreeImagesConfig, MLPGeneratorConfig, build_generator
+from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.bundles import boxes, class_counts
-from hpc_c2g.training.config import DualityConfig, GateConfig, PriorConfig, StationarityConfig, TrainConfig
+from hpc_c2g.training.config import TrainConfig
 from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.objective_config import DualityConfig, GateConfig, PriorConfig, StationarityConfig
 from hpc_c2g.training.sharding import shard
 from hpc_c2g.training.step import TrainStep
 

@@ -22,7 +22,7 @@ from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
-from hpc_c2g.generators.networks import FreeImagesConfig
+from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator, check_drawing
 from hpc_c2g.monitoring.evaluation_log import log_evaluation
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for

@@ -7,140 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_c2g.distributed.wire import WIRES
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import require
+from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentConfig
-from hpc_c2g.generators.networks import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.kkt.chain import PRECISIONS
-from hpc_c2g.kkt.normalisation import STATISTICS
-from hpc_c2g.kkt.stationarity import AUTO, LEFT_SIDES, WEIGHTINGS
 from hpc_c2g.settings import from_plain
+from hpc_c2g.training.objective_config import DualityConfig, GateConfig, PriorConfig, ScaleConfig, StationarityConfig
 
 DTYPES = ("float32", "bfloat16")
 POLICIES = ("go_on", "stop", "lower_rate")
-
-
-def _require(condition: bool, name: str, value: object, mend: str) -> None:
-    if not condition:
-        raise C2GError(f"{name}={value} is not possible", mend)
-
-
-@dataclass
-class StationarityConfig:
-    """L_stat.
-
-    Attributes:
-        left_side: ``identity``, ``rates``, ``top_rate``, or ``auto``: ``identity``, but ``rates`` where some rate is 0.
-        weighting: over tensors, ``relative``, ``per_tensor`` or ``scale_free``: ``relative``, but what is before a normalisation in its
-            own scale (see ``residual_weights``).
-        anneal_fraction: share of the steps over which ``scale_free`` grows out of ``relative``; 0 for at once.
-        weight: in the loss; 0 leaves classification alone.
-        statistics: that a BatchNorm takes: ``frozen`` its running ones; ``batch`` those of all samples of a step, which couples them and
-            needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
-    """
-
-    left_side: str = AUTO
-    weighting: str = "scale_free"
-    anneal_fraction: float = 0.6
-    weight: float = 1.0
-    statistics: str = "auto"
-
-    def __post_init__(self) -> None:
-        forms = (AUTO, *LEFT_SIDES)
-        _require(self.left_side in forms, "stationarity.left_side", self.left_side, f"choose {', '.join(forms)}")
-        _require(
-            self.statistics in STATISTICS, "stationarity.statistics", self.statistics, f"choose {', '.join(STATISTICS)}"
-        )
-        _require(
-            self.weighting in WEIGHTINGS, "stationarity.weighting", self.weighting, f"choose {', '.join(WEIGHTINGS)}"
-        )
-        share = "stationarity.anneal_fraction"
-        _require(0 <= self.anneal_fraction <= 1, share, self.anneal_fraction, "give a share in [0, 1]")
-        _require(self.weight >= 0, "stationarity.weight", self.weight, "give a weight >= 0")
-
-
-@dataclass
-class DualityConfig:
-    """Weights of primal feasibility and complementary slackness."""
-
-    feasibility: float = 0.1
-    slackness: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(self.feasibility >= 0, "duality.feasibility", self.feasibility, "give a weight >= 0")
-        _require(self.slackness >= 0, "duality.slackness", self.slackness, "give a weight >= 0")
-
-
-@dataclass
-class ScaleConfig:
-    """alpha: its data-free start and its feedback.
-
-    Attributes:
-        start: alpha at step 0; None computes it from probes and the pilot.
-        caution: factor on the high side of e^a that the probes' estimate gets.
-        pilot_steps: steps of a short run on free images that brings alpha close before the generator starts.
-        rate: largest change of alpha per step.
-        target: the rho that the feedback aims at.
-        gain: on log(rho / target) before it is clipped to [-1, 1].
-    """
-
-    start: float | None = None
-    caution: float = 1.5
-    pilot_steps: int = 400
-    rate: float = 0.02
-    target: float = 1.0
-    gain: float = 5.0
-
-    def __post_init__(self) -> None:
-        _require(self.start is None or abs(self.start) <= 100, "scale.start", self.start, "give alpha in [-100, 100]")
-        _require(self.caution > 0, "scale.caution", self.caution, "give a factor > 0")
-        _require(self.pilot_steps >= 0, "scale.pilot_steps", self.pilot_steps, "give a number of steps, or 0 for none")
-        _require(self.rate >= 0, "scale.rate", self.rate, "give a rate >= 0")
-        _require(self.gain > 0, "scale.gain", self.gain, "give a gain > 0")
-        _require(self.target > 0, "scale.target", self.target, "give a target > 0")
-
-
-@dataclass
-class GateConfig:
-    """Width of the smooth gates in units of the layer's pre-activation scale, annealed geometrically."""
-
-    start: float = 0.5
-    end: float = 0.05
-    anneal_fraction: float = 0.8
-
-    def __post_init__(self) -> None:
-        _require(self.start >= self.end > 0, "gates.start/gates.end", (self.start, self.end), "give start >= end > 0")
-        _require(0 < self.anneal_fraction <= 1, "gates.anneal_fraction", self.anneal_fraction, "give a share in (0, 1]")
-
-
-@dataclass
-class PriorConfig:
-    """Weights of the priors on samples; the repulsion's range and how many reference samples it looks at.
-
-    Attributes:
-        box: on values outside the input box.
-        total_variation: on differences of neighbouring pixels.
-        statistics: draws the batch's statistics to the running ones of the classifier's BatchNorms.
-        mean: draws the mean of the batch to 0, for a classifier that subtracts its training mean.
-        deviation: draws the deviation of each input entry to 1, for a classifier that divides by its training deviation.
-        repulsion: between samples of a class.
-        repulsion_width: its range, in units of the samples' root mean square norm.
-        repulsion_references: samples of the batch that repel.
-    """
-
-    box: float = 1.0
-    total_variation: float = 0.0
-    statistics: float = 0.0
-    mean: float = 0.0
-    deviation: float = 0.0
-    repulsion: float = 0.0
-    repulsion_width: float = 0.5
-    repulsion_references: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("box", "total_variation", "statistics", "mean", "deviation", "repulsion"):
-            _require(getattr(self, name) >= 0, f"prior.{name}", getattr(self, name), "give a weight >= 0")
-        _require(self.repulsion_width > 0, "prior.repulsion_width", self.repulsion_width, "give a range > 0")
-        _require(self.repulsion_references >= 1, "prior.repulsion_references", self.repulsion_references, "give >= 1")
 
 
 @dataclass
@@ -170,19 +45,19 @@ class OptimiserConfig:
     def __post_init__(self) -> None:
         for name in ("rate", "code_rate", "multiplier_rate", "canvas_rate"):
             # beyond, float32 overflows within the optimiser
-            _require(
+            require(
                 0 < getattr(self, name) <= 1e30, f"optimiser.{name}", getattr(self, name), "give a rate in (0, 1e30]"
             )
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        _require(two, "optimiser.betas", self.betas, "give two numbers in [0, 1)")
+        require(two, "optimiser.betas", self.betas, "give two numbers in [0, 1)")
         self.betas = (self.betas[0], self.betas[1])  # OmegaConf brings a list
-        _require(
+        require(
             0 <= self.warmup_fraction < 1, "optimiser.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
         )
-        _require(
+        require(
             0 <= self.final_fraction <= 1, "optimiser.final_fraction", self.final_fraction, "give a share in [0, 1]"
         )
-        _require(self.gradient_clipping >= 0, "optimiser.gradient_clipping", self.gradient_clipping, "give 0 for none")
+        require(self.gradient_clipping >= 0, "optimiser.gradient_clipping", self.gradient_clipping, "give 0 for none")
 
 
 @dataclass
@@ -194,8 +69,8 @@ class LogConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
-        _require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
+        require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
+        require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
 
 
 @dataclass
@@ -212,8 +87,8 @@ class AlarmConfig:
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
-        _require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
+        require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
+        require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
 
 
 @dataclass
@@ -224,8 +99,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+        require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
 
 
 @dataclass
@@ -245,9 +120,9 @@ class DistributedConfig:
     bucket_mib: float = 4.0
 
     def __post_init__(self) -> None:
-        _require(self.groups is None or self.groups >= 1, "distributed.groups", self.groups, "give >= 1, or null")
-        _require(self.wire in WIRES, "distributed.wire", self.wire, f"choose {' or '.join(WIRES)}")
-        _require(self.bucket_mib > 0, "distributed.bucket_mib", self.bucket_mib, "give a size > 0")
+        require(self.groups is None or self.groups >= 1, "distributed.groups", self.groups, "give >= 1, or null")
+        require(self.wire in WIRES, "distributed.wire", self.wire, f"choose {' or '.join(WIRES)}")
+        require(self.bucket_mib > 0, "distributed.bucket_mib", self.bucket_mib, "give a size > 0")
 
 
 @dataclass
@@ -309,42 +184,42 @@ class TrainConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", self.steps, "give at least one step")
-        _require(
+        require(self.steps >= 1, "steps", self.steps, "give at least one step")
+        require(
             self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
         )
-        _require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
         size = self.micro_batch
-        _require(
+        require(
             size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),
             "micro_batch",
             size,
             f"give a number from 1 to global_batch={self.global_batch}, auto, or null for the whole batch",
         )
         folders = self.classifiers
-        _require(
+        require(
             bool(folders) and all(isinstance(f, str) and f for f in folders),
             "classifier",
             self.classifier,
             "give the folder of a bundle, or a list of them such as 'classifier=[a,b]'",
         )
-        _require(len(set(folders)) == len(folders), "classifier", self.classifier, "name each bundle once")
-        _require(all(s > 0 for s in self.shares), "shares", self.shares, "give positive shares")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        require(len(set(folders)) == len(folders), "classifier", self.classifier, "name each bundle once")
+        require(all(s > 0 for s in self.shares), "shares", self.shares, "give positive shares")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         shards = self.virtual_shards
-        _require(shards >= 1 and shards & (shards - 1) == 0, "virtual_shards", shards, "give a power of two")
-        _require(
+        require(shards >= 1 and shards & (shards - 1) == 0, "virtual_shards", shards, "give a power of two")
+        require(
             not self.deterministic or shards <= self.global_batch,
             "virtual_shards",
             shards,
             f"deterministic=true needs at most global_batch={self.global_batch} shards",
         )
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
-        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
-        _require(self.fast in ("auto", "off"), "fast", self.fast, "choose auto or off")
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"choose {' or '.join(PRECISIONS)}")
-        _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
-        _require(
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        require(self.fast in ("auto", "off"), "fast", self.fast, "choose auto or off")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"choose {' or '.join(PRECISIONS)}")
+        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        require(
             not (self.deterministic and self.zero_stage),
             "zero_stage",
             self.zero_stage,
@@ -352,7 +227,7 @@ class TrainConfig:
         )
         zero = self.deepspeed.get("zero_optimization")
         stage = zero.get("stage", self.zero_stage) if isinstance(zero, Mapping) else self.zero_stage
-        _require(
+        require(
             stage == self.zero_stage,
             "deepspeed.zero_optimization.stage",
             stage,
@@ -378,13 +253,6 @@ class TrainConfig:
             for k in range(len(self.classifiers))
             for s in range(self.solutions)
         ]
-
-
-GENERATORS: dict[str, type[GeneratorConfig]] = {
-    "mlp": MLPGeneratorConfig,
-    "conv": ConvGeneratorConfig,
-    "free": FreeImagesConfig,
-}
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:

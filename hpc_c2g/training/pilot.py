@@ -16,12 +16,14 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
+from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
-from hpc_c2g.generators.networks import FreeImages, FreeImagesConfig
+from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.training.account import Account
 from hpc_c2g.training.adam_engine import AdamEngine
-from hpc_c2g.training.config import OptimiserConfig, PriorConfig, TrainConfig
+from hpc_c2g.training.config import OptimiserConfig, TrainConfig
 from hpc_c2g.training.objective import Objective, loss_terms
+from hpc_c2g.training.objective_config import PriorConfig
 from hpc_c2g.training.sharding import shard
 from hpc_c2g.training.step import TrainStep
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hpc_c2g.training.config import GateConfig, OptimiserConfig, StationarityConfig
+from hpc_c2g.training.config import OptimiserConfig
+from hpc_c2g.training.objective_config import GateConfig, StationarityConfig
 
 
 def annealed(fraction: float, step: int, steps: int) -> float:
