@@ -36,12 +36,12 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, settings: Mapping[str, Any], **measured: Any) -> Path:
-    """``benchmarks/results/<name>.json``: what was measured, with which settings, on what machine.
+    """``benchmarks/results/<name>.json``, ``<name>_quick.json`` where ``quick`` is set: what was measured, how, on what machine.
 
     Raises:
         C2GError: the file cannot be written.
     """
-    file = RESULTS / f"{name}.json"
+    file = RESULTS / f"{name}{'_quick' * bool(settings.get('quick'))}.json"
     content = {"benchmark": name, "machine": machine(), "settings": dict(settings), **measured}
     write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
     return file

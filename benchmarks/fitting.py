@@ -98,7 +98,7 @@ def certificate(world: World, folder: str, x: Tensor, labels: Tensor) -> tuple[f
 def main() -> None:
     """Print the table, write ``results/fitting.json``, and fail where a limit is passed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", help="where mnist/ is; without it, noise of its shape")
+    parser.add_argument("--root", help="where MNIST/raw/ is; without it, noise of its shape")
     parser.add_argument(
         "--quick", action="store_true", help="a narrow net, few samples and a small margin: see that it works"
     )
@@ -139,7 +139,7 @@ def main() -> None:
         "target": target,
         "data": "mnist" if arguments.root else "noise",
     }
-    print(f"written: {write_result('fitting_quick' if quick else 'fitting', settings, rows=rows)}")
+    print(f"written: {write_result('fitting', settings, rows=rows)}")
     worst = max(row["x plain loop"] for row in rows[1:])
     slowest, largest = max(row["its s"] for row in rows), max(row["its GiB"] for row in rows)
     if not quick and (worst > MUST_FIT or slowest > MUST_SECONDS or largest > MUST_GIB):

@@ -126,7 +126,7 @@ def main() -> None:
         show(f"a training step, {name}, batch {batch}", steps[name])
     found = {row["way"]: row["x floor"] for row in kkt}
     settings = {"quick": arguments.quick, "width": width, "batch": batch, "rounds": rounds}
-    print(f"written: {write_result('floor_quick' if arguments.quick else 'floor', settings, kkt=kkt, steps=steps)}")
+    print(f"written: {write_result('floor', settings, kkt=kkt, steps=steps)}")
     for name, limit in MUST.items():
         print(f"{name}: {found[name]:.2f} x floor (asked for: {limit})")
 

@@ -159,7 +159,7 @@ def main() -> None:
         "rounds": rounds,
     }
     file = write_result(
-        "gpu_quick" if arguments.quick else "gpu",
+        "gpu",
         settings,
         errors=errors,
         ceilings=ceilings,

@@ -209,7 +209,7 @@ def main() -> None:
         "train_size": train_size,
         "codes": arguments.codes,
     }
-    print(f"written: {write_result(arguments.name + '_quick' * arguments.quick, settings, steps=rows, quality=found)}")
+    print(f"written: {write_result(arguments.name, settings, steps=rows, quality=found)}")
     print(f"coverage after equal time: ours {ours:.3f}, the peers' best {best:.3f}")
     if ours <= best and not arguments.quick:
         sys.exit("ours covers no more than the peers after equal time")

@@ -11,7 +11,6 @@ the median over rounds of prediction / measurement.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -24,11 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import random_classifier
+from benchmarks.common import random_classifier, write_result
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
-from hpc_c2g.files import write_atomically
 from hpc_c2g.planning.measure import Rates, measure_rates, profile_of
 from hpc_c2g.planning.predict import memory, step_time
 from hpc_c2g.planning.profile import GIB
@@ -37,7 +35,6 @@ from hpc_c2g.training.dry_run import DryRun, MicroBatchCost
 from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.step import StepResult, TrainStep
 
-RESULT = Path(__file__).parent / "results" / "plan.json"
 NETS = {
     "64-500-10": {"size": 8, "classes": 10, "width": 500},
     "784-1000-1000-10": {"size": 28, "classes": 10, "width": 1000, "depth": 3},
@@ -210,8 +207,7 @@ def main() -> None:
     Console(width=170).print(table(results))
     load = os.getloadavg()
     print(f"load of the machine: {load[0]:.1f}, {load[1]:.1f}, {load[2]:.1f} on {len(os.sched_getaffinity(0))} cores")
-    write_atomically(RESULT, json.dumps({"load": load, "quick": quick, "cases": results}, indent=2).encode())
-    print(f"written: {RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT}")
+    print(f"written: {write_result('plan', {'quick': quick, 'load': load}, cases=results)}")
 
 
 if __name__ == "__main__":

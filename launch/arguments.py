@@ -14,7 +14,7 @@ HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", *WITH_V
 
 
 def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = ()) -> list[str]:
-    """``field=value`` for flags (``--dry-run``, ``--only failed``) and for words in order (``DIR``); Hydra's own flags stay.
+    """``field=value`` for flags (``--dry-run``, ``--only failed``) and for words in order (``DIR``); Hydra's own flags come last.
 
     Args:
         argv: the command line after the verb.
@@ -26,15 +26,15 @@ def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = 
     """
     types, names = get_type_hints(schema), {f.name for f in fields(schema)}
     words: dict[str, list[str]] = {}
-    result, rest = [], list(argv)
+    result, hydra, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         field = name.replace("-", "_")
         if word.split("=")[0] in HYDRA_FLAGS:
-            result.append(word)
+            hydra.append(word)
             if word in WITH_VALUE and rest:
-                result.append(rest.pop(0))
+                hydra.append(rest.pop(0))
         elif word.startswith("--") and field in names:
             if not equals:
                 value = "true" if types[field] is bool else rest.pop(0) if rest else ""
@@ -53,7 +53,7 @@ def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = 
     for name, values in words.items():
         several = types[name] == list[str]
         result.append(f"{name}=[{','.join(map(quoted, values))}]" if several else f"{name}={quoted(values[0])}")
-    return result
+    return result + hydra  # argparse, which Hydra reads with, refuses overrides that flags split
 
 
 def quoted(value: str) -> str:

@@ -56,7 +56,7 @@ def commands(name: str, grid: list[str], out: str) -> list[str]:
     """What repeats the experiment, where it is one of the toolkit's; where its data lie is this machine's own business."""
     kind = "experiment" if (config_folder() / "study" / "experiment" / f"{name}.yaml").is_file() else "study"
     again = " ".join(shlex.quote(re.sub(r"(?<=data\.root=).*", "DATA", word)) for word in grid)
-    place = shlex.quote(f"studies/{name}")
+    place = shlex.quote(f"studies/{Path(out).resolve().name}")  # one study, one page
     return [f"c2g sweep {kind}={name} study_dir={place} {again}", f"c2g publish {place} {shlex.quote(out)}"]
 
 

@@ -24,9 +24,9 @@ class Settings:
 
 
 def test_flags_and_words_become_fields():
-    argv = ["DIR", "--dry-run", "--only", "failed", "--watch=3", "a1", "b2", "x.y=1", "--cfg", "job"]
+    argv = ["DIR", "--dry-run", "--only", "failed", "--watch=3", "--cfg", "job", "a1", "b2", "x.y=1"]
     assert as_overrides(argv, Settings, ["study_dir", "run"]) == [
-        *("dry_run=true", "only=failed", "watch=3", "x.y=1", "--cfg", "job", "study_dir=DIR", "run=[a1,b2]"),
+        *("dry_run=true", "only=failed", "watch=3", "x.y=1", "study_dir=DIR", "run=[a1,b2]", "--cfg", "job"),
     ]
 
 

@@ -17,6 +17,7 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.launched import differences
+from hpc_c2g.errors import C2GError
 from hpc_c2g.reporting import archive as archives
 from hpc_c2g.reporting import collect as collecting
 from hpc_c2g.reporting.board import Board, named, numeric_variables
@@ -307,6 +308,9 @@ def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
     grown = [dataclasses.replace(v, row=dataclasses.replace(v.row, nodes=1 + i)) for i, v in enumerate(runs.values())]
     assert collecting.predicted(study, {v.row.id: v for v in grown})[2] == pytest.approx(16 / 0.6)
     (study / "plan.json").write_text("{")
+    with pytest.raises(C2GError, match=r"plan\.json cannot be read"):
+        collecting.predicted(study, runs)
+    (study / "plan.json").unlink()
     assert collecting.predicted(study, runs) is None
 
 

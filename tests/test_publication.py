@@ -9,7 +9,8 @@ import pytest
 
 from hpc_c2g.reporting.memory import by_multiplier, shares_in
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
-from hpc_c2g.reporting.results import Results
+from hpc_c2g.reporting.results import Results, public
+from hpc_c2g.studies.tasks import Task, write_spec
 from launch.publish import commands
 
 EVALUATION = {
@@ -62,6 +63,21 @@ def test_the_generator_stands_above_every_baseline(study):
     assert "0.45 ± 0.071" in lines[2]
     assert lines[3].startswith("| noise |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_page_tells_how_long_the_generator_and_what_it_is_compared_with_were_trained(study):
+    folder, found, folders = study
+    for stage, config in {
+        "train": {"steps": 1500, "solutions": 3},
+        "evaluate": {"classification_steps": 2000, "free_steps": 800},
+    }.items():
+        write_spec(folder, Task(f"{stage}0", stage, folders["r0"], config))
+    evaluation = EVALUATION | {"baselines": {"noise": {}, "classification_only": {}, "free_images": {}}}
+    (folder / folders["r0"] / "evaluation.json").write_text(json.dumps(evaluation))
+    whole = content(folder, "n", "a", found, folders)
+    told = "generator 1,500 steps (3 solutions); classification_only 1,500 steps; free_images 800 steps."
+    assert f"Trained for: {told}" in readme(whole, [], [], "")
+    assert whole["groups"]["variant=b"]["efforts"] == {}  # nothing describes its tasks
 
 
 def test_a_page_tells_alarms_and_what_is_left_out(study):
@@ -144,10 +160,14 @@ def test_a_table_of_some_runs_is_not_shown_as_one_of_all(study):
 def test_the_commands_tell_nothing_of_where_data_lie() -> None:
     told = commands("digits100", ["train.seed=0,1", "classifier.data.root=/home/me/my data"], "docs/it")
     assert told == [
-        "c2g sweep experiment=digits100 study_dir=studies/digits100 train.seed=0,1 classifier.data.root=DATA",
-        "c2g publish studies/digits100 docs/it",
+        "c2g sweep experiment=digits100 study_dir=studies/it train.seed=0,1 classifier.data.root=DATA",
+        "c2g publish studies/it docs/it",
     ]
-    assert commands("mine", [], "o")[0].startswith("c2g sweep study=mine ")
+    assert commands("mine", [], "o")[0].startswith("c2g sweep study=mine study_dir=studies/o")  # a study per page
+
+
+def test_what_is_left_out_does_not_tell_where_data_lie() -> None:
+    assert public("train.seed=0 classifier.data.root=/home/me data=mnist") == "train.seed=0 data=mnist"
 
 
 def test_a_group_is_not_named_by_where_its_data_lie(study) -> None:

@@ -89,12 +89,14 @@ def test_a_resumed_file_drops_the_lines_after_the_checkpoint(tmp_path, resumed):
 
 
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "loss": 1.0', "{", "\0\0\0"])
-def test_a_half_written_line_is_dropped_wherever_it_stands(tmp_path, half):
+def test_a_half_written_line_is_dropped_and_told_of_where_it_is_not_the_last(tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     written(path, [2])
     with open(path, "a") as file:
         file.write(half + '\n{"step": 4, "loss": 2.0}\n' + half)
-    metrics = MetricsFile(path, 100)
+    with pytest.warns(UserWarning, match="line 2 is damaged") as told:
+        metrics = MetricsFile(path, 100)
+    assert len(told) == 1
     metrics.write({"step": 101})
     metrics.close()
     assert [line["step"] for line in lines(path)] == [2, 4, 101]

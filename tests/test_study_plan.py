@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hpc_c2g
 from hpc_c2g.classifiers.make import ClassifierConfig
 from hpc_c2g.data.config import ON_DISK, DataConfig
 from hpc_c2g.data.load import load_split
@@ -211,6 +214,23 @@ def test_every_stage_has_work():
     for stage in STAGES:
         assert callable(prepared(stage))
         assert identity.code_version(stage)
+
+
+def test_an_identity_changes_with_all_code_that_its_stage_runs(tmp_path, monkeypatch):
+    package = Path(hpc_c2g.__file__).parent
+    shutil.copytree(package, tmp_path / "hpc_c2g", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(hpc_c2g, "__file__", str(tmp_path / "hpc_c2g" / "__init__.py"))
+    version = identity.code_version.__wrapped__
+    for stage, names in identity.SCIENCE.items():
+        for name in names:
+            before = version(stage)
+            module = (tmp_path / "hpc_c2g" / name).with_suffix(".py")
+            file = module if module.is_file() else tmp_path / "hpc_c2g" / name / "__init__.py"
+            file.write_text(f"{file.read_text()}\nMORE = 1\n")
+            assert version(stage) != before, (stage, name)
+    before = version("certify")
+    (tmp_path / "hpc_c2g" / "evaluation" / "evaluate.py").write_text("")
+    assert version("certify") == before
 
 
 def test_an_identity_is_settings_upstream_shape_and_code_alone():

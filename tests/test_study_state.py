@@ -12,6 +12,7 @@ import pytest
 from hpc_c2g.errors import C2GError
 from hpc_c2g.lease import Lease
 from hpc_c2g.reporting.results import groups
+from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.aftermath import REQUEUED, cancel_mark, settle
 from hpc_c2g.studies.config import StudyConfig
@@ -19,6 +20,7 @@ from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.launcher import Launcher, launching
 from hpc_c2g.studies.ledger import FILE, Ledger
 from hpc_c2g.studies.reports import KEPT, Report, read_report, report_file, write_report
+from hpc_c2g.studies.slurm import JOB, SlurmArrays
 from hpc_c2g.studies.study import StudyFile, joined, read_study, rebuilt, save_study
 from hpc_c2g.studies.submissions import Submission, read_submission
 from hpc_c2g.studies.tasks import Task, find_specs, read_spec, spec_file, write_spec
@@ -62,6 +64,15 @@ def given_out(study: Path, task: Task, job: str = "7", submitted: bool = True) -
         ledger.submitted(submission, job)
     else:
         ledger.assign(task.id, job)
+
+
+def test_a_submission_that_cannot_be_read_is_told_of(study, capsys):
+    folder = study / "submissions" / "torn"
+    folder.mkdir(parents=True)
+    (folder / JOB).write_text("17\n")
+    launcher = Launcher(study, rebuilt(study, 2), TASKS)
+    SlurmArrays(launcher, SlurmProfile(), "c", "x").recover()
+    assert "submission torn cannot be read" in capsys.readouterr().err
 
 
 def test_a_task_and_its_description_are_the_same(study):

@@ -6,6 +6,7 @@ import functools
 import json
 import resource
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -56,13 +57,15 @@ class MetricsFile:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a half-written last one is dropped."""
+    """Whole lines of a metrics file; a half-written last one is dropped, a damaged one before it told of and dropped."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            continue
+            if number < len(texts):
+                warnings.warn(f"{path}: line {number} is damaged and left out", stacklevel=2)
     return lines
 
 

@@ -175,16 +175,24 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
     """Samples per second by nodes of the study's ``plan.json`` (`c2g plan ... out=`); None where there is none.
 
     Weak scaling where the runs' batch grows with their nodes, else strong.
+
+    Raises:
+        C2GError: the plan cannot be read.
     """
+    file = study / PLAN
+    if not file.exists():
+        return None
     try:
-        plan = json.loads((study / PLAN).read_text())
+        plan = json.loads(file.read_text())
         rows = {
             kind: {r["nodes"]: r["global_batch"] / r["step"]["total"] for r in plan[kind]}
             for kind in ("strong", "weak")
         }
         batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config["global_batch"] for v in runs.values()}
-    except (OSError, ValueError, LookupError, TypeError, C2GError):
-        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise C2GError(
+            f"{file} cannot be read: {error!r}", "make it anew with `c2g plan ... out=`, or remove it"
+        ) from error
     return rows["weak" if len(set(batches.values())) > 1 else "strong"]
 
 

@@ -7,15 +7,18 @@ import re
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from hpc_c2g import markdown
+from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting import memory
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
 from hpc_c2g.reporting.tables import cell
+from hpc_c2g.studies.tasks import read_spec
 
 SIMILARITIES = ("ssim_sample_to_train", "ssim_train_to_sample")
 OF_ROWS = ("marginal_distance", "correlation_distance")
@@ -57,6 +60,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
         runs: list[dict[str, Any]] = []
         baselines: dict[str, list[dict[str, float]]] = {}
         recalled: list[list[memory.Part]] = []
+        efforts = _efforts(study / folders[rows[0]["id"]])
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
             own = _mean(map(figures_of, evaluations))
@@ -73,6 +77,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "sd": _deviation(numbers),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
             "by_multiplier": memory.mean_parts(recalled) if all(recalled) else [],
+            "efforts": {who: steps for who, steps in efforts.items() if who in ("generator", *baselines)},
         }
     return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
 
@@ -83,6 +88,20 @@ def _evaluations(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return list(whole.get("classifiers", [whole]))
+
+
+def _efforts(folder: Path) -> dict[str, dict[str, int]]:
+    """Steps of a run's generator and of the baselines that were trained beside it, and how many solutions each is."""
+    try:
+        own = read_spec(folder / "train.task.json").config
+        judge = read_spec(folder / "evaluate.task.json").config
+    except C2GError:
+        return {}
+    return {
+        "generator": {"steps": own["steps"], "solutions": own["solutions"]},
+        "classification_only": {"steps": min(judge["classification_steps"], own["steps"]), "solutions": 1},
+        "free_images": {"steps": judge["free_steps"], "solutions": 1},
+    }
 
 
 def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[memory.Part]:
@@ -114,6 +133,11 @@ def table(group: Mapping[str, Any]) -> list[str]:
     return markdown.table(["samples", *names], [generator, *baselines])
 
 
+def _effort(who: str, effort: Mapping[str, int]) -> str:
+    many = f" ({effort['solutions']} solutions)" if effort["solutions"] > 1 else ""
+    return f"{who} {effort['steps']:,} steps{many}"
+
+
 def readme(
     found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence[tuple[str, str, str]], notes: str
 ) -> str:
@@ -133,6 +157,8 @@ def readme(
         alarms = sorted({a for run in group["runs"] for a in str(run.get("alarms", "")).split()})
         lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
         lines += [*table(group), ""]
+        if group["efforts"]:
+            lines += [f"Trained for: {'; '.join(starmap(_effort, group['efforts'].items()))}.", ""]
         if group["by_multiplier"]:
             lines += [*markdown.table(*memory.rows(group["by_multiplier"])), ""]
     for file, title, seen in pictures:

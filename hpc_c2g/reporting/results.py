@@ -60,7 +60,7 @@ def rows(study: Path, views: Sequence[View]) -> tuple[list[Row], list[str]]:
     found: list[Row] = []
     left_out: list[str] = []
     for view in trained:
-        name = f"{view.row.stage} {view.row.id} ({view.row.label})"
+        name = f"{view.row.stage} {view.row.id} ({public(view.row.label)})"
         if view.state != "done":
             left_out.append(f"{name}: {view.state}{f': {view.reason}' if view.reason else ''}")
             continue
@@ -77,9 +77,11 @@ def rows(study: Path, views: Sequence[View]) -> tuple[list[Row], list[str]]:
                 judged = _evaluation(study / view.row.folder)
                 row |= judged
                 if not judged:
-                    left_out.append(f"evaluation of {view.row.id} ({view.row.label}): evaluation.json cannot be read")
+                    left_out.append(
+                        f"evaluation of {view.row.id} ({public(view.row.label)}): evaluation.json cannot be read"
+                    )
             elif judge is not None:
-                left_out.append(f"evaluation of {view.row.id} ({view.row.label}): {judge.state}")
+                left_out.append(f"evaluation of {view.row.id} ({public(view.row.label)}): {judge.state}")
             if view.alarms:
                 row["alarms"] = " ".join(view.alarms)
         found.append(row)
@@ -102,7 +104,7 @@ def _strangers(study: Path, trained: Sequence[View]) -> list[str]:
         other = [f"{name} {value} (most: {usual[name]})" for name, value in versions.items() if value != usual[name]]
         if other:
             told.append(
-                f"{view.row.stage} {view.row.id} ({view.row.label}) is kept, but was made by {', '.join(other)}"
+                f"{view.row.stage} {view.row.id} ({public(view.row.label)}) is kept, but was made by {', '.join(other)}"
             )
     return told
 
@@ -117,8 +119,13 @@ def point_of(label: str) -> Row:
     return {key: _number(value) for key, _, value in (part.partition("=") for part in label.split(" ")) if key}
 
 
+def public(label: str) -> str:
+    """A label without where the data lie: that is this machine's own business."""
+    return " ".join(part for part in label.split(" ") if not part.partition("=")[0].endswith("data.root"))
+
+
 def without_seeds(point: Row) -> Row:
-    """What runs of one group have in common; where the data lie on this machine is nobody's business."""
+    """What runs of one group have in common."""
     return {k: v for k, v in point.items() if k not in SEEDS and not k.endswith("data.root")}
 
 

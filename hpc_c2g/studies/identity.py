@@ -1,4 +1,4 @@
-"""What makes two runs the same run: their resolved settings and the code that computes them, never the time or the place."""
+"""What makes two runs the same run: their resolved settings and the code that computes them, never the time or the study's place."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import hpc_c2g
 
-FIT = ("kkt", "classifiers", "data")
-TRAIN = ("kkt", "classifiers", "generators", "distributed", "training")
+FIT = ("kkt", "classifiers", "data", "denormals")
+ALARMS = ("monitoring/signatures", "monitoring/traits")  # they may lower the rates
+TRAIN = ("kkt", "classifiers", "generators", "distributed", "training", "denormals", *ALARMS)
 SCIENCE: dict[str, tuple[str, ...]] = {
     "classifier": FIT,
-    "certify": FIT,
+    "certify": (*FIT, "evaluation/certify"),
     "train": TRAIN,
     "evaluate": (*TRAIN, "data", "evaluation"),
     "bound": TRAIN,
 }
-"""Packages whose code may change a stage's result."""
+"""Packages and modules whose code may change a stage's result."""
 LENGTH = 12
 
 
@@ -31,8 +32,9 @@ def code_version(stage: str) -> str:
     digest = hashlib.sha256()
     package = Path(hpc_c2g.__file__).parent
     for name in SCIENCE[stage]:
-        for file in sorted((package / name).glob("*.py")):
-            digest.update(f"{name}/{file.name}\0{_meaning(file.read_text())}\0".encode())
+        module = (package / name).with_suffix(".py")
+        for file in [module] if module.is_file() else sorted((package / name).glob("*.py")):
+            digest.update(f"{file.relative_to(package)}\0{_meaning(file.read_text())}\0".encode())
     return digest.hexdigest()[:LENGTH]
 
 
@@ -54,7 +56,7 @@ def run_id(
 
     Args:
         stage: its name.
-        config: resolved settings without paths.
+        config: resolved settings without the study's own paths.
         upstream: ids of the tasks whose results it takes, in order.
         shape: nodes, and processes on each: they do not change a result, but its speed, which scaling studies compare.
         code: version of the stage's code.

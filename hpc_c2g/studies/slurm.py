@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,9 +113,12 @@ class SlurmArrays:
         known = {row.submission for row in ledger.rows()}
         for file in study.glob(f"{FOLDER}/*/{JOB}"):  # of a ledger that was built anew
             if file.parent.name not in known:
-                with contextlib.suppress(C2GError, OSError):
+                try:
                     submission = read_submission(study, file.parent.name)
                     self.launcher.ledger.adopt(submission, self.cluster, file.read_text().strip())
+                except (C2GError, OSError) as error:  # its runs' leases keep them from being made twice at once
+                    told = f"submission {file.parent.name} cannot be read, its job is not known: {error}"
+                    print(f"c2g: {told}", file=sys.stderr)
 
     def views(self) -> list[View]:
         """Where every task stands by Slurm's own word; what vanished from its queue without a word is settled.

@@ -60,8 +60,10 @@ def _plan(file: Path) -> str:
         plan = json.loads(file.read_text())
         step, memory = plan["step"], plan["memory"]
         rows = {"seconds per step": f"{step['total']:.4g}", "GiB per rank": f"{memory['total'] / 2**30:.3f}"}
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return f"none: `c2g plan ... out=RUN_DIR/{PLAN}` before the run begins writes one"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{PLAN} cannot be read: {error!r}"
     return as_table({**rows, "cluster": plan.get("profile", {}).get("name", "")})
 
 
