@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu --all [--quick]``: every speed that is asked for on a GPU, in one run of some minutes.
+"""``python -m benchmarks.gpu --all [--quick]``: every speed aimed at on a GPU, in one run of some minutes.
 
 Each way of the KKT gradient is compared with float64 on the same samples before it is timed; a wrong one ends the run. Without a GPU
 ``--quick`` runs the same code on the CPU, to see that it works; what it times then means nothing.

@@ -1,7 +1,7 @@
 """The unknown scale alpha: where it starts (data-free probes) and how it is learned (feedback on the duality).
 
 L_stat alone cannot determine alpha. At a KKT point every supported scaled margin is 1, so rho = sum mu e^a m / sum mu is driven
-to just above 1 from the high side of e^a; the low side is a second, bad basin (samples saturate the box).
+to its target (1) from the high side of e^a; the low side is a second, bad basin (samples saturate the box).
 """
 
 from __future__ import annotations

@@ -91,14 +91,17 @@ def _evaluations(file: Path) -> list[dict[str, Any]]:
 
 
 def _efforts(folder: Path) -> dict[str, dict[str, int]]:
-    """Steps of a run's generator and of the baselines that were trained beside it, and how many solutions each is."""
+    """Steps of a run's generator and of the baselines that were trained beside it, and how many solutions each is.
+
+    Studies of before there were several have one.
+    """
     try:
         own = read_spec(folder / "train.task.json").config
         judge = read_spec(folder / "evaluate.task.json").config
     except C2GError:
         return {}
     return {
-        "generator": {"steps": own["steps"], "solutions": own["solutions"]},
+        "generator": {"steps": own["steps"], "solutions": own.get("solutions", 1)},
         "classification_only": {"steps": min(judge["classification_steps"], own["steps"]), "solutions": 1},
         "free_images": {"steps": judge["free_steps"], "solutions": 1},
     }
