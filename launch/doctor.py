@@ -19,7 +19,9 @@ from rich.text import Text
 import hpc_c2g
 from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling.batch_script import Shape
-from hpc_c2g.scheduling.doctor import Finding, examine_machine, examine_slurm
+from hpc_c2g.scheduling.doctor import examine_slurm
+from hpc_c2g.scheduling.findings import Finding
+from hpc_c2g.scheduling.machine import examine_machine
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.study_folder import examine_folder, examine_mount
 from launch.arguments import as_overrides, split_grid

@@ -18,9 +18,11 @@ from ranks import run_ranks
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import C2GError
-from hpc_c2g.scheduling import doctor, study_folder
+from hpc_c2g.scheduling import doctor, machine, study_folder
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
-from hpc_c2g.scheduling.doctor import Answer, Finding, ask, examine_slurm, gpus, in_service, minutes
+from hpc_c2g.scheduling.doctor import examine_slurm
+from hpc_c2g.scheduling.findings import Answer, Finding, ask
+from hpc_c2g.scheduling.judgements import gpus, in_service, minutes
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.study_folder import Mount, Probe, examine_folder, mount_of
 from hpc_c2g.studies import checkup, checkup_job
@@ -446,17 +448,17 @@ def test_the_mount_of_a_path_is_the_deepest_and_latest():
 
 
 def test_this_machine_is_judged_by_its_python_torch_and_memory():
-    assert doctor.judge_python("3.11.2").level == "ok"
-    the_only([doctor.judge_python("3.9.1")], "error", "3.9.1", ">= 3.10")
-    assert doctor.judge_torch(Answer(0, "2.9.0 0\n", ""), 5).what == "torch 2.9.0, 0 GPUs"
+    assert machine.judge_python("3.11.2").level == "ok"
+    the_only([machine.judge_python("3.9.1")], "error", "3.9.1", ">= 3.10")
+    assert machine.judge_torch(Answer(0, "2.9.0 0\n", ""), 5).what == "torch 2.9.0, 0 GPUs"
     broken = ask(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
-    the_only([doctor.judge_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
-    the_only([doctor.judge_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
+    the_only([machine.judge_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
+    the_only([machine.judge_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
     meminfo = "MemTotal: 9 kB\nMemAvailable:    4194304 kB\n"
-    assert doctor.judge_memory(4, meminfo).level == "ok"
-    the_only([doctor.judge_memory(5, meminfo)], "warning", "5 cores, 4.0 GiB", "parallel=4")
-    the_only([doctor.judge_memory(1, meminfo, room=1 << 29)], "error", "0.5 GiB", "too little")
-    the_only([doctor.judge_memory(1, "")], "unknown", "could not be read")
+    assert machine.judge_memory(4, meminfo).level == "ok"
+    the_only([machine.judge_memory(5, meminfo)], "warning", "5 cores, 4.0 GiB", "parallel=4")
+    the_only([machine.judge_memory(1, meminfo, room=1 << 29)], "error", "0.5 GiB", "too little")
+    the_only([machine.judge_memory(1, "")], "unknown", "could not be read")
 
 
 # --- what each rank does --------------------------------------------------------------------------------------------------

@@ -1,89 +1,32 @@
-"""What would stop a study on a cluster, as far as the login node can tell: questions to Slurm, and their answers judged apart from them."""
+"""What would stop a study on a cluster, as far as the login node can tell: the questions to Slurm."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import pwd
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
+from hpc_c2g.scheduling.findings import PATIENCE, Finding, Record, ask, records, settings, wrong
+from hpc_c2g.scheduling.judgements import (
+    NEEDED,
+    USEFUL,
+    judge_account,
+    judge_array,
+    judge_limits,
+    judge_nodes,
+    judge_partitions,
+    judge_ping,
+    judge_programs,
+    judge_variables,
+    settled,
+)
 from hpc_c2g.scheduling.profile import SlurmProfile
-
-PATIENCE = 20.0
-"""Seconds after which a command counts as not answered."""
-NEEDED = ("sbatch", "srun", "squeue", "scontrol", "scancel")
-USEFUL = {"sacct": "jobs that end without a word", "sacctmgr": "account and qos"}
-MEMORY = "MiB of memory"
-ELSEWHERE = "or name another profile.partition (`sinfo -o '%P %c %m %G'`)"
-Record = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        level: ``ok``, ``warning`` (a study may run), ``error`` (it will not), ``unknown`` (nobody could tell).
-        what: was found, with its value.
-        mend: what can be done about it.
-    """
-
-    level: str
-    what: str
-    mend: str = ""
-
-
-class Answer(NamedTuple):
-    """What a program said; ``code`` is None where it is missing or did not end in time."""
-
-    code: int | None
-    output: str
-    fault: str
-
-
-def ask(*command: str, seconds: float = PATIENCE) -> Answer:
-    """Run a program without a shell and without the user's own output formats."""
-    own = ("SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return Answer(None, "", f"{command[0]} took more than {seconds:g} s")
-    except OSError as error:
-        return Answer(None, "", f"{command[0]}: {error.strerror}")
-    fault = " ".join((done.stderr or done.stdout).split()) if done.returncode else ""
-    return Answer(done.returncode, done.stdout if done.returncode == 0 else "", fault or "")
-
-
-def records(text: str) -> list[dict[str, str]]:
-    """Lines of ``scontrol -o show ...`` by key; a value ends at a blank."""
-    return [dict(re.findall(r"(?:^|\s)([\w:/]+)=(\S*)", line)) for line in text.splitlines() if "=" in line]
-
-
-def settings(text: str) -> dict[str, str]:
-    """Lines ``Key = value`` of ``scontrol show config``."""
-    return {m[1]: m[2] for m in re.finditer(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE)}
-
-
-# --- questions ------------------------------------------------------------------------------------------------------------
 
 
 def examine_slurm(
@@ -99,10 +42,10 @@ def examine_slurm(
     """
     found = judge_programs({name: shutil.which(name) for name in (*NEEDED, *USEFUL)})
     found += judge_variables(os.environ)
-    if _wrong(found):
+    if wrong(found):
         return found, False
     found.append(judge_ping(ask("scontrol", "ping", seconds=seconds)))
-    if _wrong(found):
+    if wrong(found):
         return found, False
     config = settings(ask("scontrol", "show", "config", seconds=seconds).output)
     partitions = records(ask("scontrol", "-a", "-o", "show", "partition", seconds=seconds).output)
@@ -118,12 +61,8 @@ def examine_slurm(
         hardware, service = judge_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
     taken, words = _rehearsal(profile, shape, folder, seconds)
     # away nodes make sbatch refuse a rehearsal, but no job
-    startable = not _wrong([*found, *hardware]) and (taken is not False or _wrong(service))
+    startable = not wrong([*found, *hardware]) and (taken is not False or wrong(service))
     return settled([*found, *service], hardware, taken, words), startable
-
-
-def _wrong(found: Sequence[Finding]) -> bool:
-    return any(f.level == "error" for f in found)
 
 
 def _hosts(names: str | None, seconds: float) -> list[str] | None:
@@ -171,318 +110,3 @@ def _rehearsal(profile: SlurmProfile, shape: Shape, folder: Path, seconds: float
             return None, f"sbatch: {error.strerror}"
     lines = [re.sub(r"^(sbatch: )?(error: )?", "", line).strip() for line in (done.stderr + done.stdout).splitlines()]
     return done.returncode == 0, next((line for line in reversed(lines) if line), "no word")
-
-
-# --- judgements: pure -----------------------------------------------------------------------------------------------------
-
-
-def judge_programs(places: Mapping[str, str | None]) -> list[Finding]:
-    """Where each program is; accounting is useful, the others are needed."""
-    missing = [name for name in NEEDED if not places.get(name)]
-    if missing:
-        mend = "run this on a login node; a module may bring Slurm into PATH"
-        return [Finding("error", f"not on PATH: {', '.join(missing)}", mend)]
-    found = [Finding("ok", f"Slurm's programs: {', '.join(NEEDED)}")]
-    for name, use in USEFUL.items():
-        if not places.get(name):
-            what = f"{name} is not on PATH: {use} cannot be looked up"
-            found.append(Finding("unknown", what, "a study runs without it; a module may bring it"))
-    return found
-
-
-def judge_variables(environment: Mapping[str, str]) -> list[Finding]:
-    """Variables of sbatch, which go before what stands in a script."""
-    harmless = ("SBATCH_EXPORT", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_DEBUG", "SBATCH_IGNORE_PBS")
-    strange = sorted(n for n in environment if n.startswith("SBATCH_") and n not in harmless)
-    return [
-        Finding("warning", f"{name}={environment[name]} goes before the profile", f"unset {name}") for name in strange
-    ]
-
-
-def judge_ping(answer: Answer) -> Finding:
-    """Whether a controller is up."""
-    said = " ".join((answer.output or answer.fault).split())
-    if answer.code == 0 and "is UP" in answer.output:
-        return Finding("ok", f"the controller answers: {said}")
-    return Finding(
-        "error", f"the controller does not answer: {said or 'no word'}", "wait, or tell the cluster's administrators"
-    )
-
-
-def judge_partitions(profile: SlurmProfile, partitions: Sequence[Record]) -> tuple[list[Finding], list[Record]]:
-    """(findings, the profile's partitions that exist)."""
-    by_name = {p.get("PartitionName", ""): p for p in partitions}
-    known = f"profile.partition=NAME, one of {', '.join(by_name) or 'none'}"
-    if not partitions:
-        return [Finding("unknown", "Slurm shows no partition", "see `sinfo`")], []
-    if profile.partition is None:
-        default = [p for p in partitions if p.get("Default") == "YES"]
-        if not default:
-            return [Finding("error", "partition=null, and the cluster has no default partition", known)], []
-        wanted = [default[0]["PartitionName"]]
-    else:
-        wanted = profile.partition.split(",")
-    found = []
-    for name in wanted:
-        if name not in by_name:
-            close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.5)
-            meant = f"did you mean {close[0]}? " if close else ""
-            found.append(Finding("error", f"partition={name} does not exist", meant + known))
-    there = [by_name[name] for name in wanted if name in by_name]
-    up = [p["PartitionName"] for p in there if p.get("State") == "UP"]
-    for p in there:
-        if p["PartitionName"] not in up:
-            what = f"partition={p['PartitionName']} is {p.get('State')}: it starts no jobs"
-            mend = "wait, or choose another with profile.partition=NAME (`sinfo`)"
-            found.append(Finding("warning" if up else "error", what, mend))
-    if up:
-        found.append(Finding("ok", f"partition {', '.join(up)} is up"))
-    return found, there
-
-
-def judge_limits(profile: SlurmProfile, shape: Shape, partitions: Sequence[Record]) -> list[Finding]:
-    """Limits of partitions. sbatch may take a job above them, which then waits for ever."""
-    found = []
-    longest = [minutes(p.get("MaxTime", "")) for p in partitions]
-    if longest and all(m is not None and m < profile.time_minutes for m in longest):
-        most = max(m for m in longest if m is not None)
-        what = f"time_minutes={profile.time_minutes} is more than {_names(partitions)} allows ({most:g})"
-        mend = f"profile.time_minutes={int(most)}: a run that is not done goes on in the next attempt"
-        found.append(Finding("error", what, mend))
-    widest = [int(n) if (n := p.get("MaxNodes", "")).isdecimal() else None for p in partitions]
-    if widest and all(w is not None and w < shape.nodes for w in widest):
-        most = max(w for w in widest if w is not None)
-        what = f"nodes={shape.nodes} is more than {_names(partitions)} allows a job ({most:g})"
-        found.append(Finding("error", what, f"runs on at most {most:g} nodes, or another partition"))
-    return found
-
-
-def judge_array(profile: SlurmProfile, config: Record) -> list[Finding]:
-    """Whether arrays as long as the profile's may be submitted."""
-    longest = config.get("MaxArraySize", "")
-    if longest.isdecimal() and profile.max_array > int(longest):
-        what = f"max_array={profile.max_array} is more than the cluster's MaxArraySize ({longest})"
-        mend = f"profile.max_array={int(longest) - 1}" if int(longest) > 1 else "this cluster has no arrays"
-        return [Finding("error", what, mend)]
-    return []
-
-
-def judge_account(profile: SlurmProfile, enforced: str, rows: Sequence[Sequence[str]]) -> list[Finding]:
-    """Whether the user may charge the account and use the qos.
-
-    Args:
-        profile: with the account and the qos; None is the user's default.
-        enforced: AccountingStorageEnforce.
-        rows: (account, partition, qos with commas) of each of the user's associations.
-    """
-    level = "error" if enforced.lower() not in ("none", "0", "") else "warning"
-    lax = "" if level == "error" else " (Slurm does not enforce it here)"
-    if not rows:
-        if level == "warning" and profile.account is None and profile.qos is None:
-            return []
-        mend = "ask the cluster's administrators for an account (`sacctmgr show associations user=$USER`)"
-        return [Finding(level, f"you have no account on this cluster{lax}", mend)]
-    accounts = list(dict.fromkeys(row[0] for row in rows))
-    if profile.account is not None and profile.account.lower() not in (a.lower() for a in accounts):
-        what = f"account={profile.account} is none of yours{lax}"
-        return [Finding(level, what, f"profile.account=NAME, one of {', '.join(accounts)}")]
-    own = [r for r in rows if profile.account is None or r[0].lower() == profile.account.lower()]
-    qos = list(dict.fromkeys(q for row in own for q in row[2].split(",") if q))
-    if profile.qos is not None and profile.qos.lower() not in (q.lower() for q in qos):
-        what = f"qos={profile.qos} is not allowed for account {profile.account or ', '.join(accounts)}{lax}"
-        return [Finding(level, what, f"profile.qos=NAME, one of {', '.join(qos) or 'none'}")]
-    told = ", ".join(f"{k} {v}" for k, v in (("account", profile.account), ("qos", profile.qos)) if v)
-    return [Finding("ok", f"{told or 'account and qos by default'}: yours")]
-
-
-def judge_nodes(
-    profile: SlurmProfile,
-    shape: Shape,
-    partitions: Sequence[Record],
-    nodes: Sequence[Record],
-    only: Sequence[str] | None = None,
-    without: Sequence[str] | None = None,
-) -> tuple[list[Finding], list[Finding]]:
-    """(what the nodes do not have, who of those that have it is out of service).
-
-    Args:
-        profile: what one rank asks for.
-        shape: how many ranks there are.
-        partitions: that the job may run in.
-        nodes: of the cluster.
-        only: nodes that the job must have.
-        without: nodes that it must not have.
-    """
-    names = {p.get("PartitionName", "") for p in partitions}
-    mine = [n for n in nodes if names & set(n.get("Partitions", "").split(","))]
-    unknown = sorted(set(only or ()) - {n.get("NodeName", "") for n in mine})
-    if unknown:
-        what = f"nodelist={profile.nodelist}: {', '.join(unknown)} is not in {_names(partitions)}"
-        return [Finding("error", what, "profile.nodelist=null leaves the choice to Slurm")], []
-    mine = [n for n in mine if n.get("NodeName") not in set(without or ())]
-    if not mine:
-        return [], [Finding("unknown", f"Slurm shows no node of {_names(partitions)}", "see `sinfo -N`")]
-    asked = _asked(profile, shape)
-    has = {n["NodeName"]: _has(n, profile.gpu_type) for n in mine}
-    lacking = []
-    for thing, (amount, reckoning) in asked.items():
-        most = max(h[thing] for h in has.values())
-        if amount > most:
-            what = f"the profile asks for {amount} {thing} on a node ({reckoning}), a node of {_names(partitions)} has at most {most}"
-            lacking.append(Finding("error", what, _less(thing, most, amount // shape.tasks_per_node)))
-    if lacking:
-        return lacking, []
-    fitting = [n for n in mine if all(has[n["NodeName"]][t] >= amount for t, (amount, *_) in asked.items())]
-    wish = ", ".join(f"{amount} {thing}" for thing, (amount, *_) in asked.items())
-    if len(fitting) < shape.nodes:
-        what = f"{len(fitting)} nodes of {_names(partitions)} have {wish} together, {shape.nodes} are asked for"
-        return [Finding("error", what, "ask for less per rank, fewer nodes, or name another profile.partition")], []
-    out = [n for n in fitting if not in_service(n.get("State", ""))]
-    if len(fitting) - len(out) < shape.nodes:
-        some = ", ".join(f"{n['NodeName']} {n.get('State', '?').lower()}" for n in out[:5])
-        what = (
-            f"{len(fitting) - len(out)} of {len(fitting)} nodes with {wish} are in service,"
-            f" {shape.nodes} needed: {some}{', ...' if len(out) > 5 else ''}"
-        )
-        mend = "wait until they return (`sinfo -R` tells why they are away), or name another profile.partition"
-        return [], [Finding("error", what, mend)]
-    return [], [Finding("ok", f"{len(fitting) - len(out)} nodes in service have {wish}")]
-
-
-def settled(found: Sequence[Finding], hardware: Sequence[Finding], taken: bool | None, words: str) -> list[Finding]:
-    """All findings, sbatch having the last word: on what nodes have, whatever was reckoned; on everything, where it refuses."""
-    if taken:
-        # our reading of the nodes was wrong
-        hardware = [replace(f, level="unknown", what=f"{f.what}; but sbatch takes it") for f in hardware]
-        return [*found, *hardware, Finding("ok", f"sbatch takes the script: {words}")]
-    found = [*found, *hardware]
-    if taken is None:
-        return [*found, Finding("unknown", words, "try again when the cluster is less busy")]
-    if not _wrong(found):  # else one fault would be told twice
-        mend = "correct the profile (profile.FIELD=VALUE); `sinfo -o '%P %c %m %G %l %f'` tells what there is"
-        found.append(Finding("error", f"sbatch refuses the script: {words}", mend))
-    return found
-
-
-def in_service(state: str) -> bool:
-    """Whether a node of this state (``IDLE+DRAIN``, ``DOWN*``) takes jobs, now or after others."""
-    away = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "NOT_RESPONDING", "ERROR", "UNKNOWN", "FUTURE"}
-    away |= {"INVAL", "INVALID_REG", "POWERING_DOWN"}
-    return "*" not in state and not away & set(re.split(r"[^A-Z_]+", state.upper()))
-
-
-def minutes(text: str) -> float | None:
-    """Of ``2-12:00:00``, ``01:30:00`` or ``30:00``; None for no limit or no time."""
-    parts = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not parts:
-        return None
-    days, hours, minute, second = (int(p or 0) for p in parts.groups())
-    return days * 1440 + hours * 60 + minute + second / 60
-
-
-def gpus(gres: str, kind: str | None = None) -> int:
-    """How many GPUs ``gpu:a100:4(S:0-1),gpu:v100:2`` are, of one kind or of all."""
-    found = re.findall(r"(?:^|,)gpu(?::([^:(),]+))?:(\d+)(?=[(,]|$)", gres)
-    return sum(int(number) for name, number in found if kind is None or name.lower() == kind.lower())
-
-
-def _asked(profile: SlurmProfile, shape: Shape) -> dict[str, tuple[int, str]]:
-    """thing -> (how much on a node, how that was reckoned)."""
-    ranks = shape.tasks_per_node
-    asked = {"CPUs": (profile.cpus_per_task * ranks, f"cpus_per_task={profile.cpus_per_task} x {ranks} ranks")}
-    if profile.mem_gb:
-        asked[MEMORY] = (int(profile.mem_gb * ranks * 1024), f"mem_gb={profile.mem_gb:g} x {ranks} ranks")
-    if profile.gpus_per_task:
-        kind = f" of type {profile.gpu_type}" if profile.gpu_type else ""
-        asked["GPUs"] = (profile.gpus_per_task * ranks, f"gpus_per_task={profile.gpus_per_task} x {ranks} ranks{kind}")
-    return asked
-
-
-def _less(thing: str, most: int, each: int) -> str:
-    """What to ask for where a node has ``most`` and a rank wants ``each``."""
-    if most >= each:
-        return f"tasks_per_node={most // each} at most, {ELSEWHERE}"
-    fields = {
-        "CPUs": f"profile.cpus_per_task={most} at most",
-        MEMORY: f"profile.mem_gb={int(most / 102.4) / 10} at most (0 takes all of the node)",
-        "GPUs": f"profile.gpus_per_task={most} at most",
-    }
-    return f"{fields[thing]}, {ELSEWHERE}"
-
-
-def _has(node: Record, gpu_type: str | None) -> dict[str, int]:
-    def number(key: str) -> int:
-        return int(node[key]) if node.get(key, "").isdecimal() else 0
-
-    cpus = number("CPUEfctv") or number("CPUTot")
-    return {"CPUs": cpus, MEMORY: number("RealMemory"), "GPUs": gpus(node.get("Gres", ""), gpu_type)}
-
-
-def _names(partitions: Sequence[Record]) -> str:
-    return ",".join(p.get("PartitionName", "?") for p in partitions)
-
-
-# --- this machine ---------------------------------------------------------------------------------------------------------
-
-TORCH = "import torch; print(torch.__version__, torch.cuda.device_count() if torch.cuda.is_available() else 0)"
-
-
-def examine_machine(seconds: float = 180.0) -> list[Finding]:
-    """What ``cluster=local`` needs: Python, torch (in a process of its own), cores and memory."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    found = [judge_python(version)]
-    found.append(judge_torch(ask(sys.executable, "-c", TORCH, seconds=seconds), seconds))
-    try:
-        memory = Path("/proc/meminfo").read_text()
-    except OSError:
-        memory = ""
-    return [*found, judge_memory(len(os.sched_getaffinity(0)), memory, _cgroup_room())]
-
-
-def judge_python(version: str) -> Finding:
-    """Whether the package runs on it."""
-    if tuple(map(int, version.split(".")[:2])) < (3, 10):
-        return Finding("error", f"Python {version} is too old", "make an environment with Python >= 3.10")
-    return Finding("ok", f"Python {version}")
-
-
-def judge_torch(answer: Answer, seconds: float) -> Finding:
-    """Whether it can be imported."""
-    if answer.code == 0:
-        version, _, devices = answer.output.strip().rpartition(" ")
-        return Finding("ok", f"torch {version}, {devices} GPUs")
-    if answer.code is None:
-        mend = "look at the load and the disk of this machine"
-        return Finding("error", f"torch could not be imported within {seconds:g} s", mend)
-    cause = re.findall(r"(\w*Error: .*?)(?= Traceback|$)", answer.fault)
-    what = f"torch cannot be imported: {cause[-1] if cause else answer.fault[-200:] or f'exit code {answer.code}'}"
-    return Finding("error", what, f"{sys.executable} -m pip install torch")
-
-
-def judge_memory(cores: int, meminfo: str, room: int | None = None) -> Finding:
-    """Whether one run per core has room: each has its own Python and torch.
-
-    Args:
-        cores: that this process may use.
-        meminfo: /proc/meminfo.
-        room: bytes that the process's control group may still take, if it has a limit.
-    """
-    free = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    if not free and room is None:
-        return Finding("unknown", f"{cores} cores; memory could not be read", "see `free -g`")
-    most = min(b for b in (int(free[1]) * 1024 if free else None, room) if b is not None) / 2**30
-    told = f"{cores} cores, {most:.1f} GiB of memory free"
-    if most < 1:
-        return Finding("error", f"{told}: too little for one run", "end other programs")
-    if most < cores:
-        return Finding("warning", f"{told}: less than 1 GiB per run", f"parallel={int(most)} at most")
-    return Finding("ok", told)
-
-
-def _cgroup_room() -> int | None:
-    try:
-        own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].splitlines()[0]
-        folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError, IndexError):  # no limit, or none of version 2
-        return None

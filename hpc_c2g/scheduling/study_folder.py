@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.scheduling.batch_script import check_folder
-from hpc_c2g.scheduling.doctor import Finding
+from hpc_c2g.scheduling.findings import Finding
 
 T = TypeVar("T")
 PATIENCE = 60.0

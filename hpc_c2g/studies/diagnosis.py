@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_c2g.scheduling.batch_script import Shape
-from hpc_c2g.scheduling.doctor import Finding
+from hpc_c2g.scheduling.findings import Finding
 from hpc_c2g.scheduling.profile import SlurmProfile
 
 CLOCK_SECONDS, SLOW_FILES, SLOW_IMPORT = 2.0, 15.0, 60.0
