@@ -128,7 +128,7 @@ def main() -> None:
     settings = {"quick": arguments.quick, "width": width, "batch": batch, "rounds": rounds}
     print(f"written: {write_result('floor', settings, kkt=kkt, steps=steps)}")
     for name, limit in MUST.items():
-        print(f"{name}: {found[name]:.2f} x floor (asked for: {limit})")
+        print(f"{name}: {found[name]:.2f} x floor (target: {limit})")
 
 
 if __name__ == "__main__":

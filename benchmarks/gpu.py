@@ -124,7 +124,7 @@ def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[d
 
 @flushed_denormals()  # as a run does
 def main() -> None:
-    """Print the tables, write ``results/gpu.json``, and name what is asked for and not reached."""
+    """Print the tables, write ``results/gpu.json``, and name the targets that are not reached."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every row (there is no other choice)")
     parser.add_argument("--quick", action="store_true", help="a narrow net, small batches, few rounds")
@@ -171,7 +171,7 @@ def main() -> None:
     print(f"written: {file}")
     for name, value in found.items():
         reached = value >= MUST[name] if name.startswith("share") else value <= MUST[name]
-        print(f"{name}: {value:.3f} (asked for: {MUST[name]}){'' if reached else ', not reached'}")
+        print(f"{name}: {value:.3f} (target: {MUST[name]}){'' if reached else ', not reached'}")
 
 
 if __name__ == "__main__":

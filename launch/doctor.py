@@ -128,7 +128,7 @@ def main() -> None:
     """Entry point."""
     with user_errors("doctor"):
         own, others = split_grid(as_overrides(sys.argv[1:], DoctorConfig, ["study_dir"]), DoctorConfig)
-    run_verb("doctor", DoctorConfig, doctor, overrides=[*own, *others])
+    run_verb("doctor", DoctorConfig, doctor, overrides=[*others, *own])  # flags last
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hpc_c2g.monitoring.provenance import revision, versions
 from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.reporting.archive import Archive
 from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics, predicted
+from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics
 from hpc_c2g.reporting.page import Cell, Page, Table, render
 from hpc_c2g.reporting.results import Results, Row, bound_groups
 from hpc_c2g.reporting.tables import cell, columns
@@ -61,7 +61,7 @@ def report(config: ReportConfig) -> None:
         states=counts(views),
         notes=notes,
         tables=tables(found.results),
-        figures=drawn(folder, archive, found.results, runs, predicted(folder, runs)),
+        figures=drawn(folder, archive, found.results, runs, found.prediction),
         mosaics=pictures[:MOSAICS],
         alarms=alarms(archive, runs),
         recipes=recipes(folder),

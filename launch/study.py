@@ -270,7 +270,7 @@ def _groups(stage: str) -> frozenset[str]:
 
 @cache
 def _resolved(stage: str, overrides: tuple[str, ...]) -> str:
-    """The stage's settings without paths, checked, as JSON."""
+    """The stage's settings without the study's own paths, checked, as JSON."""
     groups: list[Override] = []
     plain: list[Override] = []
     for override in _parsed(overrides):
@@ -298,7 +298,7 @@ def _as_hydra_says(stage: str, overrides: tuple[str, ...], error: Exception) -> 
 
 
 def resolved(stage: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The stage's settings without paths, checked, as plain values.
+    """The stage's settings without the study's own paths, checked, as plain values.
 
     Raises:
         C2GError: an unknown field or choice, or a value that is refused.

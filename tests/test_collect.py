@@ -308,8 +308,9 @@ def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
     grown = [dataclasses.replace(v, row=dataclasses.replace(v.row, nodes=1 + i)) for i, v in enumerate(runs.values())]
     assert collecting.predicted(study, {v.row.id: v for v in grown})[2] == pytest.approx(16 / 0.6)
     (study / "plan.json").write_text("{")
-    with pytest.raises(C2GError, match=r"plan\.json cannot be read"):
+    with pytest.raises(C2GError, match=r"plan\.json of the study cannot be read"):
         collecting.predicted(study, runs)
+    assert "plan.json of the study cannot be read" in " ".join(collected(study).results.left_out)
     (study / "plan.json").unlink()
     assert collecting.predicted(study, runs) is None
 

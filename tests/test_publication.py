@@ -9,7 +9,7 @@ import pytest
 
 from hpc_c2g.reporting.memory import by_multiplier, shares_in
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
-from hpc_c2g.reporting.results import Results, public
+from hpc_c2g.reporting.results import Results, point_of, public
 from hpc_c2g.studies.tasks import Task, write_spec
 from launch.publish import commands
 
@@ -75,6 +75,9 @@ def test_a_page_tells_how_long_the_generator_and_what_it_is_compared_with_were_t
     evaluation = EVALUATION | {"baselines": {"noise": {}, "classification_only": {}, "free_images": {}}}
     (folder / folders["r0"] / "evaluation.json").write_text(json.dumps(evaluation))
     whole = content(folder, "n", "a", found, folders)
+    (folder / folders["r0"] / "evaluate.task.json").unlink()
+    alone = content(folder, "n", "a", found, folders)["groups"]["variant=a"]["efforts"]
+    assert alone == {"generator": {"steps": 1500, "solutions": 3}}
     told = "generator 1,500 steps (3 solutions); classification_only 1,500 steps; free_images 800 steps."
     assert f"Trained for: {told}" in readme(whole, [], [], "")
     assert whole["groups"]["variant=b"]["efforts"] == {}  # nothing describes its tasks
@@ -167,10 +170,17 @@ def test_the_commands_tell_nothing_of_where_data_lie() -> None:
 
 
 def test_what_is_left_out_does_not_tell_where_data_lie() -> None:
-    assert public("train.seed=0 classifier.data.root=/home/me data=mnist") == "train.seed=0 data=mnist"
+    assert public("train.seed=0 classifier.data.root=/home/me/my data data=mnist") == "train.seed=0 data=mnist"
+
+
+def test_a_page_tells_no_place_of_this_machine(study) -> None:
+    folder, found, folders = study
+    words = "train a (x=1): failed: data.root='/home/me/my data' has neither /home/me/b nor a/b -- mend /x:1"
+    whole = content(folder, "n", "a", Results(found.rows, [], [], [words]), folders)
+    assert whole["left_out"] == ["train a (x=1): failed: data.root='PATH' has neither PATH nor a/b -- mend PATH:1"]
 
 
 def test_a_group_is_not_named_by_where_its_data_lie(study) -> None:
     folder, found, folders = study
-    rows = [{**row, "classifier.data.root": "/home/me"} for row in found.rows]
+    rows = [{**row, **point_of("classifier.data.root=/home/me/my data")} for row in found.rows]
     assert set(content(folder, "n", "a", Results(rows, [], [], []), folders)["groups"]) == {"variant=a", "variant=b"}

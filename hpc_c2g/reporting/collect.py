@@ -63,6 +63,7 @@ class Collected:
         files: names of the tables' files in the study's folder.
         changed: parts of the board that were written again.
         complaints: what of the runs' event files was skipped and why, by run.
+        prediction: of the study's plan, see ``predicted``.
     """
 
     results: Results
@@ -70,6 +71,7 @@ class Collected:
     files: list[str]
     changed: list[str]
     complaints: dict[str, tuple[str, ...]]
+    prediction: dict[int, float] | None
 
 
 def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
@@ -84,8 +86,13 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         C2GError: a file cannot be written.
     """
     found = results(study, views)
-    files = write_tables(study, name, found)
     runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    prediction = None
+    try:
+        prediction = predicted(study, runs)
+    except C2GError as error:  # one file beside the study must not hold up all that is told of it
+        found.left_out.append(str(error))
+    files = write_tables(study, name, found)
     archive = Archive(study / FOLDER / CACHE)
     gathered = gather(archive, {key: study / v.row.folder / BOARD for key, v in runs.items()}, _processes())
     board = Board(study)
@@ -108,7 +115,6 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         for row in found.rows
         if row["id"] in runs
     }
-    prediction = predicted(study, runs)
     source = [found.rows, found.sampling, found.left_out, sources, pictures, prediction]
     board.part(
         "pictures",
@@ -122,7 +128,7 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
     board.link(links(study, runs))
     board.close()
     skipped = {key: told for key, told in gathered.complaints.items() if told}
-    return Collected(found, runs, files, board.written, skipped)
+    return Collected(found, runs, files, board.written, skipped, prediction)
 
 
 def _write_means(archive: Archive, keys: Sequence[str], writer: SummaryWriter) -> None:
@@ -177,7 +183,7 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
     Weak scaling where the runs' batch grows with their nodes, else strong.
 
     Raises:
-        C2GError: the plan cannot be read.
+        C2GError: the plan, or the description of a run, cannot be read.
     """
     file = study / PLAN
     if not file.exists():
@@ -188,11 +194,10 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
             kind: {r["nodes"]: r["global_batch"] / r["step"]["total"] for r in plan[kind]}
             for kind in ("strong", "weak")
         }
-        batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config["global_batch"] for v in runs.values()}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise C2GError(
-            f"{file} cannot be read: {error!r}", "make it anew with `c2g plan ... out=`, or remove it"
-        ) from error
+        mend = "make it anew with `c2g plan ... out=`, or remove it"
+        raise C2GError(f"{PLAN} of the study cannot be read: {error!r}", mend) from error
+    batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config.get("global_batch") for v in runs.values()}
     return rows["weak" if len(set(batches.values())) > 1 else "strong"]
 
 

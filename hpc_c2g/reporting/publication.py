@@ -25,6 +25,8 @@ OF_ROWS = ("marginal_distance", "correlation_distance")
 SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10", *OF_ROWS)
 PRIVATE = ("celeba",)
 """Data of which no picture is published."""
+PLACE = re.compile(r"(?<=['\"])/[^'\"]*|(?<![\w.])/[^\s'\",;:)]+")
+"""A file of this machine, in words such as an error's."""
 NOTES = "<!-- notes: what follows is kept when the tables are written again -->"
 PICTURES = {
     "samples.png": "generated samples, a column per class",
@@ -79,7 +81,8 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "by_multiplier": memory.mean_parts(recalled) if all(recalled) else [],
             "efforts": {who: steps for who, steps in efforts.items() if who in ("generator", *baselines)},
         }
-    return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": found.left_out}
+    left_out = [PLACE.sub("PATH", text) for text in found.left_out]
+    return {"experiment": name, "about": about, "uses_real_data": True, "groups": groups, "left_out": left_out}
 
 
 def _evaluations(file: Path) -> list[dict[str, Any]]:
@@ -97,11 +100,15 @@ def _efforts(folder: Path) -> dict[str, dict[str, int]]:
     """
     try:
         own = read_spec(folder / "train.task.json").config
-        judge = read_spec(folder / "evaluate.task.json").config
     except C2GError:
         return {}
+    generator = {"steps": own["steps"], "solutions": own.get("solutions", 1)}
+    try:
+        judge = read_spec(folder / "evaluate.task.json").config
+    except C2GError:
+        return {"generator": generator}
     return {
-        "generator": {"steps": own["steps"], "solutions": own.get("solutions", 1)},
+        "generator": generator,
         "classification_only": {"steps": min(judge["classification_steps"], own["steps"]), "solutions": 1},
         "free_images": {"steps": judge["free_steps"], "solutions": 1},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -116,12 +117,17 @@ def training_runs(views: Sequence[View]) -> list[View]:
 
 def point_of(label: str) -> Row:
     """The fields of the grid in a label such as ``global_batch=50 seed=0``, numbers as numbers."""
-    return {key: _number(value) for key, _, value in (part.partition("=") for part in label.split(" ")) if key}
+    return {key: _number(value) for key, _, value in (part.partition("=") for part in _parts(label)) if key}
 
 
 def public(label: str) -> str:
     """A label without where the data lie: that is this machine's own business."""
-    return " ".join(part for part in label.split(" ") if not part.partition("=")[0].endswith("data.root"))
+    return " ".join(part for part in _parts(label) if not part.partition("=")[0].endswith("data.root"))
+
+
+def _parts(label: str) -> list[str]:
+    """``field=value`` each; a value may have blanks."""
+    return re.split(r" (?=[+~]*[A-Za-z_][\w./@]*=)", label)
 
 
 def without_seeds(point: Row) -> Row:

@@ -24,7 +24,7 @@ class Task:
         id: its identity.
         stage: one of ``STAGES``.
         folder: of its results, below the study's.
-        config: resolved settings of its verb, without paths.
+        config: resolved settings of its verb, without the study's own paths.
         upstream: ids of the tasks whose results it takes.
         inputs: their folders, below the study's, in the same order.
         points: of the grid, that lead to it.
