@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.trained import check_drawing
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
@@ -38,8 +38,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise C2GError(f"count={self.count} is too small", "draw at least one sample")
-        if not 0 <= self.seed < 2**63:
-            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         check_drawing(self.drawing)
         if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
             raise C2GError(f"out={self.out} has no known ending", "end it with .png or .npz")

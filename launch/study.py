@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpc_c2g.classifiers.make import ClassifierConfig
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
 from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
@@ -218,8 +218,7 @@ def _variant(study: StudyConfig, name: str | None) -> Variant:
 
 def _count(own: Mapping[str, str], name: str, default: int) -> int:
     text = own.get(name, str(default))
-    if not text.isdigit() or int(text) < 1:
-        raise C2GError(f"{name}={text} is not possible", f"give {name} >= 1")
+    require(text.isdigit() and int(text) >= 1, name, text, f"give {name} >= 1")
     return int(text)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from imports import FILES, ROOT, imports, reachable
 
-import hpc_c2g
 from hpc_c2g.classifiers.bundle import META, WEIGHTS
 
-ROOT = Path(hpc_c2g.__file__).parent.parent
 FORBIDDEN = ("hpc_c2g.data", "hpc_c2g.evaluation", "sklearn", "torchvision.datasets", "datasets")
 
 # what a package may import of the others; every one may import the shared `errors` and `files`
@@ -37,59 +34,6 @@ KNOWS = {
 SHARED = {"denormals", "errors", "files", "lease", "markdown", "settings"}
 FITS_TO_DATA = "hpc_c2g.classifiers.make"
 """The one module of `classifiers` that knows data: it makes bundles, and no training reaches it."""
-
-
-def module_files() -> dict[str, Path]:
-    files = {}
-    for file in [*ROOT.glob("hpc_c2g/**/*.py"), *ROOT.glob("launch/*.py")]:
-        parts = file.relative_to(ROOT).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return files
-
-
-FILES = module_files()
-
-
-def for_types_only(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def nodes(tree: ast.AST, types_too: bool) -> Iterator[ast.AST]:
-    """All nodes, also inside functions; without the blocks that only type checkers run, unless ``types_too``."""
-    for child in ast.iter_child_nodes(tree):
-        if types_too or not for_types_only(child):
-            yield child
-            yield from nodes(child, types_too)
-
-
-def imports(source: str, module: str = "", types_too: bool = False) -> set[str]:
-    """Full names that ``source`` imports, also inside functions and by ``import_module("...")``."""
-    found = set()
-    for node in nodes(ast.parse(source), types_too):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = module.split(".")[: -node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    return found
-
-
-def reachable(start: str) -> dict[str, list[str]]:
-    """Every name that importing and running ``start`` can import, with the chain that leads there."""
-    chains, queue = {start: [start]}, [start]
-    while queue:
-        module = queue.pop()
-        if module not in FILES:
-            continue
-        packages = {module.rsplit(".", i)[0] for i in range(1, module.count(".") + 1)}
-        for name in packages | imports(FILES[module].read_text(), module):
-            if name not in chains:
-                chains[name] = [*chains[module], name]
-                queue.append(name)
-    return chains
 
 
 def is_within(name: str, packages: tuple[str, ...]) -> bool:

@@ -21,9 +21,10 @@ from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling import doctor, machine, study_folder
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
 from hpc_c2g.scheduling.doctor import examine_slurm
-from hpc_c2g.scheduling.findings import Answer, Finding, ask
+from hpc_c2g.scheduling.findings import Finding
 from hpc_c2g.scheduling.judgements import gpus, in_service, minutes
 from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.scheduling.programs import Answer, ask
 from hpc_c2g.scheduling.study_folder import Mount, Probe, examine_folder, mount_of
 from hpc_c2g.studies import checkup, checkup_job
 from hpc_c2g.studies.diagnosis import Job, Login, clock_skew, judge

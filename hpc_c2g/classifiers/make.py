@@ -39,7 +39,7 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.denormals import flushed_denormals
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.files import write_atomically
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
@@ -101,8 +101,7 @@ class ClassifierConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         self.model = {
             "_target_": "mlp",
             **self.model,

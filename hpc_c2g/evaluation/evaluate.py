@@ -17,7 +17,7 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.data.record import fitted_data
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
@@ -65,8 +65,7 @@ class EvaluateConfig:
         for name in ("count", "classification_steps", "free_steps"):
             if getattr(self, name) < 1:
                 raise C2GError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
-        if not 0 <= self.seed < 2**63:
-            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
 
 
 def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.planning.measure import measure
 from hpc_c2g.planning.predict import (
     STAGES,
@@ -72,10 +72,8 @@ class PlanConfig(TrainConfig):
                 f"solutions={self.solutions} is not planned for",
                 "plan one, with its part of global_batch; n take n times as long",
             )
-        if self.nodes < 1:
-            raise C2GError(f"nodes={self.nodes} is not possible", "give at least one node")
-        if self.max_nodes < 1:
-            raise C2GError(f"max_nodes={self.max_nodes} is not possible", "give at least one node")
+        require(self.nodes >= 1, "nodes", self.nodes, "give at least one node")
+        require(self.max_nodes >= 1, "max_nodes", self.max_nodes, "give at least one node")
         if not 0 <= self.margin < 1:
             raise C2GError(f"margin={self.margin} is no share", "give a share in [0, 1)")
 

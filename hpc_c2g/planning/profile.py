@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 
 GIB = 2**30
 
@@ -37,8 +37,7 @@ class Here(Cluster):
     def __post_init__(self) -> None:
         if self.ranks_per_node < 0:
             raise C2GError(f"cluster.ranks_per_node={self.ranks_per_node} is negative", "give ranks, or 0 for all")
-        if not self.seconds > 0:
-            raise C2GError(f"cluster.seconds={self.seconds} is not possible", "give seconds > 0")
+        require(self.seconds > 0, "cluster.seconds", self.seconds, "give seconds > 0")
 
 
 @dataclass
@@ -88,9 +87,9 @@ class ClusterProfile(Cluster):
             value = getattr(self, item.name)
             if item.name in ("name", "asynchronous"):
                 continue
-            if not (math.isfinite(value) and value >= 0 and (value > 0 or item.name not in positive)):
-                bound = "a number > 0" if item.name in positive else "a number >= 0"
-                raise C2GError(f"cluster.{item.name}={value} is not possible", f"give {bound}")
+            fits = math.isfinite(value) and value >= 0 and (value > 0 or item.name not in positive)
+            bound = "a number > 0" if item.name in positive else "a number >= 0"
+            require(fits, f"cluster.{item.name}", value, f"give {bound}")
 
     @property
     def share(self) -> float:

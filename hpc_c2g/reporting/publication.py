@@ -7,7 +7,6 @@ import re
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,10 @@ def readme(
         lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
         lines += [*table(group), ""]
         if group["efforts"]:
-            lines += [f"Trained for: {'; '.join(starmap(_effort, group['efforts'].items()))}.", ""]
+            lines += [
+                f"Trained for: {'; '.join(_effort(who, effort) for who, effort in group['efforts'].items())}.",
+                "",
+            ]
         if group["by_multiplier"]:
             lines += [*markdown.table(*memory.rows(group["by_multiplier"])), ""]
     for file, title, seen in pictures:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpc_c2g.errors import C2GError
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
-from hpc_c2g.scheduling.findings import PATIENCE, Finding, Record, ask, records, settings, wrong
+from hpc_c2g.scheduling.findings import Finding, wrong
 from hpc_c2g.scheduling.judgements import (
     NEEDED,
     USEFUL,
@@ -27,6 +27,7 @@ from hpc_c2g.scheduling.judgements import (
     settled,
 )
 from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.scheduling.programs import PATIENCE, Record, ask, records, settings
 
 
 def examine_slurm(

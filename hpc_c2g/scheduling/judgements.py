@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hpc_c2g.scheduling.batch_script import Shape
-from hpc_c2g.scheduling.findings import Answer, Finding, Record, wrong
+from hpc_c2g.scheduling.findings import Finding, wrong
 from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.scheduling.programs import Answer, Record
 
 NEEDED = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 USEFUL = {"sacct": "jobs that end without a word", "sacctmgr": "account and qos"}

@@ -7,7 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from hpc_c2g.scheduling.findings import Answer, Finding, ask
+from hpc_c2g.scheduling.findings import Finding
+from hpc_c2g.scheduling.programs import Answer, ask
 
 TORCH = "import torch; print(torch.__version__, torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 

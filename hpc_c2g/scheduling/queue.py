@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from hpc_c2g.errors import C2GError
+from hpc_c2g.scheduling.programs import run
 
 JOB_ID = r"\d+(?:_\d+)?"
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -154,19 +155,9 @@ class Queue:
             return []
 
     def _run(self, command: list[str]) -> str:
-        own = ("SQUEUE_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")  # the user's habits would change the answer
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-        environment["SLURM_BITSTR_LEN"] = "0"  # no "..." in a list of elements
         try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self.timeout,
-            )
+            # no "..." in a list of elements
+            done = run(command, self.timeout, SLURM_BITSTR_LEN="0")
         except subprocess.TimeoutExpired as error:
             raise _no_answer(f"{command[0]} took more than {self.timeout:g} s") from error
         except OSError as error:

@@ -16,8 +16,9 @@ from pathlib import Path
 from hpc_c2g.errors import C2GError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.scheduling.batch_script import Shape, check_folder, python_command, submitit_parameters
-from hpc_c2g.scheduling.findings import Finding, ask, records
+from hpc_c2g.scheduling.findings import Finding
 from hpc_c2g.scheduling.profile import SlurmProfile
+from hpc_c2g.scheduling.programs import ask, records
 from hpc_c2g.studies.checkup import (
     MEET_SECONDS,
     PLAN,

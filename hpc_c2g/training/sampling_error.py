@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import C2GError, require
 from hpc_c2g.files import write_atomically
 from hpc_c2g.kkt import concentration
 from hpc_c2g.training.bundles import class_counts, load_bundles
@@ -62,8 +62,8 @@ class BoundConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise C2GError(f"batches={self.batches} is not possible", "give one or more batch sizes >= 1")
+        batches = bool(self.batches) and min(self.batches) >= 1
+        require(batches, "batches", self.batches, "give one or more batch sizes >= 1")
         if self.repeats < 2:
             raise C2GError(f"repeats={self.repeats} is too small", "give at least 2, better 64")
         if self.reference_batch < max(self.batches):
@@ -71,15 +71,12 @@ class BoundConfig:
                 f"reference_batch={self.reference_batch} is smaller than the largest of batches={self.batches}",
                 "give a reference_batch several times as large as every batch",
             )
-        if not 0 <= self.seed < 2**63:
-            raise C2GError(f"seed={self.seed} is not possible", "give a seed from 0 to 2^63 - 1")
-        unknown = [scheme for scheme in self.schemes if scheme not in DRAWS]
-        if unknown or not self.schemes:
-            raise C2GError(f"schemes={self.schemes} is not possible", f"choose from {', '.join(DRAWS)}")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        known = bool(self.schemes) and all(scheme in DRAWS for scheme in self.schemes)
+        require(known, "schemes", self.schemes, f"choose from {', '.join(DRAWS)}")
         if self.micro_batch < 1:
             raise C2GError(f"micro_batch={self.micro_batch} is too small", "give at least 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise C2GError(f"device={self.device} is not possible", "choose auto, cpu or cuda")
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
 
 
 def sampling_error(config: BoundConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
