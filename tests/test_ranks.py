@@ -235,8 +235,14 @@ LAST_WORDS = """
 import atexit, sys
 from pathlib import Path
 
+def name(task):
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:  # it ended since it was listed
+        return ""
+
 def threads():
-    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return list(filter(None, map(name, Path("/proc/self/task").iterdir())))
 
 atexit.register(lambda: print("left:", *threads()))  # the first to be registered is the last to run
 from hpc_c2g.training.config import config_from
