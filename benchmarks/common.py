@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ def write_result(name: str, settings: Mapping[str, Any], **measured: Any) -> Pat
     """``benchmarks/results/<name>.json``, ``<name>_quick.json`` where ``quick`` is set: what was measured, how, on what machine.
 
     Raises:
-        C2GError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     file = RESULTS / f"{name}{'_quick' * bool(settings.get('quick'))}.json"
     content = {"benchmark": name, "machine": machine(), "settings": dict(settings), **measured}
@@ -63,7 +63,7 @@ def random_classifier(
     """Save the bundle of an MLP with random weights: what is timed or compared needs no quality.
 
     Raises:
-        C2GError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     shape = (1, size, size)
     architecture = {
@@ -79,5 +79,5 @@ def random_classifier(
     for parameter in model.parameters():
         parameter.data *= 3  # large enough that probes find a margin
     names = [str(label) for label in range(classes)]
-    save_bundle(Bundle(model, architecture, names, shape, Normalisation.constant(shape, 0.5)), folder)
+    save_bundle(Bundle(model, architecture, names, shape, Normalization.constant(shape, 0.5)), folder)
     return folder

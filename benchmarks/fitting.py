@@ -1,7 +1,7 @@
 """``python -m benchmarks.fitting --root DIR [--quick]``: MNIST-500 to margin 300 against a plain loop, and its certificate.
 
 The plain loop is the same rescaled gradient flow in float64, without anything else. Both run to the margin, one after the other;
-seconds are of the process's own CPU time besides wall time, since neighbours disturb runs of minutes. Each fit and each certificate
+seconds are of the process's own CPU time besides wall time, since neighbors disturb runs of minutes. Each fit and each certificate
 runs in a process of its own.
 """
 
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from benchmarks.common import show, write_result
 from benchmarks.memory import peak_bytes
 from hpc_c2g.classifiers.bundle import Bundle, build_model, load_bundle, save_bundle
-from hpc_c2g.classifiers.certificate import certify
-from hpc_c2g.classifiers.fitting import InitConfig, MarginFitConfig, fit_margin, initialise, smoothed_margin
-from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
+from hpc_c2g.fitting.certificate import certify
+from hpc_c2g.fitting.fit import InitConfig, MarginFitConfig, fit_margin, initialize, smoothed_margin
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
-from hpc_c2g.training.objective import verified_rates
+from hpc_c2g.training.step.objective import verified_rates
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def fitted(
     """Fit from the same start and save the bundle; steps, CPU and wall seconds."""
     torch.set_flush_denormal(not way.plain)  # of a new process, so that it reaches every thread
     model = build_model(architecture)
-    initialise(model, InitConfig(first=0.003), 0)
+    initialize(model, InitConfig(first=0.003), 0)
     wall, cpu = time.perf_counter(), time.process_time()
     if way.plain:
         steps = plain_loop(model, x, labels, target, way.rate)
     else:
-        steps = fit_margin(model, x, labels, MarginFitConfig(target_margin=target, rate=way.rate, dtype="float32"))
+        steps = fit_margin(model, x, labels, MarginFitConfig(target_margin=target, lr=way.rate, dtype="float32"))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     names, shape = [str(c) for c in range(10)], (1, 28, 28)
-    save_bundle(Bundle(model.double().eval(), architecture, names, shape, Normalisation.constant(shape)), Path(folder))
+    save_bundle(Bundle(model.double().eval(), architecture, names, shape, Normalization.constant(shape)), Path(folder))
     return steps, cpu, wall
 
 

@@ -19,11 +19,11 @@ from benchmarks.kkt import Gradient, Samples, error, objective_of, one_pass, pro
 from benchmarks.subject import classifier, our_step, standing
 from benchmarks.timing import copy_rate, interleaved, product_rate, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.dry_run import DryRun
-from hpc_c2g.training.meter import Work
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun
+from hpc_c2g.training.cost.op_counter import OpCost
 
 MUST = {"one pass": 1.1, "two passes of half": 1.35}
 
@@ -36,9 +36,9 @@ def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
     """
     device = pick_device("auto")
     samples = Samples.random(bundle, batch, device, torch.float32)
-    exact = objective_of(bundle, batch, device, torch.float64, fast="off")
+    exact = objective_of(bundle, batch, device, torch.float64, kkt_backend="autograd")
     reference = one_pass(exact, Samples.random(bundle, batch, device, torch.float64))
-    fast, off = (objective_of(bundle, batch, device, fast=choice) for choice in ("auto", "off"))
+    fast, off = (objective_of(bundle, batch, device, kkt_backend=choice) for choice in ("auto", "autograd"))
     sum_off, sum_fast = sum_of(off), sum_of(fast)
     ways: dict[str, Callable[[], Gradient]] = {
         "autograd, one pass": lambda: one_pass(off, samples),
@@ -74,7 +74,7 @@ def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, A
     work = {
         "first pass: generator, G": cost.first * m,
         "second pass: G where it is one, cotangents, generator": cost.second * m - cost.saved + cost.residual,
-        "optimiser": cost.update,
+        "optimizer": cost.update,
     }
     step = our_step(bundle, config)
     numbers = iter(range(1, rounds + 3))
@@ -87,10 +87,10 @@ def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, A
         "second pass: G where it is one, cotangents, generator": spent["cotangents"]
         + spent["all_reduce"]
         + (spent["kkt_sum"] if one else 0.0),
-        "optimiser": spent["optimiser"],
+        "optimizer": spent["optimizer"],
     }
 
-    def row(name: str, one: Work, took: float) -> dict[str, Any]:
+    def row(name: str, one: OpCost, took: float) -> dict[str, Any]:
         floor = one.flops / rate + one.moved_bytes / bandwidth
         return {
             "phase": name,
@@ -104,11 +104,11 @@ def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, A
         }
 
     rows = [row(name, part, measured[name]) for name, part in work.items() if part.calls]
-    total = sum(work.values(), Work())
+    total = sum(work.values(), OpCost())
     return [*rows, row("step", total, whole)]
 
 
-@flushed_denormals()  # as a run does
+@flush_denormals()  # as a run does
 def main() -> None:
     """Print both tables and write ``results/floor.json``."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -22,7 +22,7 @@ from benchmarks.peers import PUBLISHED, PeerLoop
 from benchmarks.subject import classifier, our_step, standing
 from benchmarks.timing import copy_rate, interleaved, product_rate, seconds, undisturbed
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.environment import pick_device
 
 MUST = {
@@ -31,9 +31,9 @@ MUST = {
     "share of the bfloat16 rate": 0.35,
 }
 WAYS: dict[str, dict[str, str]] = {
-    "autograd": {"fast": "off"},
+    "autograd": {"kkt_backend": "autograd"},
     "float32": {},
-    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16": {"matmul_precision": "bfloat16"},
 }
 
 
@@ -44,7 +44,7 @@ def check(bundle: Bundle, batch: int) -> dict[str, float]:
         SystemExit: one is not the gradient.
     """
     device = pick_device("auto")
-    exact = objective_of(bundle, batch, device, torch.float64, fast="off")
+    exact = objective_of(bundle, batch, device, torch.float64, kkt_backend="autograd")
     reference = one_pass(exact, Samples.random(bundle, batch, device, torch.float64))
     samples = Samples.random(bundle, batch, device, torch.float32)
     errors = {}
@@ -122,7 +122,7 @@ def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[d
     return rows
 
 
-@flushed_denormals()  # as a run does
+@flush_denormals()  # as a run does
 def main() -> None:
     """Print the tables, write ``results/gpu.json``, and name the targets that are not reached."""
     parser = argparse.ArgumentParser(description=__doc__)

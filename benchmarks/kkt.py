@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.distributed.lane import Lane
+from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.kkt.stationarity import cotangents
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.objective import Objective
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.step.objective import Objective
 
 GAMMA, ALPHA = 0.1, -1.0
 Gradient = tuple[Tensor, Tensor]
@@ -68,21 +68,23 @@ def one_pass(objective: Objective, samples: Samples) -> Gradient:
 def sum_of(objective: Objective) -> ResidualSum:
     """Adds up G over micro-batches as a training step of one process does, in memory that it keeps."""
     device = next(iter(objective.theta.values())).device
-    return ResidualSum(objective.theta, Mesh.over(World.alone(device), 1), Lane(device), "float32", 4 * 2**20)
+    return ResidualSum(
+        objective.theta, Mesh.over(World.single_process(device), 1), CommStream(device), "float32", 4 * 2**20
+    )
 
 
 def two_passes(objective: Objective, samples: Samples, micro_batch: int, G: ResidualSum) -> Gradient:
     """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others' cotangents anew."""
-    pieces = [(i, min(i + micro_batch, len(samples.x))) for i in range(0, len(samples.x), micro_batch)]
-    for piece in pieces:
-        last = piece == pieces[-1]
+    micro_batches = [(i, min(i + micro_batch, len(samples.x))) for i in range(0, len(samples.x), micro_batch)]
+    for piece in micro_batches:
+        last = piece == micro_batches[-1]
         x, labels, mu = samples.part(*piece)
         on_ready = G.micro_batch(last)
         margins, own = objective.kkt_sum(GAMMA, x, labels, mu, keep_graph=last, on_ready=on_ready)
         G.add(own)
     residual = objective.residual(G.total(), ALPHA)
     found = [cotangents(own, residual.direction, [x, mu], _loss(margins))]
-    for piece in reversed(pieces[:-1]):
+    for piece in reversed(micro_batches[:-1]):
         x, labels, mu = samples.part(*piece)
         margins, product = objective.directional_sum(GAMMA, residual, x, labels, mu)
         found.append(cotangents({"": product}, {"": torch.ones_like(product)}, [x, mu], _loss(margins)))

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path
 
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 FINISH_WITHIN = 300.0
@@ -32,7 +32,7 @@ class LaunchedRun:
 
     Args:
         ranks: number of processes.
-        run_dir: of the run; its neighbour ``<name>.<n>.out`` gets what the processes of the n-th start print.
+        run_dir: of the run; its neighbor ``<name>.<n>.out`` gets what the processes of the n-th start print.
         overrides: settings of the run.
     """
 

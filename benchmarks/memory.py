@@ -19,7 +19,7 @@ from benchmarks.common import show, write_result
 from benchmarks.subject import Step, classifier, joint_step, our_step
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 
 MIB = 2**20
 MICRO_BATCH = 1024

@@ -30,13 +30,13 @@ from benchmarks.subject import our_step
 from benchmarks.timing import interleaved, seconds, undisturbed, wait
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.data.load import load_split
-from hpc_c2g.data.record import fitted_data
-from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.evaluation.metrics import judge, split_oracle
+from hpc_c2g.fitting.record import fitted_data
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.kkt.gates import GatedClassifier
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 
@@ -48,7 +48,7 @@ class Settings:
     """A published choice: rates of x and of the multipliers, spread of the start, least multiplier, gate steepness, Adam or momentum."""
 
     rate: float
-    multiplier_rate: float
+    lr_multipliers: float
     spread: float
     least: float
     steepness: float
@@ -71,7 +71,7 @@ class PeerLoop:
         self.phi = GatedClassifier(bundle.model).to(self.device, dtype)
         self.theta = {k: t.to(self.device, dtype).requires_grad_() for k, t in bundle.parameters.items()}
         self.widths = dict.fromkeys(self.phi.gates, 1 / settings.steepness)
-        self.lower, self.upper = (b.to(self.device, dtype) for b in bundle.normalisation.box())
+        self.lower, self.upper = (b.to(self.device, dtype) for b in bundle.normalization.box())
         self.labels = torch.arange(batch, device=self.device) * len(bundle.classes) // batch
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *bundle.input_shape, generator=generator) * settings.spread
@@ -79,9 +79,9 @@ class PeerLoop:
         self.multipliers = torch.rand(batch, generator=generator).to(self.device, dtype).requires_grad_()
         groups = [
             {"params": [self.x], "lr": settings.rate},
-            {"params": [self.multipliers], "lr": settings.multiplier_rate},
+            {"params": [self.multipliers], "lr": settings.lr_multipliers},
         ]
-        self.optimiser: torch.optim.Optimizer = (
+        self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(groups) if settings.adam else torch.optim.SGD(groups, momentum=0.9)
         )
 
@@ -95,9 +95,9 @@ class PeerLoop:
         loss = torch.stack([(t.detach() - g).square().sum() for t, g in zip(self.theta.values(), G, strict=True)]).sum()
         loss = loss + 5 * (self.settings.least - self.multipliers).relu().square().sum()
         loss = loss + ((self.x - self.upper).relu() + (self.lower - self.x).relu()).square().sum()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         self.x.grad, self.multipliers.grad = torch.autograd.grad(loss, [self.x, self.multipliers])
-        self.optimiser.step()
+        self.optimizer.step()
         return float(loss.detach())
 
 
@@ -125,7 +125,7 @@ def costs(folder: str, bundle: Bundle, batch: int, codes: int, rounds: int) -> l
     for name, ours in (
         ("free images", free),
         ("generator", config),
-        ("generator, fast=off", replace(config, fast="off")),
+        ("generator, kkt_backend=autograd", replace(config, kkt_backend="autograd")),
     ):
         step, numbers = our_step(bundle, ours), iter(range(1, 10**6))
         ways[f"ours, {name}"] = lambda step=step, numbers=numbers: step(next(numbers))  # type: ignore[misc]
@@ -162,7 +162,7 @@ def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: floa
             loss, steps = peer(), steps + 1
             wait()
         took = time.perf_counter() - began
-        x = bundle.normalisation.denormalise(peer.x.detach().cpu())
+        x = bundle.normalization.denormalize(peer.x.detach().cpu())
         if bool(x.isfinite().all()):
             rows.append(row(f"peers, {name}", steps, took, x, peer.labels.cpu()))
         else:
@@ -182,7 +182,7 @@ def quality(folder: str, bundle: Bundle, batch: int, per_image: int, limit: floa
     return rows
 
 
-@flushed_denormals()  # as a run does
+@flush_denormals()  # as a run does
 def main() -> None:
     """Print both tables and write ``results/peers.json``; fail where ours covers no more after equal time."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -27,13 +27,13 @@ from benchmarks.common import random_classifier, write_result
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
-from hpc_c2g.planning.measure import Rates, measure_rates, profile_of
+from hpc_c2g.planning.hardware import GIB
+from hpc_c2g.planning.measure import Rates, hardware_of, measure_rates
 from hpc_c2g.planning.predict import memory, step_time
-from hpc_c2g.planning.profile import GIB
-from hpc_c2g.training.config import LogConfig, TrainConfig
-from hpc_c2g.training.dry_run import DryRun, MicroBatchCost
-from hpc_c2g.training.objective_config import ScaleConfig
-from hpc_c2g.training.step import StepResult, TrainStep
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
+from hpc_c2g.training.step.train_step import StepResult, TrainStep
 
 NETS = {
     "64-500-10": {"size": 8, "classes": 10, "width": 500},
@@ -50,9 +50,9 @@ def trained_seconds(config: TrainConfig, world: World) -> tuple[float, float]:
     starts: list[tuple[float, float]] = []
     original = TrainStep.__call__
 
-    def timed(self: TrainStep, step: int, watch: bool = False, ease: float = 1.0) -> StepResult:
+    def timed(self: TrainStep, step: int, watch: bool = False, lr_scale: float = 1.0) -> StepResult:
         starts.append((time.perf_counter(), time.thread_time()))
-        return original(self, step, watch, ease)
+        return original(self, step, watch, lr_scale)
 
     TrainStep.__call__ = timed  # type: ignore[method-assign]
     try:
@@ -109,7 +109,7 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
         global_batch=GLOBAL_BATCH,
         micro_batch=micro,
         device="cpu",
-        scale=ScaleConfig(start=-1.0),
+        alpha=AlphaConfig(init=-1.0),
         log=LogConfig(progress=False, every=10, images_every=10**6),
     )
     bundle = load_bundle(config.classifier)
@@ -118,9 +118,9 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
     peaks = on_local_ranks(ranks, peak_bytes, replace(config, run_dir=config.run_dir + "-m", steps=5), seconds=300)
     times = []
     for together in zip(*per_rank, strict=True):
-        profile = profile_of([mean_rates(before, after) for before, _, after in together], ranks)
+        hardware = hardware_of([mean_rates(before, after) for before, _, after in together], ranks)
         wall, thread = (statistics.mean(seconds[i] for _, seconds, _ in together) for i in (0, 1))
-        predicted = step_time(cost, profile, 1, share)
+        predicted = step_time(cost, hardware, 1, share)
         times.append(
             {
                 "predicted": asdict(predicted) | {"total": predicted.total},
@@ -128,12 +128,12 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
                 "ratio": predicted.total / wall,
                 "computation_measured": thread,
                 "computation_ratio": predicted.computation
-                * profile.share
-                / thread,  # its own time, not its neighbours'
+                * hardware.share
+                / thread,  # its own time, not its neighbors'
             }
         )
     file_bytes = float(sum(t.numel() * t.element_size() for t in bundle.model.state_dict().values()))
-    bytes_predicted, bytes_measured = memory(cost, profile, "float32", 0, ranks, file_bytes).total, max(peaks)
+    bytes_predicted, bytes_measured = memory(cost, hardware, "float32", 0, ranks, file_bytes).total, max(peaks)
     return {
         "net": net,
         "ranks": ranks,
@@ -148,7 +148,7 @@ def compare(net: str, folder: Path, ranks: int, micro: int, count: int, steps: i
         "bytes_predicted": bytes_predicted,
         "bytes_measured": bytes_measured,
         "memory_ratio": bytes_predicted / bytes_measured,
-        "profile": asdict(profile),
+        "profile": asdict(hardware),
     }
 
 

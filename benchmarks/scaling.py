@@ -16,11 +16,11 @@ from benchmarks.common import random_classifier, show, write_result
 from benchmarks.plan import NETS, mean_rates, rounds
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
-from hpc_c2g.planning.measure import profile_of
+from hpc_c2g.planning.measure import hardware_of
 from hpc_c2g.planning.predict import step_time
-from hpc_c2g.training.config import LogConfig, TrainConfig
-from hpc_c2g.training.dry_run import DryRun
-from hpc_c2g.training.objective_config import ScaleConfig
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun
 
 
 def main() -> None:
@@ -46,14 +46,14 @@ def main() -> None:
                     global_batch=share * ranks,
                     micro_batch=micro,
                     device="cpu",
-                    scale=ScaleConfig(start=-1.0),
+                    alpha=AlphaConfig(init=-1.0),
                     log=LogConfig(progress=False, images_every=10**6),
                 )
                 cost = DryRun(load_bundle(config.classifier), config).cost(micro)
                 answers = on_local_ranks(ranks, rounds, replace(config), cost, count, seconds=900)
                 pairs = []
                 for together in zip(*answers, strict=True):
-                    profile = profile_of([mean_rates(before, after) for before, _, after in together], ranks)
+                    profile = hardware_of([mean_rates(before, after) for before, _, after in together], ranks)
                     measured = statistics.mean(seconds[0] for _, seconds, _ in together)
                     pairs.append((measured, step_time(cost, profile, 1, share).total))
                 measured, predicted = (statistics.median(values) for values in zip(*pairs, strict=True))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import show, write_result
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
 from hpc_c2g.generators.config import MLPGeneratorConfig
 from hpc_c2g.monitoring.signatures import BY_NAME
-from hpc_c2g.training.config import LogConfig, OptimiserConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig, PriorConfig
+from hpc_c2g.training.config.train import LogConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import PriorConfig, ScaleConfig
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ CASES = (
         {"generator": MLPGeneratorConfig(codes=0, gain=0.01)},
     ),
     Case("one code per class", ("mode_collapse",), {"generator": MLPGeneratorConfig(codes=1)}),
-    Case("alpha held 2.5 too low", ("mode_invention",), {"scale": ScaleConfig(start=-8.0, rate=0.0)}),
+    Case("alpha held 2.5 too low", ("mode_invention",), {"alpha": AlphaConfig(init=-8.0, max_change=0.0)}),
     Case("a prior 100 times the conditions", ("mode_invention",), {"prior": PriorConfig(total_variation=100.0)}),
-    Case("learning rate x 300", ("instability", "poor_quality"), {"optimiser": OptimiserConfig(rate=0.3)}),
-    Case("multipliers' rate x 500", ("starvation",), {"optimiser": OptimiserConfig(multiplier_rate=5.0)}),
+    Case("learning rate x 300", ("instability", "poor_quality"), {"optimizer": OptimizerConfig(lr=0.3)}),
+    Case("multipliers' rate x 500", ("starvation",), {"optimizer": OptimizerConfig(lr_multipliers=5.0)}),
 )
 
 

@@ -73,7 +73,7 @@ def to_first_step(scratch: Path) -> dict[str, float] | None:
         "model.width=8",
         "fit.target_margin=3",
         "global_batch=8",
-        "scale.start=-1",
+        "alpha.init=-1",
     ]
     sweep = [
         "sweep",

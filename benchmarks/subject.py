@@ -19,14 +19,14 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
-from hpc_c2g.training.account import Account
-from hpc_c2g.training.adam_engine import AdamEngine, build_optimiser
-from hpc_c2g.training.bundles import boxes, class_counts
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.objective import Objective, loss_terms
-from hpc_c2g.training.objective_config import GateConfig, ScaleConfig
-from hpc_c2g.training.sharding import shard
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.config.objective import AlphaConfig, GateConfig
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.engines.adam_engine import AdamEngine, build_optimizer
+from hpc_c2g.training.step.bundles import boxes, class_counts
+from hpc_c2g.training.step.objective import Objective, loss_terms
+from hpc_c2g.training.step.sharding import shard
+from hpc_c2g.training.step.step_metrics import MetricAccumulator
+from hpc_c2g.training.step.train_step import TrainStep
 
 ALPHA = -1.0
 Step = Callable[[int], object]
@@ -40,14 +40,14 @@ def classifier(size: int = 28, width: int = 1000, depth: int = 3, classes: int =
 
 def standing(batch: int) -> TrainConfig:
     """A run whose alpha and gates stand still, so that every step costs and gives the same."""
-    scale, gates = ScaleConfig(rate=0.0), GateConfig(anneal_fraction=1.0)
-    return TrainConfig(steps=10**6, global_batch=batch, scale=scale, gates=gates)
+    alpha, gates = AlphaConfig(max_change=0.0), GateConfig(anneal_fraction=1.0)
+    return TrainConfig(steps=10**6, global_batch=batch, alpha=alpha, gates=gates)
 
 
 def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:
     """The training step as ``c2g train`` makes it, with plain Adam: DeepSpeed's own work is not what is compared."""
     device = pick_device(config.device)
-    world = World.alone(device)
+    world = World.single_process(device)
     mesh = Mesh.over(world, 1)
     classes = class_counts([bundle])
     sharding = shard(config, classes, mesh, config.micro_batch)  # type: ignore[arg-type]
@@ -60,8 +60,8 @@ def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:
         {0: Objective(bundle, config, batch, device, torch.float32)},
         {0: LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)},
         classes,
-        Account([list(bundle.parameters)], [loss_terms(config, True)], RunningSum(world), device),
-        AdamEngine(module, config.optimiser, RunningSum(world)),
+        MetricAccumulator([list(bundle.parameters)], [loss_terms(config, True)], RunningSum(world), device),
+        AdamEngine(module, config.optimizer, RunningSum(world)),
         mesh,
         sharding,
         [ALPHA],
@@ -78,7 +78,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
         config.generator, config.latents.dimensions, classes, [batch], *boxes([bundle]), config.seed
     ).to(device)
     sampler = LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)
-    optimiser = build_optimiser(module, config.optimiser)
+    optimizer = build_optimizer(module, config.optimizer)
     theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
     rates, ea = objective.rates, math.exp(ALPHA)
     left = {k: ea ** rates[k] * t for k, t in objective.theta.items()}
@@ -97,11 +97,11 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
         dual = (1 - ea * smallest_margins(margins, latents.labels)).relu().square().mean()
         excess = ((x - objective.upper).relu() + (objective.lower - x).relu()) / half
         loss = residual / whole + config.duality.feasibility * dual + config.prior.box * excess.square().sum() / batch
-        optimiser.zero_grad()
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
-        optimiser.step()
+        optimizer.step()
         return float(loss.detach())
 
     return step

@@ -13,14 +13,14 @@ from benchmarks.common import show, write_result
 from benchmarks.kkt import products
 from benchmarks.subject import Step, classifier, joint_step, our_step, standing
 from benchmarks.timing import interleaved, undisturbed
-from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 
 BATCH = 1024
 
 
-@flushed_denormals()  # as a run does
+@flush_denormals()  # as a run does
 def main() -> None:
     """Print the table and write ``results/throughput.json``."""
     parser = argparse.ArgumentParser(description=__doc__)

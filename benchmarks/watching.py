@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 from benchmarks.common import show, write_result
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
 from hpc_c2g.monitoring.run_log import due
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.step import StepResult, TrainStep
+from hpc_c2g.training.step.train_step import StepResult, TrainStep
 
 SETTLED = 50
 """Steps that are left out: the first ones warm up."""
@@ -26,9 +26,9 @@ def step_seconds(config: TrainConfig) -> list[float]:
     starts: list[float] = []
     original = TrainStep.__call__
 
-    def timed(self: TrainStep, step: int, watch: bool = False, ease: float = 1.0) -> StepResult:
+    def timed(self: TrainStep, step: int, watch: bool = False, lr_scale: float = 1.0) -> StepResult:
         starts.append(time.perf_counter())
-        return original(self, step, watch, ease)
+        return original(self, step, watch, lr_scale)
 
     TrainStep.__call__ = timed  # type: ignore[method-assign]
     try:

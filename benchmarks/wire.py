@@ -22,11 +22,11 @@ from benchmarks.common import random_classifier, show, write_result
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
-from hpc_c2g.training.config import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
-from hpc_c2g.training.step import StepResult, TrainStep
+from hpc_c2g.training.step.train_step import StepResult, TrainStep
 
 COLLECTIVES = (
     "all_reduce",
@@ -53,12 +53,12 @@ def _count(world: World, config: TrainConfig) -> dict[str, Any]:
     told: list[dict[str, float]] = []
     step = TrainStep.__call__
 
-    def watched(self: TrainStep, number: int, watch: bool = False, ease: float = 1.0) -> StepResult:
+    def watched(self: TrainStep, number: int, watch: bool = False, lr_scale: float = 1.0) -> StepResult:
         if number == FIRST:  # what is sent once, and with the first line of the log, is not a step's
             handed.clear()
         if number == config.steps:  # as little as what is sent with the last one
             counted.update(handed)
-        result = step(self, number, watch, ease)
+        result = step(self, number, watch, lr_scale)
         told.append(result.scalars)
         return result
 
@@ -104,7 +104,7 @@ def main() -> None:
             cases: dict[str, dict[str, Any]] = {
                 "one pass": {},
                 "two passes of 1/8": {"micro_batch": batch // 8},
-                "bfloat16 wire": {"distributed": DistributedConfig(wire="bfloat16")},
+                "bfloat16 wire": {"distributed": DistributedConfig(comm_dtype="bfloat16")},
                 "2 classifiers, a group each": {"classifier": [str(b) for b in bundles]},
                 "2 classifiers on every rank": {
                     "classifier": [str(b) for b in bundles],
@@ -119,7 +119,7 @@ def main() -> None:
                         "steps": STEPS,
                         "global_batch": batch,
                         "device": "cpu",
-                        "scale": ScaleConfig(start=0.0),
+                        "alpha": AlphaConfig(init=0.0),
                         "log": LogConfig(every=10**6, images_every=10**6, progress=False),
                         "checkpoint": CheckpointConfig(every=10**6),
                         **changes,

@@ -9,7 +9,7 @@ import torch
 
 
 @contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
+def flush_denormals() -> Iterator[None]:
     """Flush within, for this thread and those that it starts meanwhile; as before afterwards. A decorator too.
 
     Derivatives of gates far from their edge, and weights e^-margin, are such numbers: processors multiply them tens of times slower.

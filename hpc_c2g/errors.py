@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class C2GError(ValueError):
+class UserError(ValueError):
     """A mistake in the input: says what is wrong, where, and how to mend it.
 
     Args:
@@ -11,17 +11,17 @@ class C2GError(ValueError):
         mend: what the user can do about it.
     """
 
-    def __init__(self, what: str, mend: str = "") -> None:
-        self.what = what
-        self.mend = mend
-        super().__init__(f"{what} -- {mend}" if mend else what)
+    def __init__(self, what: str, hint: str = "") -> None:
+        self.problem = what
+        self.hint = hint
+        super().__init__(f"{what} -- {hint}" if hint else what)
 
 
-def require(condition: bool, name: str, value: object, mend: str) -> None:
+def require(condition: bool, name: str, value: object, hint: str) -> None:
     """Check of a setting.
 
     Raises:
-        C2GError: ``condition`` does not hold; names the field, its value and the fix.
+        UserError: ``condition`` does not hold; names the field, its value and the fix.
     """
     if not condition:
-        raise C2GError(f"{name}={value} is not possible", mend)
+        raise UserError(f"{name}={value} is not possible", hint)

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary neighbour, flush to the disk, rename; on failure the old file stays as it was. Makes the folder.
+    """Write to a temporary neighbor, flush to the disk, rename; on failure the old file stays as it was. Makes the folder.
 
     Raises:
-        C2GError: the file system refused (full, read-only, no permission).
+        UserError: the file system refused (full, read-only, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,9 +32,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> C2GError:
+def cannot_write(path: Path, error: OSError) -> UserError:
     """The message for a failed write."""
-    return C2GError(
+    return UserError(
         f"cannot write {path}: {error.strerror}", "free disk space or choose another folder; earlier files are intact"
     )
 

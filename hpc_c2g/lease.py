@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write
 
 EXIT_LEASE_LOST = 76
@@ -117,7 +117,7 @@ class Lease:
         on_lost: Callable[[], None] | None = None,
     ) -> None:
         if not 0 < 2 * every <= expires < math.inf:
-            raise C2GError(f"every={every} and expires={expires}", "choose 0 < every <= expires / 2")
+            raise UserError(f"every={every} and expires={expires}", "choose 0 < every <= expires / 2")
         self.folder, self.text, self.job, self.every, self.expires = folder, text, job, every, expires
         self.epoch = 0
         self._leases = folder.absolute() / FOLDER  # also after a change of directory
@@ -131,7 +131,7 @@ class Lease:
         even when ``wait`` is shorter: only silence that was watched counts.
 
         Raises:
-            C2GError: somebody else is the owner, or the folder cannot be written.
+            UserError: somebody else is the owner, or the folder cannot be written.
         """
         token = uuid.uuid4().hex
         temporary = self._leases / f".{token}.tmp"
@@ -232,7 +232,7 @@ class Lease:
                 except OSError as error:
                     refused = error
             elif looked >= limit:
-                raise C2GError(
+                raise UserError(
                     f"{self.folder} is in use by {sight.holder.text}",
                     "wait for it, cancel that job, or choose another folder",
                 )

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 T = TypeVar("T")
 
@@ -26,18 +26,18 @@ def from_plain(
         choices: for fields with several dataclasses, each by the name that its own field ``name`` holds.
 
     Raises:
-        C2GError: an unknown key, or a value of the wrong type or out of range.
+        UserError: an unknown key, or a value of the wrong type or out of range.
     """
     try:
         node = OmegaConf.structured(schema)
         for field, kinds in (choices or {}).items():
             name: str = (values.get(field) or {}).get("name", node[field].name)
             if name not in kinds:
-                raise C2GError(f"{field}.name={name!r} is unknown", f"choose one of {', '.join(kinds)}")
+                raise UserError(f"{field}.name={name!r} is unknown", f"choose one of {', '.join(kinds)}")
             node[field] = OmegaConf.structured(kinds[name])
         result = OmegaConf.to_object(OmegaConf.merge(node, dict(values)))
     except OmegaConfBaseException as error:
-        raise C2GError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
+        raise UserError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
     assert isinstance(result, schema)
     return result
 
@@ -52,14 +52,14 @@ def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, A
         restore: what to do where it is damaged.
 
     Raises:
-        C2GError: the file cannot be read, or holds no settings.
+        UserError: the file cannot be read, or holds no settings.
     """
     try:
         values = OmegaConf.to_container(OmegaConf.create(file.read_text()))
     except OSError as error:
-        raise C2GError(f"{absent}: {file.name} cannot be read ({error.strerror})", begin) from error
+        raise UserError(f"{absent}: {file.name} cannot be read ({error.strerror})", begin) from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise C2GError(f"{file} is damaged: {str(error).splitlines()[0]}", restore) from error
+        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}", restore) from error
     if not isinstance(values, dict):
-        raise C2GError(f"{file} is damaged: it holds no settings", restore)
+        raise UserError(f"{file} is damaged: it holds no settings", restore)
     return {str(k): v for k, v in values.items()}

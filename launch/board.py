@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.run_log import BOARD
 from hpc_c2g.reporting.board import FOLDER, RUNS, STUDY
 from hpc_c2g.studies.study import FILE
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
 from launch.collect import collected
 
 HOST = "127.0.0.1"
@@ -38,7 +38,7 @@ class BoardConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
-            raise C2GError(f"port={self.port} is no port", "give one from 1024 to 65535, or 0 for a free one")
+            raise UserError(f"port={self.port} is no port", "give one from 1024 to 65535, or 0 for a free one")
 
 
 def board(config: BoardConfig) -> None:
@@ -50,11 +50,11 @@ def board(config: BoardConfig) -> None:
             print(f"board: {len(found.changed)} parts were new", file=sys.stderr)
         shown = folder / FOLDER
         if not shown.is_dir():
-            raise C2GError(f"study_dir={folder} has no board yet", "drop collect=false")
+            raise UserError(f"study_dir={folder} has no board yet", "drop collect=false")
     elif (folder / BOARD).is_dir():
         shown = folder
     else:
-        raise C2GError(
+        raise UserError(
             f"study_dir={folder} is neither a study nor a run", "name the folder of a sweep or of a training run"
         )
     port = config.port or _free_port()
@@ -98,7 +98,7 @@ def _check_free(port: int) -> None:
         try:
             wanted.bind((HOST, port))
         except OSError as error:
-            raise C2GError(
+            raise UserError(
                 f"port={port} cannot be had: {error.strerror}", "give another one, or port=0 for any"
             ) from error
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.training.sampling_error import CONFIDENCE, BoundConfig, sampling_error
-from launch.cli import run_verb
+from hpc_c2g.bound.sampling_error import CONFIDENCE, BoundConfig, sampling_error
+from launch._compose.cli import run_verb
 
 COLUMNS = {
     "error": "error",

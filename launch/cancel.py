@@ -8,14 +8,14 @@ from pathlib import Path
 
 from hpc_c2g.files import write_atomically
 from hpc_c2g.scheduling.queue import Queue
-from hpc_c2g.studies.aftermath import cancel_mark
+from hpc_c2g.studies.epilog import cancel_mark
 from hpc_c2g.studies.find import chosen
-from hpc_c2g.studies.here import stop_here
 from hpc_c2g.studies.ledger import Ledger
+from hpc_c2g.studies.local_executor import stop_local
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import ACTIVE, look
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
 
 
 @dataclass
@@ -44,7 +44,7 @@ def cancel(config: CancelConfig) -> None:
     if queue:
         queue.cancel([v.row.job for v in views])
     else:
-        stop_here(study, views)
+        stop_local(study, views)
     print(f"cancelled: {len(views)} tasks; the same `c2g sweep` goes on with them")
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.classifiers.certificate import verdict
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.evaluation.certify import certify_bundle
+from hpc_c2g.fitting.certificate import verdict
+from hpc_c2g.fitting.certify import certify_bundle
+from launch._compose.cli import run_verb
 from launch.classifier import DATA
-from launch.cli import run_verb
 
 
 @dataclass

@@ -6,11 +6,11 @@ import functools
 
 from rich.console import Console
 
-from hpc_c2g.classifiers.fitting import FITS
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
-from hpc_c2g.classifiers.progress import LogLines, line
 from hpc_c2g.data.config import DataConfig
-from launch.cli import run_verb
+from hpc_c2g.fitting.fit import FITS
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.progress import LogLines, line
+from launch._compose.cli import run_verb
 
 DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
 GROUPS: dict[str, dict[str, type]] = {**DATA, "fit": {**FITS}}
@@ -22,12 +22,12 @@ def classifier(config: ClassifierConfig) -> None:
     with console.status("fitting the classifier") as status:
         log = LogLines(config.fit, functools.partial(console.print, soft_wrap=True))
 
-        def tell(step: int, value: float) -> None:
+        def log_fn(step: int, value: float) -> None:
             status.update(line(config.fit, step, value))
             if not console.is_terminal:  # a log file shows no status
                 log(step, value)
 
-        bundle, record = make_classifier(config, tell)
+        bundle, record = make_classifier(config, log_fn)
     if "held_out_accuracy" in record:
         print(
             f"classifier: smallest margin {record['smallest_margin']:.1f}, train accuracy {record['train_accuracy']:.3f},"

@@ -16,8 +16,8 @@ from hpc_c2g.reporting.tables import shown
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import look
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
 
 SHOWN = 20
 """Lines about what was left out or skipped, unless all are asked for."""

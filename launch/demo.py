@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.classifiers.make import ClassifierConfig
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
+from hpc_c2g.fitting.make import ClassifierConfig
 from hpc_c2g.generators.config import GENERATORS
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
+from launch._compose.cli import T, composed, register, run_verb, typed
 from launch.certify import CertifyConfig, certify
 from launch.classifier import DATA, GROUPS, classifier
-from launch.cli import T, composed, register, run_verb, typed
 from launch.evaluate import evaluate
 from launch.train import train
 

@@ -17,16 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 import hpc_c2g
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
+from hpc_c2g.preflight.check_result import CheckResult
+from hpc_c2g.preflight.cluster import check_slurm
+from hpc_c2g.preflight.host import check_host
+from hpc_c2g.preflight.study_folder import check_mount, check_study_folder
 from hpc_c2g.scheduling.batch_script import Shape
-from hpc_c2g.scheduling.doctor import examine_slurm
-from hpc_c2g.scheduling.findings import Finding
-from hpc_c2g.scheduling.machine import examine_machine
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.scheduling.study_folder import examine_folder, examine_mount
-from launch.arguments import as_overrides, split_grid
-from launch.cli import run_verb, user_errors
-from launch.where import Where, profile_of
+from launch._compose.arguments import as_overrides, split_grid
+from launch._compose.cli import run_verb, user_errors
+from launch._compose.cluster import Where, profile_of
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red", "unknown": "dim"}
 
@@ -56,40 +56,42 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         Shape(self.nodes, self.tasks_per_node)
         if not self.wait > 0:
-            raise C2GError(f"wait={self.wait} is no time", "give seconds > 0")
+            raise UserError(f"wait={self.wait} is no time", "give seconds > 0")
 
 
-def examined(config: DoctorConfig) -> list[Finding]:
+def run_checks(config: DoctorConfig) -> list[CheckResult]:
     """All findings."""
     folder, profile = Path(os.path.abspath(config.study_dir)), profile_of(config.cluster)
     if profile is None:
         if config.job:
-            raise C2GError(f"--job is set, but cluster={config.cluster.name} sends no jobs", "add cluster=PROFILE")
-        return examine_machine() + examine_folder(folder, slurm=False)
+            raise UserError(f"--job is set, but cluster={config.cluster.name} sends no jobs", "add cluster=PROFILE")
+        return check_host() + check_study_folder(folder, slurm=False)
     shape = Shape(config.nodes, config.tasks_per_node)
-    there = examine_folder(folder, slurm=True)
-    asked, startable = examine_slurm(profile, shape, folder)
+    there = check_study_folder(folder, slurm=True)
+    asked, startable = check_slurm(profile, shape, folder)
     found = [*asked, *there]
-    told: list[Finding] = []
-    if config.job and startable and not any(f.level == "error" for f in there):
+    told: list[CheckResult] = []
+    if config.job and startable and not any(f.status == "error" for f in there):
         told = _told_by_nodes(profile, shape, folder, config.wait)
-    if not any(f.level == "ok" for f in told):  # no node has told whether it sees the files
-        if not any(f.level == "error" for f in there):
-            found.append(examine_mount(f"study_dir={folder}", folder))
+    if not any(f.status == "ok" for f in told):  # no node has told whether it sees the files
+        if not any(f.status == "error" for f in there):
+            found.append(check_mount(f"study_dir={folder}", folder))
         if not profile.container:
-            found.append(examine_mount("the package", Path(hpc_c2g.__file__).parent))
+            found.append(check_mount("the package", Path(hpc_c2g.__file__).parent))
     return found + told
 
 
-def _told_by_nodes(profile: SlurmProfile, shape: Shape, folder: Path, wait: float) -> list[Finding]:
-    from hpc_c2g.studies.checkup_job import examine_nodes
+def _told_by_nodes(profile: SlurmProfile, shape: Shape, folder: Path, wait: float) -> list[CheckResult]:
+    from hpc_c2g.preflight.node_job import check_nodes
 
     signal.signal(signal.SIGTERM, _end)
     try:
         with Status("", console=Console(stderr=True)) as line:
-            return examine_nodes(profile, shape, folder, wait, line.update)
-    except C2GError as error:
-        return [Finding("error", error.what, error.mend.replace("see `c2g doctor`", "correct profile.FIELD=VALUE"))]
+            return check_nodes(profile, shape, folder, wait, line.update)
+    except UserError as error:
+        return [
+            CheckResult("error", error.problem, error.hint.replace("see `c2g doctor`", "correct profile.FIELD=VALUE"))
+        ]
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -100,8 +102,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def doctor(config: DoctorConfig) -> None:
     """Look, show, and end with 1 where something is wrong."""
-    found = examined(config)
-    errors = sum(f.level == "error" for f in found)
+    found = run_checks(config)
+    errors = sum(f.status == "error" for f in found)
     if config.json:
         print(json.dumps({"errors": errors, "findings": [asdict(f) for f in found]}, indent=1))
     else:
@@ -110,17 +112,17 @@ def doctor(config: DoctorConfig) -> None:
         sys.exit(1)
 
 
-def show(found: Sequence[Finding]) -> None:
+def show(found: Sequence[CheckResult]) -> None:
     """A table for people; a plain line per finding for programs."""
     if not sys.stdout.isatty():
         for finding in found:
-            print(f"{finding.level:<8} {finding.what}{' -- ' if finding.mend else ''}{finding.mend}")
+            print(f"{finding.status:<8} {finding.message}{' -- ' if finding.hint else ''}{finding.hint}")
         return
     out = Table(box=None, pad_edge=False)
     for column in ("", "finding", "mend"):
         out.add_column(column)
     for finding in found:
-        out.add_row(Text(finding.level, style=STYLES[finding.level]), Text(finding.what), Text(finding.mend))
+        out.add_row(Text(finding.status, style=STYLES[finding.status]), Text(finding.message), Text(finding.hint))
     Console().print(out)
 
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
 from hpc_c2g.evaluation.evaluate import evaluate as judge_run
-from hpc_c2g.reporting.memory import by_multiplier, rows, shares_in
+from hpc_c2g.reporting.memorization import by_multiplier, rows, shares_in
+from launch._compose.cli import run_verb
 from launch.classifier import DATA
-from launch.cli import run_verb
 
 COLUMNS = {
     "oracle_accuracy": "oracle",

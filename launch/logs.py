@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.rule import Rule
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.studies.config import STAGES
 from hpc_c2g.studies.find import chosen, study_of
-from hpc_c2g.studies.here import LOGS
 from hpc_c2g.studies.ledger import Ledger
+from hpc_c2g.studies.local_executor import LOGS
 from hpc_c2g.studies.reports import read_report
 from hpc_c2g.studies.submissions import FOLDER
 from hpc_c2g.studies.view import View, look
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
 
 
 @dataclass
@@ -41,9 +41,9 @@ class LogsConfig:
 
     def __post_init__(self) -> None:
         if self.lines < 0:
-            raise C2GError(f"lines={self.lines} is negative", "give lines >= 0, 0 for all")
+            raise UserError(f"lines={self.lines} is negative", "give lines >= 0, 0 for all")
         if self.stage and self.stage not in STAGES:
-            raise C2GError(f"stage={self.stage} is unknown", f"choose one of {', '.join(STAGES)}")
+            raise UserError(f"stage={self.stage} is unknown", f"choose one of {', '.join(STAGES)}")
 
 
 def log_files(study: Path, view: View) -> list[Path]:

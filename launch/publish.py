@@ -17,8 +17,8 @@ from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.tasks import find_specs
 from hpc_c2g.studies.view import look
-from launch.arguments import as_overrides
-from launch.cli import config_folder, run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import config_folder, run_verb, user_errors
 
 
 @dataclass

@@ -19,9 +19,9 @@ from hpc_c2g.reporting.tables import cell, columns
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import View, look
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
-from launch.recipes import recipes
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
+from launch._compose.recipes import recipes
 from launch.status import counts
 
 MOSAICS = 24

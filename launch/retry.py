@@ -6,15 +6,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.launcher import Launcher, launching
 from hpc_c2g.studies.study import read_study, rebuilt
 from hpc_c2g.studies.tasks import find_specs
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
+from launch._compose.cluster import Where, profile_of
 from launch.sweep import hand_out
-from launch.where import Where, profile_of
 
 
 @dataclass
@@ -43,7 +43,9 @@ def retry(config: RetryConfig) -> None:
         views = chosen(launcher.look(None), config.run)
         failed = [v for v in views if v.state == "failed"]
         if not failed:
-            raise C2GError("none of these tasks has failed", "see `c2g status`; the same `c2g sweep` does what is left")
+            raise UserError(
+                "none of these tasks has failed", "see `c2g status`; the same `c2g sweep` does what is left"
+            )
         launcher.forgive(failed, study.retries)
         hand_out(launcher, study, profile, "failed", config.watch)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_c2g.errors import C2GError, require
+from hpc_c2g.errors import UserError, require
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.trained import check_drawing
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
 from hpc_c2g.training.results import load_run
-from launch.cli import run_verb
+from launch._compose.cli import run_verb
 
 
 @dataclass
@@ -37,11 +37,11 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise C2GError(f"count={self.count} is too small", "draw at least one sample")
+            raise UserError(f"count={self.count} is too small", "draw at least one sample")
         require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         check_drawing(self.drawing)
         if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
-            raise C2GError(f"out={self.out} has no known ending", "end it with .png or .npz")
+            raise UserError(f"out={self.out} has no known ending", "end it with .png or .npz")
 
 
 def sample(config: SampleConfig) -> None:
@@ -56,7 +56,7 @@ def sample(config: SampleConfig) -> None:
     elif drawable(generator.input_shape):
         save_png(grid(samples, len(generator.classes)), out, zoom_for(samples.shape[-1]))
     else:
-        raise C2GError(
+        raise UserError(
             f"out={out}: samples of shape {list(generator.input_shape)} are no images", "write an .npz instead"
         )
     print(f"written: {out} ({config.count} samples of {len(generator.classes)} classes)")

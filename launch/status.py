@@ -17,14 +17,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.scheduling.queue import Entry, Queue
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.view import ACTIVE, STATES, Progress, View, look, progress
-from launch.arguments import as_overrides
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides
+from launch._compose.cli import run_verb, user_errors
 
 STYLES = {"failed": "red", "blocked": "red", "lost": "red", "running": "green", "done": "dim"}
 SHOWN = 30
@@ -49,7 +49,7 @@ class StatusConfig:
 
     def __post_init__(self) -> None:
         if self.watch < 0:
-            raise C2GError(f"watch={self.watch} is negative", "give seconds, or leave it out")
+            raise UserError(f"watch={self.watch} is negative", "give seconds, or leave it out")
 
 
 def queue_of(cluster: str) -> tuple[dict[str, Entry] | None, str]:
@@ -58,7 +58,7 @@ def queue_of(cluster: str) -> tuple[dict[str, Entry] | None, str]:
         return None, ""
     try:
         return Queue().ask(), ""
-    except C2GError as error:
+    except UserError as error:
         return None, " ".join(str(error).split())
 
 

@@ -12,24 +12,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.reporting.results import results
 from hpc_c2g.reporting.tables import write_tables
 from hpc_c2g.scheduling.batch_script import check_folder
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.studies.config import NEEDS, StudyConfig
-from hpc_c2g.studies.here import run_here, run_within
 from hpc_c2g.studies.launcher import Launcher, launching
-from hpc_c2g.studies.slurm import SlurmArrays, batches, in_order, script, watch
+from hpc_c2g.studies.local_executor import run_inline, run_local
+from hpc_c2g.studies.slurm_executor import SlurmExecutor, batches, in_order, script, watch
 from hpc_c2g.studies.study import FILE, StudyFile, joined, read_study, save_study
 from hpc_c2g.studies.submissions import Submission
 from hpc_c2g.studies.tasks import Task
 from hpc_c2g.studies.view import ACTIVE, View
-from launch.arguments import as_overrides, split_grid
-from launch.cli import run_verb, user_errors
+from launch._compose.arguments import as_overrides, split_grid
+from launch._compose.cli import run_verb, user_errors
+from launch._compose.cluster import DEBUG, Where, profile_of
+from launch._compose.grid import expand, grid_of, plan
 from launch.status import counts_table, told
-from launch.study import expand, grid_of, plan
-from launch.where import DEBUG, Where, profile_of
 
 LOOK_SECONDS = 10.0
 
@@ -68,13 +68,13 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if self.only not in ("", "failed"):
-            raise C2GError(f"only={self.only} is unknown", "write --only failed, or leave it out")
+            raise UserError(f"only={self.only} is unknown", "write --only failed, or leave it out")
         if self.parallel is not None and self.parallel < 1:
-            raise C2GError(f"parallel={self.parallel} is too small", "give parallel >= 1")
+            raise UserError(f"parallel={self.parallel} is too small", "give parallel >= 1")
         if self.retries < 0:
-            raise C2GError(f"retries={self.retries} is negative", "give retries >= 0")
+            raise UserError(f"retries={self.retries} is negative", "give retries >= 0")
         if not self.study_dir.isprintable():
-            raise C2GError(f"study_dir={self.study_dir!r} has a control character", "choose another name")
+            raise UserError(f"study_dir={self.study_dir!r} has a control character", "choose another name")
 
 
 def sweep(config: SweepConfig, grid: Sequence[str] = ()) -> None:
@@ -113,16 +113,16 @@ def hand_out(
     if profile is None:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
 
-            def tell(views: Sequence[View]) -> None:
+            def log_fn(views: Sequence[View]) -> None:
                 live.update(counts_table(folder, views))
 
             if study.cluster == DEBUG:
-                views = run_within(launcher, only, tell)
+                views = run_inline(launcher, only, log_fn)
             else:
-                views = run_here(launcher, study.parallel or len(os.sched_getaffinity(0)), only, tell)
+                views = run_local(launcher, study.parallel or len(os.sched_getaffinity(0)), only, log_fn)
         _end(folder, study.study.name, views)
         return
-    arrays = SlurmArrays(launcher, profile, study.cluster, study.study.name)
+    arrays = SlurmExecutor(launcher, profile, study.cluster, study.study.name)
     arrays.recover()
     stages = study.study.stages
     if stay:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hpc_c2g.distributed.environment import detect
 from hpc_c2g.generators.config import GENERATORS
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train as train_generator
-from launch.cli import run_verb
+from launch._compose.cli import run_verb
 
 
 def train(config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.classifiers.normalization import Normalization
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def bundle() -> Bundle:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return Bundle(model, architecture, ["a", "b", "c"], (1, 4, 4), Normalisation.constant((1, 4, 4), mean=0.4))
+    return Bundle(model, architecture, ["a", "b", "c"], (1, 4, 4), Normalization.constant((1, 4, 4), mean=0.4))
 
 
 @pytest.fixture

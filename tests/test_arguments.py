@@ -9,8 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_c2g.errors import C2GError
-from launch.arguments import as_overrides, quoted, split_grid
+from hpc_c2g.errors import UserError
+from launch._compose.arguments import as_overrides, quoted, split_grid
 
 
 @dataclass
@@ -33,14 +33,14 @@ def test_flags_and_words_become_fields():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--colour"], "--colour is unknown"),
+        (["--color"], "--color is unknown"),
         (["-x"], "-x is unknown"),
         (["--only"], "--only has no value"),
         (["a", "b"], "'b' is one word too many"),
     ],
 )
 def test_a_word_that_means_nothing_is_told(argv, message):
-    with pytest.raises(C2GError, match=message):
+    with pytest.raises(UserError, match=message):
         as_overrides(argv, Settings, ["study_dir"])
 
 

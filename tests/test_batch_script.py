@@ -14,19 +14,19 @@ import submitit
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.scheduling.batch_script import Shape, check_folder, python_command, sbatch_text, submitit_parameters
 from hpc_c2g.scheduling.profile import SlurmProfile, load_profile
 
 GOLDEN = Path(__file__).parent / "golden"
-AFTERMATH = "python -m aftermath /runs/study"
+EPILOG = "python -m epilog /runs/study"
 CASES = {
     "local_array": {
         "profile": load_profile("local_slurm", {"python": "/env/bin/python"}),
         "shape": Shape(2, 4),
         "elements": 30,
         "after": ["11", "12_3"],
-        "aftermath": AFTERMATH,
+        "epilog": EPILOG,
     },
     "gpu_container": {
         "profile": load_profile(
@@ -48,7 +48,7 @@ CASES = {
             },
         ),
         "shape": Shape(4, 4),
-        "aftermath": AFTERMATH,
+        "epilog": EPILOG,
     },
     "single": {"profile": SlurmProfile(python="/env/bin/python"), "shape": Shape()},
 }
@@ -86,7 +86,7 @@ def test_it_is_what_submitit_submits(name, elements, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     folder = tmp_path / "a b"
     executor = submitit.SlurmExecutor(folder, python=python_command(case["profile"]))
-    keys = ("profile", "shape", "after", "aftermath")
+    keys = ("profile", "shape", "after", "epilog")
     executor.update_parameters(**submitit_parameters(job_name="study", **{k: case[k] for k in keys if k in case}))
     with executor.batch():
         for _ in range(elements):
@@ -121,40 +121,40 @@ def test_every_script_survives_requeueing_and_keeps_the_log():
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 0), (1.5, 1), (True, 1), ("2", 1)])
 def test_an_impossible_shape_is_refused(values):
-    with pytest.raises(C2GError, match="whole number"):
+    with pytest.raises(UserError, match="whole number"):
         Shape(*values)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\n", "a,b", "$(x)", "-a", "ä"])
 def test_a_job_name_has_one_meaning_everywhere(name):
-    with pytest.raises(C2GError, match="job name"):
+    with pytest.raises(UserError, match="job name"):
         submitit_parameters(SlurmProfile(), Shape(), name)
 
 
 @pytest.mark.parametrize("job", ["", "1 2", "1:2", "1_", "x", "1\n", "٣"])
 def test_only_ids_are_waited_for(job):
-    with pytest.raises(C2GError, match="id"):
+    with pytest.raises(UserError, match="id"):
         text_of(SlurmProfile(), after=[job])
 
 
 def test_no_element_is_no_array():
-    with pytest.raises(C2GError, match="0 elements"):
+    with pytest.raises(UserError, match="0 elements"):
         text_of(SlurmProfile(), elements=0)
 
 
-def test_the_aftermath_is_one_line():
-    with pytest.raises(C2GError, match="control character"):
-        text_of(SlurmProfile(), aftermath="a\nb")
+def test_the_epilog_is_one_line():
+    with pytest.raises(UserError, match="control character"):
+        text_of(SlurmProfile(), epilog="a\nb")
 
 
 @pytest.mark.parametrize(
     "path", ["/a%b", "/a\nb", "/a'b", '/a"b', "/a\\b", "/a$b", "/a`b", "-a", "~/a", "/a\u2028", "/\ud800"]
 )
 def test_a_folder_that_slurm_would_interpret_is_refused(path):
-    with pytest.raises(C2GError, match="folder") as caught:
+    with pytest.raises(UserError, match="folder") as caught:
         check_folder(path)
     character = next(c for c in path if c not in "/ab")
-    assert repr(character) in caught.value.what
+    assert repr(character) in caught.value.problem
 
 
 def test_a_folder_is_absolute(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """Runs a script with srun, module, mkdir and the aftermath replaced by what writes down how it was called."""
+    """Runs a script with srun, module, mkdir and the epilog replaced by what writes down how it was called."""
     folder = tmp_path_factory.mktemp("stage")
     record = "printf '%s\\0' \"$@\""
     bin = programs(
@@ -185,7 +185,7 @@ def stage(tmp_path_factory):
         srun=f'env -0 > {folder}/environment; {record} > {folder}/command; eval "$DURING"; exit 3',
         module=f'{{ {record}; echo; }} >> {folder}/before; [ "$2" != missing ]',
         mkdir=f"{{ {record}; echo; }} >> {folder}/before",
-        aftermath=f"{record} > {folder}/after; exit 9",
+        epilog=f"{record} > {folder}/after; exit 9",
     )
 
     def run(text: str, **environment: str) -> Ran:
@@ -217,26 +217,26 @@ def stage(tmp_path_factory):
     return run
 
 
-def test_the_job_ends_as_the_aftermath_does(stage):
-    ran = stage(text_of(SlurmProfile(), aftermath="aftermath 'a b'"))
+def test_the_job_ends_as_the_epilog_does(stage):
+    ran = stage(text_of(SlurmProfile(), epilog="epilog 'a b'"))
     assert (ran.after, ran.code, ran.said) == (["a b", "3"], 9, "")
 
 
-def test_a_setup_that_stops_at_errors_does_not_stop_the_aftermath(stage):
-    ran = stage(text_of(SlurmProfile(setup=["set -euo pipefail"]), aftermath="aftermath"))
+def test_a_setup_that_stops_at_errors_does_not_stop_the_epilog(stage):
+    ran = stage(text_of(SlurmProfile(setup=["set -euo pipefail"]), epilog="epilog"))
     assert (ran.after, ran.code) == (["3"], 9)
-    ran = stage(text_of(SlurmProfile(setup=["set -e", "false"]), aftermath="aftermath"))
+    ran = stage(text_of(SlurmProfile(setup=["set -e", "false"]), epilog="epilog"))
     assert (ran.command, ran.after, ran.code) == ([], [], 1)
 
 
-def test_without_an_aftermath_the_job_ends_as_its_ranks_do(stage):
+def test_without_an_epilog_the_job_ends_as_its_ranks_do(stage):
     assert stage(text_of(SlurmProfile())).code == 3
 
 
 @pytest.mark.parametrize("signal", ["TERM", "USR2"])
-def test_the_aftermath_outlives_a_signal_and_the_ranks_can_still_get_it(stage, signal):
+def test_the_epilog_outlives_a_signal_and_the_ranks_can_still_get_it(stage, signal):
     during = f"grep SigIgn /proc/$$/status; kill -{signal} $PPID; sleep 0.05"
-    ran = stage(text_of(SlurmProfile(), aftermath="aftermath"), DURING=during)
+    ran = stage(text_of(SlurmProfile(), epilog="epilog"), DURING=during)
     assert (ran.after, ran.code) == (["3"], 9)
     ignored = int(ran.said.split()[1], 16)
     assert ignored & (1 << 14 | 1 << 11) == 0  # TERM, USR2
@@ -273,7 +273,7 @@ def test_modules_are_loaded_and_a_missing_one_ends_the_job(stage):
     profile = SlurmProfile(purge_modules=True, modules=["cuda/12.6", "GCC/12.3.0"])
     ran = stage(text_of(profile))
     assert ran.before == [["purge"], ["load", "cuda/12.6", "GCC/12.3.0"]]
-    ran = stage(text_of(SlurmProfile(modules=["missing"]), aftermath="aftermath"))
+    ran = stage(text_of(SlurmProfile(modules=["missing"]), epilog="epilog"))
     assert (ran.code, ran.command, ran.after) == (1, [], [])
 
 
@@ -283,7 +283,7 @@ def test_a_variable_of_bash_arrives_or_is_refused(stage):
     for name in set(names) - {"PATH"}:
         try:
             SlurmProfile(environment={name: "a b"})
-        except C2GError:
+        except UserError:
             continue
         allowed[name] = "a b"
     assert len(allowed) < len(names)
@@ -357,9 +357,9 @@ def test_no_text_breaks_out_of_the_script(stage, place, text):
     """It arrives as it was written, or it was refused."""
     try:
         profile = SlurmProfile(**PLACES[place](text))
-    except C2GError:
+    except UserError:
         return
-    script = text_of(profile, aftermath="aftermath")
+    script = text_of(profile, epilog="epilog")
     ran = stage(script)
     assert (ran.said, ran.files, ran.after, ran.code) == ("", [], ["3"], 9)
     begin = ran.command.index("--wait=60")
@@ -385,7 +385,7 @@ def test_no_text_breaks_out_of_the_script(stage, place, text):
 def test_a_folder_arrives_or_is_refused(stage, text):
     try:
         folder = check_folder(f"/x{text}")
-    except C2GError:
+    except UserError:
         return
     ran = stage(text_of(SlurmProfile(), folder=folder))
     assert (ran.said, ran.files, ran.code) == ("", [], 3)

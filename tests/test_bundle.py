@@ -24,16 +24,16 @@ from hpc_c2g.classifiers.bundle import (
     load_weights,
     save_bundle,
 )
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
 
 
 def refused(match: str, call, *args, **kwargs) -> None:
-    """``call`` raises a C2GError of one line that names ``match`` and says how to mend it."""
-    with pytest.raises(C2GError, match=match) as caught:
+    """``call`` raises a UserError of one line that names ``match`` and says how to mend it."""
+    with pytest.raises(UserError, match=match) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def edit(folder: Path, **changes) -> None:
@@ -72,8 +72,8 @@ def test_round_trip_is_bitwise(tmp_path, options, dtype):
     model = build_model(architecture).to(dtype)
     with torch.no_grad():
         model.train()(torch.randn(9, *SHAPE, dtype=dtype))  # running statistics and counters as after training
-    normalisation = Normalisation.constant(SHAPE, mean=torch.rand(SHAPE), scale=[0.5, 2.0], value_range=(-1, 3))
-    saved = Bundle(model, architecture, ["x", "y", "z"], SHAPE, normalisation)
+    normalization = Normalization.constant(SHAPE, mean=torch.rand(SHAPE), scale=[0.5, 2.0], value_range=(-1, 3))
+    saved = Bundle(model, architecture, ["x", "y", "z"], SHAPE, normalization)
     save_bundle(saved, tmp_path / "new" / "folder")
     loaded = load_bundle(str(tmp_path / "new" / "folder"))
     there = loaded.model.state_dict()
@@ -82,7 +82,7 @@ def test_round_trip_is_bitwise(tmp_path, options, dtype):
         assert torch.equal(there[name], tensor)
         assert there[name].dtype == tensor.dtype
     for name in ("mean", "scale", "lower", "upper"):
-        assert torch.equal(getattr(loaded.normalisation, name), getattr(normalisation, name))
+        assert torch.equal(getattr(loaded.normalization, name), getattr(normalization, name))
     for field in ("architecture", "classes", "input_shape", "dtype", "fingerprint"):
         assert getattr(loaded, field) == getattr(saved, field)
     assert not loaded.model.training
@@ -91,10 +91,10 @@ def test_round_trip_is_bitwise(tmp_path, options, dtype):
     assert torch.equal(loaded.model(x), saved.model(x))
 
 
-def test_fingerprint_is_of_weights_and_normalisation_not_of_the_place(bundle, tmp_path):
+def test_fingerprint_is_of_weights_and_normalization_not_of_the_place(bundle, tmp_path):
     save_bundle(bundle, tmp_path / "a")
     assert load_bundle(tmp_path / "a").fingerprint == bundle.fingerprint
-    moved = dataclasses.replace(bundle, normalisation=Normalisation.constant((1, 4, 4), mean=0.3))
+    moved = dataclasses.replace(bundle, normalization=Normalization.constant((1, 4, 4), mean=0.3))
     assert moved.fingerprint != bundle.fingerprint
     with torch.no_grad():
         bundle.model.head.weight[0, 0] += 1e-15
@@ -172,11 +172,11 @@ UNFIT = [
     (lambda t: t.pop("model.head.weight"), r"missing head\.weight"),
     (lambda t: t.update({"model.more": torch.zeros(2)}), "unexpected more"),
     (lambda t: t.update({"model.head.weight": torch.zeros(3, 13)}), r"head\.weight: \[3, 13\] instead of \[3, 12\]"),
-    (lambda t: t.pop("normalisation.mean"), r"lacks 'normalisation\.mean'"),
+    (lambda t: t.pop("normalization.mean"), r"lacks 'normalization\.mean'"),
     (lambda t: t["model.head.weight"].view(-1)[5:6].fill_(torch.nan), r"'head\.weight' holds NaN"),
     (lambda t: t["model.linear1.bias"][:1].fill_(-torch.inf), r"'linear1\.bias' holds NaN or infinite"),
-    (lambda t: t["normalisation.scale"].zero_(), r"normalisation\.scale"),
-    (lambda t: t["normalisation.upper"].fill_(-1), r"normalisation\.range is empty"),
+    (lambda t: t["normalization.scale"].zero_(), r"normalization\.scale"),
+    (lambda t: t["normalization.upper"].fill_(-1), r"normalization\.range is empty"),
 ]
 
 
@@ -193,19 +193,19 @@ def test_nan_weights_are_refused_at_once(bundle):
 
 
 @pytest.mark.parametrize("name", ["mean", "upper"])
-def test_normalisation_that_is_not_finite_is_refused(bundle_dir, name):
-    rewrite(bundle_dir, lambda tensors: tensors[f"normalisation.{name}"].view(-1)[:1].fill_(torch.inf))
-    refused("normalisation", load_bundle, bundle_dir)
+def test_normalization_that_is_not_finite_is_refused(bundle_dir, name):
+    rewrite(bundle_dir, lambda tensors: tensors[f"normalization.{name}"].view(-1)[:1].fill_(torch.inf))
+    refused("normalization", load_bundle, bundle_dir)
 
 
-def test_input_shape_must_be_that_of_the_normalisation(bundle_dir):
+def test_input_shape_must_be_that_of_the_normalization(bundle_dir):
     edit(bundle_dir, input_shape=[16])  # an MLP flattens, so it takes this too
-    refused("input_shape|normalisation", load_bundle, bundle_dir)
+    refused("input_shape|normalization", load_bundle, bundle_dir)
 
 
 def test_a_single_class_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
-    refused("class", Bundle, model, {}, ["only"], (4,), Normalisation.constant((4,)))
+    refused("class", Bundle, model, {}, ["only"], (4,), Normalization.constant((4,)))
 
 
 CALLED: list[object] = []

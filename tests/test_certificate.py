@@ -12,12 +12,12 @@ from scipy.optimize import minimize, nnls
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_c2g.classifiers import certificate as module
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.classifiers.certificate import Certificate, certify, count_equations, margin_gram, verdict
 from hpc_c2g.classifiers.models import CNN, MLP
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
+from hpc_c2g.fitting import certificate as module
+from hpc_c2g.fitting.certificate import Certificate, certify, count_equations, margin_gram, verdict
 from hpc_c2g.kkt.stationarity import left_side
 
 
@@ -39,7 +39,7 @@ class Shared(nn.Module):
 
 def bundle_of(net: nn.Module, shape: tuple[int, ...], classes: int) -> Bundle:
     return Bundle(
-        net.double(), {"target": "mlp"}, [str(c) for c in range(classes)], shape, Normalisation.constant(shape)
+        net.double(), {"target": "mlp"}, [str(c) for c in range(classes)], shape, Normalization.constant(shape)
     )
 
 
@@ -111,15 +111,15 @@ def test_constructed_kkt_point_of_a_two_layer_net() -> None:
     # G_V = mu C s (I - 1/C) = V hold for s^2 = 1 - 1/C.
     x, y = torch.eye(5, dtype=torch.float64), torch.arange(5)
     net = MLP((5,), 5, width=5, bias="none").double()
-    centred = torch.eye(5, dtype=torch.float64) - 0.2
+    centered = torch.eye(5, dtype=torch.float64) - 0.2
     net.linear1.weight = nn.Parameter(math.sqrt(0.8) * torch.eye(5, dtype=torch.float64))
-    net.head.weight = nn.Parameter(centred)
+    net.head.weight = nn.Parameter(centered)
     result = certify(bundle_of(net, (5,), 5), x, y, {"linear1.weight": 0.5, "head.weight": 0.5})
     assert result.relative_residual < 1e-8
     assert result.weighted_margin == pytest.approx(1, abs=1e-6)
     assert result.equations == 25
     # by Euler sum mu_ij e^a m_ij = <theta(a), theta(a)> / 2
-    norm = 0.5 * math.exp(result.alpha) * (5 * 0.8 + float(centred.square().sum()))
+    norm = 0.5 * math.exp(result.alpha) * (5 * 0.8 + float(centered.square().sum()))
     assert float(result.multipliers.sum()) == pytest.approx(norm, rel=1e-6)
 
 
@@ -210,7 +210,7 @@ def test_a_search_that_ends_too_soon_is_no_certificate(monkeypatch: pytest.Monke
         return minimize(function, start, **settings | {"options": {"maxiter": 1}})
 
     monkeypatch.setattr(module, "minimize", soon)
-    with pytest.raises(C2GError, match="did not converge"):
+    with pytest.raises(UserError, match="did not converge"):
         certify(bundle, x, y, dict.fromkeys(bundle.parameters, 0.5))
 
 
@@ -291,13 +291,13 @@ def test_misfits_are_named() -> None:
     bundle, (x, y) = bundle_of(MLP((6,), 3, width=9), (6,), 3), data(12, (6,), 3)
     rates = dict.fromkeys(bundle.parameters, 0.5)
     for bad_x, bad_y in ((x[:, :5], y), (x[:0], y[:0]), (x, y[:5]), (x, y[:, None]), (x, y + 1), (x, y - 1)):
-        with pytest.raises(C2GError, match="do not fit"):
+        with pytest.raises(UserError, match="do not fit"):
             certify(bundle, bad_x, bad_y, rates)
-    with pytest.raises(C2GError, match=r"head\.weight"):
+    with pytest.raises(UserError, match=r"head\.weight"):
         certify(bundle, x, y, {k: r for k, r in rates.items() if k != "head.weight"})
-    with pytest.raises(C2GError, match="left_side"):
+    with pytest.raises(UserError, match="left_side"):
         certify(bundle, x, y, rates, "other")
-    with pytest.raises(C2GError, match="left side"):
+    with pytest.raises(UserError, match="left side"):
         certify(bundle, x, y, dict.fromkeys(rates, 0.0), "rates")
 
 

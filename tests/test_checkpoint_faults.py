@@ -18,10 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.training import checkpoints as module
 from hpc_c2g.training.checkpoints import META, STATE, Checkpoints
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 KILLS = 30
 HOW = ("publish", "publish_later")
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_from_any_call_on(
             every_call(patch, at_call(number, disk_full), removals=False)
             try:
                 publish(checkpoints, how, step, mark=1.0)
-            except C2GError as error:
+            except UserError as error:
                 assert re.search(rf"cannot write \S+step_0000000{step}: No space left", str(error))  # noqa: PT017
                 refusals += 1
             else:
@@ -213,7 +213,7 @@ def test_what_was_left_aside_is_a_checkpoint_until_there_is_a_newer_one(
     assert whole_step(checkpoints) == 1
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: disk_full())
-        with pytest.raises(C2GError):
+        with pytest.raises(UserError):
             publish(checkpoints, "publish", 2)
     assert whole_step(checkpoints) == 1
     publish(checkpoints, "publish", 2)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.training.checkpoints import META, STATE, Checkpoints, snapshot
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 
 def state(step: int) -> dict:
@@ -140,7 +140,7 @@ def test_its_failure_is_told_once_by_the_next_call(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     failed_write(checkpoints, monkeypatch)
-    with pytest.raises(C2GError, match=r"cannot write \S+step_00000002: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write \S+step_00000002: No space left on device"):
         getattr(checkpoints, call)(*(() if call == "finish" else (3, state(3))))
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step_00000001"]
     checkpoints.publish_later(4, state(4))
@@ -157,7 +157,7 @@ def test_a_context_tells_the_failure_unless_there_is_an_earlier_one(
             if error:
                 raise error("power cut")
 
-    with pytest.raises(C2GError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         leave(None)
     with pytest.raises(RuntimeError, match="power cut"):
         leave(RuntimeError)
@@ -173,7 +173,7 @@ EXITS = """
 import sys, torch
 from pathlib import Path
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 Checkpoints(Path(sys.argv[1]), CheckpointConfig()).publish_later(2, {"w": torch.ones(3_000_000)})
 raise RuntimeError("an error that nobody caught")

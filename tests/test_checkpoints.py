@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.training.checkpoints import META, STATE, Checkpoints
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 
 def state(step: int, size: int = 100) -> dict:
@@ -96,10 +96,10 @@ def test_a_refusing_file_system_leaves_the_earlier_checkpoint_and_nothing_else(c
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, failing, refuse)
-    with pytest.raises(C2GError) as caught:
+    with pytest.raises(UserError) as caught:
         checkpoints.publish(2, state(2))
-    assert str(checkpoints.folder / "step_00000002") in caught.value.what
-    assert os.strerror(code) in caught.value.what
+    assert str(checkpoints.folder / "step_00000002") in caught.value.problem
+    assert os.strerror(code) in caught.value.problem
     assert names(checkpoints) == ["step_00000001"]
     assert_newest(checkpoints, 1)
 
@@ -131,16 +131,16 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 import torch
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=3))
 limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
 try:
     checkpoints.publish(2, {"w": torch.zeros(100_000)})
-except C2GError as error:
+except UserError as error:
     print(error)
 print(sorted(os.listdir(sys.argv[1])), flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -211,10 +211,10 @@ def test_all_damaged_is_an_error_that_names_the_folder(checkpoints):
         DAMAGE["state cut in half"](checkpoints.folder / f"step_{step:08d}")
     with (
         pytest.warns(UserWarning, match="is damaged") as warned,
-        pytest.raises(C2GError, match="every checkpoint in") as caught,
+        pytest.raises(UserError, match="every checkpoint in") as caught,
     ):
         checkpoints.latest()
-    assert str(checkpoints.folder) in caught.value.what
+    assert str(checkpoints.folder) in caught.value.problem
     assert len(warned) == 2
 
 

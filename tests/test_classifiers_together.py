@@ -10,29 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.trainers import three_bundles
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainers import three_bundles
 
 from hpc_c2g.classifiers.bundle import Bundle, build_model, load_bundle, save_bundle
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
-from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
 from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.trained import DRAWINGS
-from hpc_c2g.training import assembly
-from hpc_c2g.training.capacity import available_bytes, check_classifiers, largest_that_fits
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training import trainer
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.cost.capacity import available_bytes, check_classifiers, largest_that_fits
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
-from hpc_c2g.training.sharding import batch_shares, shard
+from hpc_c2g.training.step.sharding import batch_shares, shard
 
-ALONE = World.alone(torch.device("cpu"))
+ALONE = World.single_process(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def config(folders: str | list[str], run_dir: Path, **changes: object) -> TrainC
             "steps": 6,
             "global_batch": 36,
             "device": "cpu",
-            "scale": ScaleConfig(pilot_steps=3),
+            "alpha": AlphaConfig(pilot_steps=3),
             "log": LogConfig(every=2, images_every=3, progress=False),
             "checkpoint": CheckpointConfig(every=3),
             **changes,
@@ -101,13 +101,13 @@ def test_a_stopped_run_of_three_goes_on_bitwise_and_other_classifiers_are_refuse
     assert whole.alphas == again.alphas
     for mine, other in zip(whole.generator.module.parameters(), again.generator.module.parameters(), strict=True):
         assert torch.equal(mine, other)
-    with pytest.raises(C2GError, match="holds a run of another classifier"):
+    with pytest.raises(UserError, match="holds a run of another classifier"):
         train(config(folders[:2], tmp_path / "cut"))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"deterministic": True, "virtual_shards": 2}, {"generator": FreeImagesConfig()}],
+    [{}, {"deterministic": True, "deterministic_shards": 2}, {"generator": FreeImagesConfig()}],
     ids=lambda c: "-".join(c),
 )
 def test_two_solutions_are_what_two_copies_of_the_classifier_would_get(
@@ -169,16 +169,16 @@ def test_a_run_from_before_there_were_solutions_has_one_of_each_classifier(folde
     settings = tmp_path / "run" / "config.yaml"
     settings.write_text(settings.read_text().replace("solutions: 1\n", ""))
     assert [member.classifier for member in load_run(tmp_path / "run").generator.members] == [0, 1]
-    with pytest.raises(C2GError, match="solutions=1 there, 2 now"):
+    with pytest.raises(UserError, match="solutions=1 there, 2 now"):
         train(config(folders[:2], tmp_path / "run", solutions=2))
 
 
 def test_shares_are_those_of_classifiers_whatever_the_solutions(folders: list[str]) -> None:
     wanted = config(folders[:2], Path("run"), solutions=2, shares=[2.0, 1.0])
     assert batch_shares(wanted, [3, 3, 2, 2]) == [12, 12, 6, 6]
-    with pytest.raises(C2GError, match=r"shares=\[1.0\] names 1 shares for 2 classifiers"):
+    with pytest.raises(UserError, match=r"shares=\[1.0\] names 1 shares for 2 classifiers"):
         shard(replace(wanted, shares=[1.0]), [3, 3, 2, 2], Mesh.over(ALONE, 4), None)
-    with pytest.raises(C2GError, match="solutions=0"):
+    with pytest.raises(UserError, match="solutions=0"):
         replace(wanted, solutions=0)
 
 
@@ -192,13 +192,13 @@ def test_free_images_of_several_classifiers_keep_their_place(folders: list[str],
 def test_classifiers_that_cannot_share_a_generator_are_refused(folders: list[str], tmp_path: Path) -> None:
     architecture = {"target": "mlp", "input_shape": [1, 5, 5], "classes": 2, "width": 4}
     model = build_model(architecture).double()
-    normalisation = Normalisation.constant((1, 5, 5), 0.5)
-    save_bundle(Bundle(model, architecture, ["a", "b"], (1, 5, 5), normalisation), tmp_path / "other")
-    with pytest.raises(C2GError, match=r"inputs of different shapes: \S+/0 \[1, 4, 4\], \S+/other \[1, 5, 5\]"):
+    normalization = Normalization.constant((1, 5, 5), 0.5)
+    save_bundle(Bundle(model, architecture, ["a", "b"], (1, 5, 5), normalization), tmp_path / "other")
+    with pytest.raises(UserError, match=r"inputs of different shapes: \S+/0 \[1, 4, 4\], \S+/other \[1, 5, 5\]"):
         train(config([folders[0], str(tmp_path / "other")], tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     for classifier, fragment in (([], "classifier="), ([folders[0]] * 2, "name each bundle once"), (3, "classifier=3")):
-        with pytest.raises(C2GError, match=fragment.replace("[", r"\[")):
+        with pytest.raises(UserError, match=fragment.replace("[", r"\[")):
             config(classifier, tmp_path / "run")
 
 
@@ -219,7 +219,7 @@ def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
     baseline = load_run(next((tmp_path / "run" / "baselines").glob("classification_only-classifier1-*"))).config
     seen = (baseline.classifier, baseline.solutions, baseline.global_batch)
     assert seen == (names[1], 1, 7)  # two fifths of 36, halved
-    with pytest.raises(C2GError, match="each is judged on the data that its record names"):
+    with pytest.raises(UserError, match="each is judged on the data that its record names"):
         evaluate(replace(settings, data=DataConfig()))
 
 
@@ -231,23 +231,23 @@ def test_the_largest_micro_batch_fits_and_is_kept_by_a_run(
     mesh = Mesh.over(ALONE, 3)
     sizes = [largest_that_fits(bundles, settings, mesh, free) for free in (1e6, 1.6e6, 1e9)]
     assert sizes[0] < sizes[1] < sizes[2] == 512
-    with pytest.raises(C2GError, match=r"micro_batch=auto: not one sample fits into -?0\.00 GiB of rank 0"):
+    with pytest.raises(UserError, match=r"micro_batch=auto: not one sample fits into -?0\.00 GiB of rank 0"):
         largest_that_fits(bundles, settings, mesh, 1000)
 
-    monkeypatch.setattr(assembly, "available_bytes", lambda world: 1e6)
+    monkeypatch.setattr(trainer, "available_bytes", lambda world: 1e6)
     train(settings)
     last = max((tmp_path / "run" / "checkpoints").iterdir())
     state = torch.load(last / "state.pt", weights_only=True)
     assert state["layout"] == {"world_size": 1, "asked": "auto", "groups": "None", "micro_batch": sizes[0]}
     # on as many ranks the run goes on with the micro-batch that it found, whatever is free now
     shutil.rmtree(last)
-    monkeypatch.setattr(assembly, "largest_that_fits", lambda *_: pytest.fail("the run has found its micro-batch"))
+    monkeypatch.setattr(trainer, "largest_that_fits", lambda *_: pytest.fail("the run has found its micro-batch"))
     assert train(settings).steps_made == 3
 
 
 def test_more_classifiers_than_the_ranks_can_hold_are_refused(folders: list[str]) -> None:
     bundles = [load_bundle(folder) for folder in folders]
-    with pytest.raises(C2GError, match=r"3 classifiers x solutions per process need 0\.00 GiB"):
+    with pytest.raises(UserError, match=r"3 classifiers x solutions per process need 0\.00 GiB"):
         check_classifiers(bundles, Mesh.over(ALONE, 3), 1000)
     check_classifiers(bundles, Mesh.over(ALONE, 3), 1e6)
 
@@ -257,8 +257,8 @@ def test_available_memory_is_that_of_the_machine_or_its_control_group(
 ) -> None:
     whole = available_bytes(ALONE)
     assert 2**26 < whole < 2**50
-    monkeypatch.setattr("hpc_c2g.training.capacity.CGROUP", tmp_path)
-    monkeypatch.setattr("hpc_c2g.training.capacity.OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr("hpc_c2g.training.cost.capacity.CGROUP", tmp_path)
+    monkeypatch.setattr("hpc_c2g.training.cost.capacity.OWN_GROUP", tmp_path / "own")
     (tmp_path / "own").write_text("0::/slurm/job7/step0\n")
     job = tmp_path / "slurm" / "job7"  # the limit is the job's, not the step's own
     (job / "step0").mkdir(parents=True)

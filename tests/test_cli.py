@@ -18,21 +18,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from hpc_c2g.classifiers import progress
 from hpc_c2g.classifiers.bundle import META, WEIGHTS
-from hpc_c2g.classifiers.fitting import MarginFitConfig
-from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import LogConfig, TrainConfig
+from hpc_c2g.errors import UserError
+from hpc_c2g.fitting import progress
+from hpc_c2g.fitting.fit import MarginFitConfig
+from hpc_c2g.fitting.make import RECORD, ClassifierConfig, make_classifier
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.run_directory import RunDirectory
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.step.train_step import TrainStep
 from launch.__main__ import VERBS, main
 
 SMALL = ["data.classes=[0,1]", "data.train_size=20", "fit.target_margin=3", "model.width=8"]
-FEW = ["steps=3", "global_batch=8", "scale.start=-1", "log.progress=false", "log.every=1", "device=cpu"]
+FEW = ["steps=3", "global_batch=8", "alpha.init=-1", "log.progress=false", "log.every=1", "device=cpu"]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     shutil.copytree(found["classifier"], found["unrecorded"])
     (found["unrecorded"] / RECORD).unlink()
     found["empty"].mkdir()
-    settings = {"steps": 2, "global_batch": 8, "scale": ScaleConfig(start=-1.0), "log": LogConfig(progress=False)}
+    settings = {"steps": 2, "global_batch": 8, "alpha": AlphaConfig(init=-1.0), "log": LogConfig(progress=False)}
     train(TrainConfig(str(found["classifier"]), str(found["run"]), **settings))
     train(TrainConfig(str(found["unrecorded"]), str(found["unrecorded_run"]), **settings))
     return found
@@ -81,17 +81,17 @@ def assert_one_line(result: tuple[int, str, str], verb: str, *fragments: str) ->
 
 
 MISTAKES = {
-    "unknown key": ("train classifier={classifier} run_dir=r colour=red", "'colour'"),
+    "unknown key": ("train classifier={classifier} run_dir=r color=red", "'color'"),
     "unknown value": ("train classifier={classifier} run_dir=r dtype=float16", "dtype=float16", "float32"),
     "unknown generator": ("train classifier={classifier} run_dir=r generator=gan", "generator=gan", "conv, free, mlp"),
     "unknown data": ("classifier out=o data=cifar", "data=cifar", "cifar10"),
     "unknown fit": ("classifier out=o fit=hard", "fit=hard", "margin"),
     "unknown model": ("classifier out=o model=vit", "model=vit", "residual_cnn"),
-    "wrong type of number": ("train classifier={classifier} run_dir=r optimiser.rate=fast", "optimiser.rate=fast"),
+    "wrong type of number": ("train classifier={classifier} run_dir=r optimizer.lr=fast", "optimizer.lr=fast"),
     "wrong type of flag": ("train classifier={classifier} run_dir=r deterministic=perhaps", "deterministic=perhaps"),
     "wrong type of list": ("train classifier={classifier} run_dir=r generator.widths=wide", "generator.widths"),
     "syntax": ("train classifier={classifier} run_dir=r steps=[1", "steps=[1"),
-    "added key": ("train classifier={classifier} run_dir=r +colour=red", "'colour'"),
+    "added key": ("train classifier={classifier} run_dir=r +color=red", "'color'"),
     "bad deepspeed": (
         "train classifier={classifier} run_dir=r +deepspeed.zero_optimization=7",
         "deepspeed={{'zero_optimization': 7}}",
@@ -121,7 +121,7 @@ MISTAKES = {
     "out below a file for a classifier": (" ".join(["classifier out={run}/config.yaml/o", *SMALL]), "config.yaml/o"),
     "no data on disk": ("classifier out=o data=mnist data.root={empty}", "{empty}"),
     "no weights": (
-        "classifier out=o fit=import fit.state_dict=w.pt input_shape=[2] classes=2 normalisation.kind=constant",
+        "classifier out=o fit=import fit.state_dict=w.pt input_shape=[2] classes=2 normalization.kind=constant",
         "w.pt",
     ),
     "import without shape": ("classifier out=o fit=import fit.state_dict=w.pt", "input_shape"),
@@ -153,7 +153,7 @@ SPOILT = {
     "no json": (lambda f: (f / META).write_text("{"), "bundle.json is not a bundle description"),
     "NaN": (lambda f: spoil(f, lambda t: t["model.head.weight"].fill_(float("nan"))), "weight 'head.weight' holds NaN"),
     "lost tensor": (lambda f: spoil(f, lambda t: t.pop("model.head.weight")), "missing head.weight"),
-    "lost mean": (lambda f: spoil(f, lambda t: t.pop("normalisation.mean")), "normalisation.mean"),
+    "lost mean": (lambda f: spoil(f, lambda t: t.pop("normalization.mean")), "normalization.mean"),
     "dead": (lambda f: spoil(f, lambda t: t["model.head.weight"].zero_()), "no margin on probes"),
 }
 
@@ -168,7 +168,7 @@ def test_a_spoilt_bundle_is_one_line(c2g, places, tmp_path, name):
 
 def test_weights_of_another_net_are_one_line(c2g, tmp_path):
     torch.save({"head.weight": torch.zeros(2, 3)}, tmp_path / "w.pt")
-    settings = ["fit=import", "fit.state_dict=w.pt", "input_shape=[4]", "classes=2", "normalisation.kind=constant"]
+    settings = ["fit=import", "fit.state_dict=w.pt", "input_shape=[4]", "classes=2", "normalization.kind=constant"]
     fragments = ("fit.state_dict=w.pt", "missing linear1.bias, linear1.weight", "head.weight: [2, 3] instead of [2, 5]")
     assert_one_line(c2g("classifier", "out=o", "model.width=5", *settings), "classifier", *fragments)
 
@@ -187,14 +187,14 @@ def test_a_run_in_use_is_one_line(c2g, places):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the picture of what exploded
 def test_an_explosion_is_one_line(c2g, places):
-    rates = ["optimiser.rate=1e20", "optimiser.code_rate=1e20"]
+    rates = ["optimizer.lr=1e20", "optimizer.lr_codes=1e20"]
     result = c2g("train", f"classifier={places['classifier']}", "run_dir=r", *rates, *FEW)
     assert_one_line(result, "train", "step ", "the generator was not updated")
 
 
 def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
     def refuse(_):
-        raise C2GError("first\nsecond", "mend")
+        raise UserError("first\nsecond", "mend")
 
     monkeypatch.setattr("launch.sample.load_run", refuse)
     assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
@@ -253,7 +253,7 @@ def test_the_verbs_follow_one_another(c2g, tmp_path):
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
 def test_a_long_fit_tells_a_log_file_how_far_it_is(c2g, tmp_path, monkeypatch, seconds, told):
-    monkeypatch.setattr(progress, "TELL_SECONDS", seconds)
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", seconds)
     code, _, err = c2g(
         "classifier", f"out={tmp_path / 'c'}", "model.width=20", "fit.target_margin=5", "data.classes=[0,1]"
     )
@@ -306,7 +306,7 @@ def environment() -> dict[str, str]:
 
 
 def test_a_real_process_tells_a_mistake_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "launch", "train", "run_dir=run", "optimser.rate=1"]
+    command = [sys.executable, "-m", "launch", "train", "run_dir=run", "optimser.lr=1"]
     child = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
-    assert_one_line((child.returncode, child.stdout, child.stderr), "train", "'optimser.rate'", "optimiser.rate")
+    assert_one_line((child.returncode, child.stdout, child.stderr), "train", "'optimser.lr'", "optimizer.lr")
     assert list(tmp_path.iterdir()) == []

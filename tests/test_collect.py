@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.studies import c2g, rows, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,7 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.launched import differences
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.reporting import archive as archives
 from hpc_c2g.reporting import collect as collecting
 from hpc_c2g.reporting.board import Board, named, numeric_variables
@@ -25,10 +26,9 @@ from hpc_c2g.reporting.curves import Curves, average
 from hpc_c2g.reporting.mosaics import mosaic, ranked
 from hpc_c2g.reporting.tables import as_csv, as_parquet
 from hpc_c2g.studies.tasks import read_spec, spec_name
+from launch._compose.recipes import recipes
 from launch.collect import collected
-from launch.recipes import recipes
 from launch.report import alarms
-from tests.studies import c2g, rows, sweep
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
     grown = [dataclasses.replace(v, row=dataclasses.replace(v.row, nodes=1 + i)) for i, v in enumerate(runs.values())]
     assert collecting.predicted(study, {v.row.id: v for v in grown})[2] == pytest.approx(16 / 0.6)
     (study / "plan.json").write_text("{")
-    with pytest.raises(C2GError, match=r"plan\.json of the study cannot be read"):
+    with pytest.raises(UserError, match=r"plan\.json of the study cannot be read"):
         collecting.predicted(study, runs)
     assert "plan.json of the study cannot be read" in " ".join(collected(study).results.left_out)
     (study / "plan.json").unlink()
@@ -364,7 +364,7 @@ def test_a_published_experiment_has_its_tables_and_pictures_and_keeps_what_peopl
 def test_a_recipe_of_several_processes_starts_them(study):
     row = rows(study, "train")[0]
     spec = dataclasses.replace(read_spec(study / spec_name(row)), nodes=2, tasks_per_node=4)
-    from launch.recipes import command
+    from launch._compose.recipes import command
 
     assert command(spec).startswith("srun --nodes=2 --ntasks-per-node=4 c2g train ")
 
@@ -388,7 +388,7 @@ def test_a_study_that_has_not_begun_is_collected_too(tmp_path):
     sweep(tmp_path / "s", "--dry-run")
     from hpc_c2g.studies.ledger import Ledger
     from hpc_c2g.studies.study import StudyFile, save_study
-    from launch.study import plan
+    from launch._compose.grid import plan
 
     study = StudyFile()
     study.study.name = "none"
@@ -400,10 +400,10 @@ def test_a_study_that_has_not_begun_is_collected_too(tmp_path):
 
 
 def test_parts_that_cannot_be_written_are_named(tmp_path, monkeypatch):
-    from hpc_c2g.errors import C2GError
+    from hpc_c2g.errors import UserError
 
     (tmp_path / "board").write_text("a file")
-    with pytest.raises(C2GError, match=rf"cannot write {tmp_path}/board"):
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/board"):
         Board(tmp_path).part("x", 1, lambda writer: None)
 
 

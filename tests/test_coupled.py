@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.trainers import config, normed, three_bundles, trainer
 from torch import Tensor, nn
-from trainers import config, normed, three_bundles, trainer
 
+from hpc_c2g.bound.sampling_error import BoundConfig, sampling_error
 from hpc_c2g.classifiers.bundle import Bundle, save_bundle
 from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import LogConfig, TrainConfig
-from hpc_c2g.training.dry_run import DryRun
+from hpc_c2g.errors import UserError
+from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig, StationarityConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective import Objective
-from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig, StationarityConfig
-from hpc_c2g.training.sampling_error import BoundConfig, sampling_error
+from hpc_c2g.training.step.objective import Objective
 
 BATCH = 13  # an odd batch, which two ranks share unevenly
 
@@ -111,7 +111,7 @@ def short(tmp_path_factory) -> TrainConfig:
         global_batch=BATCH,
         micro_batch="auto",
         device="cpu",
-        scale=ScaleConfig(pilot_steps=3),
+        alpha=AlphaConfig(pilot_steps=3),
         prior=PriorConfig(statistics=0.5),
         log=LogConfig(every=1, progress=False),
     )
@@ -148,9 +148,9 @@ def test_a_run_with_automatic_micro_batch_takes_its_whole_share_on_one_rank_and_
         a, b = json.loads(one), json.loads(two)
         for key in ("loss", "stationarity", "statistics", "alpha", "rho"):
             assert b[key] == pytest.approx(a[key], rel=1e-4)
-    with pytest.raises(C2GError, match=r"run_dir=\S+ has stationarity\.statistics=auto .*BatchNorm") as caught:
+    with pytest.raises(UserError, match=r"run_dir=\S+ has stationarity\.statistics=auto .*BatchNorm") as caught:
         sampling_error(BoundConfig(run_dir=short.run_dir, batches=[8], reference_batch=64, repeats=2))
-    assert "stationarity.statistics=frozen" in caught.value.mend
+    assert "stationarity.statistics=frozen" in caught.value.hint
 
 
 def test_a_net_without_norms_does_not_ask_for_statistics():
@@ -166,8 +166,10 @@ def test_a_net_without_norms_does_not_ask_for_statistics():
 
 def test_frozen_statistics_leave_the_samples_uncoupled():
     chosen = StationarityConfig(statistics="frozen")
-    whole, pieces = (trainer([normed()], config(size, stationarity=chosen))(1).scalars["loss"] for size in (None, 5))
-    assert pieces == pytest.approx(whole, rel=1e-9)
+    whole, micro_batches = (
+        trainer([normed()], config(size, stationarity=chosen))(1).scalars["loss"] for size in (None, 5)
+    )
+    assert micro_batches == pytest.approx(whole, rel=1e-9)
     assert trainer([normed()], config())(1).scalars["loss"] != pytest.approx(whole, rel=1e-3)
 
 
@@ -179,7 +181,7 @@ def untracked() -> Bundle:
 
 
 class Calls(nn.Module):
-    """Normalises by a function."""
+    """Normalizes by a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,8 +239,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_exact_is_refused_with_field_value_and_fix(tmp_path, case):
-    attempt, what, mend = REFUSED[case]
+    attempt, what, hint = REFUSED[case]
     save_bundle(normed(), tmp_path / "classifier")
-    with pytest.raises(C2GError, match=what) as caught:
+    with pytest.raises(UserError, match=what) as caught:
         attempt(tmp_path / "classifier")
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint

@@ -23,7 +23,7 @@ from hpc_c2g.data.choose import even_shares, filled_shares, split_files, split_p
 from hpc_c2g.data.config import EMBEDDED, NAMES, ON_DISK, TOYS, DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import LOADERS, load_split
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 REAL_ROOT = os.environ.get("HPC_C2G_DATA")
 MNIST_FILES = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -112,13 +112,13 @@ class TestConfig:
         ],
     )
     def test_refuses_what_is_out_of_range_when_made_and_when_changed(self, fields: dict[str, Any], told: str) -> None:
-        with pytest.raises(C2GError) as error:
+        with pytest.raises(UserError) as error:
             DataConfig(**fields)
         assert told in str(error.value)
         config = DataConfig()
         for field, value in fields.items():
             setattr(config, field, value)
-        with pytest.raises(C2GError):
+        with pytest.raises(UserError):
             load_split(config)
 
 
@@ -166,7 +166,7 @@ class TestChoice:
         ],
     )
     def test_refuses_more_than_there_is(self, fields: dict[str, Any], told: str) -> None:
-        with pytest.raises(C2GError) as error:
+        with pytest.raises(UserError) as error:
             split_pool(np.repeat([0, 1], 20), ["a", "b"], DataConfig(**fields))
         assert told in str(error.value)
 
@@ -183,11 +183,11 @@ class TestWithoutFiles:
             assert torch.equal(part.labels, twin.labels)
         assert rows(split.train) != rows(other.train)
 
-    def test_classes_are_relabelled_in_the_order_given(self, name: str) -> None:
+    def test_classes_are_relabeled_in_the_order_given(self, name: str) -> None:
         whole = load(name, train_size=60).train
         part = load(name, train_size=20, classes=[1, 0]).train
         assert part.classes == [whole.classes[1], whole.classes[0]]
-        with pytest.raises(C2GError, match=r"data\.classes=\[0, 10\]"):
+        with pytest.raises(UserError, match=r"data\.classes=\[0, 10\]"):
             load(name, classes=[0, 10])
 
 
@@ -215,7 +215,7 @@ def test_toys_have_a_thousand_held_out_points_and_grow_by_adding(name: str) -> N
     split = load(name, train_size=50)
     assert len(split.held_out) == 1000
     assert rows(split.train) < rows(load(name, train_size=70).train)
-    with pytest.raises(C2GError, match=r"data\.held_out_size=1"):
+    with pytest.raises(UserError, match=r"data\.held_out_size=1"):
         load(name, held_out_size=1)
 
 
@@ -251,7 +251,7 @@ class TestMnist:
         path.unlink()
         if damage in damaged:
             path.write_bytes(damaged[damage])
-        with pytest.raises(C2GError, match=name):
+        with pytest.raises(UserError, match=name):
             load("mnist", tmp_path)
 
 
@@ -287,20 +287,20 @@ class TestCifar:
     )
     def test_a_wrong_npz_is_refused(self, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
         make_cifar(tmp_path / "cifar10_subset.npz", **changes)
-        with pytest.raises(C2GError, match=r"cifar10_subset\.npz") as error:
+        with pytest.raises(UserError, match=r"cifar10_subset\.npz") as error:
             load("cifar10", tmp_path)
         assert told in str(error.value)
 
     @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
     def test_a_damaged_npz_is_named(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "cifar10_subset.npz").write_bytes(content)
-        with pytest.raises(C2GError, match=r"cifar10_subset\.npz"):
+        with pytest.raises(UserError, match=r"cifar10_subset\.npz"):
             load("cifar10", tmp_path)
 
     def test_a_changed_torchvision_folder_is_refused_before_unpickling(self, tmp_path: Path) -> None:
         (tmp_path / "cifar-10-batches-py").mkdir()
         (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cos\nabort\n(tR.")
-        with pytest.raises(C2GError, match="cifar-10-batches-py"):
+        with pytest.raises(UserError, match="cifar-10-batches-py"):
             load("cifar10", tmp_path)
 
 
@@ -344,17 +344,17 @@ class TestCelebA:
         make_celeba(tmp_path)
         path = tmp_path / "list_attr_celeba.txt"
         path.write_text(path.read_text().replace(old, new, 1))
-        with pytest.raises(C2GError) as error:
+        with pytest.raises(UserError) as error:
             load("celeba", tmp_path, attribute="Smiling")
         assert told in str(error.value)
-        assert "'Smiling'" not in told or "Bald, Male" in error.value.mend
+        assert "'Smiling'" not in told or "Bald, Male" in error.value.hint
 
 
 @pytest.mark.parametrize(("name", "told"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10"), ("celeba", "img_align")])
 def test_a_root_without_the_data_tells_the_layout(tmp_path: Path, name: str, told: str) -> None:
-    with pytest.raises(C2GError, match=r"data\.root") as error:
+    with pytest.raises(UserError, match=r"data\.root") as error:
         load(name, tmp_path)
-    assert told in error.value.mend
+    assert told in error.value.hint
 
 
 @pytest.mark.skipif(REAL_ROOT is None, reason="HPC_C2G_DATA is not set to a folder of real data sets")

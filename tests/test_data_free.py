@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from imports import FILES, ROOT, imports, reachable
+from helpers.imports import FILES, ROOT, imports, reachable
 
 from hpc_c2g.classifiers.bundle import META, WEIGHTS
 
@@ -32,7 +32,7 @@ KNOWS = {
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }
 SHARED = {"denormals", "errors", "files", "lease", "markdown", "settings"}
-FITS_TO_DATA = "hpc_c2g.classifiers.make"
+FITS_TO_DATA = "hpc_c2g.fitting.make"
 """The one module of `classifiers` that knows data: it makes bundles, and no training reaches it."""
 
 
@@ -129,14 +129,14 @@ class Wall:
 
 sys.meta_path.insert(0, Wall())
 from pathlib import Path
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
-from hpc_c2g.training.objective_config import ScaleConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-settings = {{"steps": 6, "global_batch": 9, "device": "cpu", "scale": ScaleConfig(pilot_steps=3)}}
+settings = {{"steps": 6, "global_batch": 9, "device": "cpu", "alpha": AlphaConfig(pilot_steps=3)}}
 config = TrainConfig("bundle", "run", log=LogConfig(progress=False), checkpoint=CheckpointConfig(every=3), **settings)
 assert train(config).steps_made == 6
 load_run("run").generator.sample(12, 0)

@@ -7,15 +7,15 @@ import threading
 import pytest
 import torch
 
-from hpc_c2g.classifiers import make
-from hpc_c2g.classifiers.fitting import MarginFitConfig
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.denormals import flushed_denormals
-from hpc_c2g.training.config import LogConfig, TrainConfig
+from hpc_c2g.denormals import flush_denormals
+from hpc_c2g.fitting import make
+from hpc_c2g.fitting.fit import MarginFitConfig
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.step.train_step import TrainStep
 
 
 def flushed() -> bool:
@@ -24,23 +24,23 @@ def flushed() -> bool:
 
 def test_within_alone() -> None:
     assert not flushed()
-    with flushed_denormals():
+    with flush_denormals():
         assert flushed()
-        with flushed_denormals():
+        with flush_denormals():
             assert flushed()
         assert flushed()
     assert not flushed()
 
 
 def test_after_an_error_all_is_as_before() -> None:
-    with pytest.raises(ValueError, match="mistake"), flushed_denormals():
+    with pytest.raises(ValueError, match="mistake"), flush_denormals():
         raise ValueError("mistake")
     assert not flushed()
 
 
 def test_threads_that_are_started_within_flush_too() -> None:
     found: list[bool] = []
-    with flushed_denormals():
+    with flush_denormals():
         thread = threading.Thread(target=lambda: found.append(flushed()))
         thread.start()
         thread.join()
@@ -55,7 +55,7 @@ def test_fits_and_runs_flush(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path / "classifier")
     data, margin = DataConfig(train_size=20, classes=[0, 1]), MarginFitConfig(target_margin=3.0)
     make_classifier(ClassifierConfig(out=folder, data=data, model={"_target_": "mlp", "width": 8}, fit=margin))
-    settings = {"steps": 2, "global_batch": 8, "scale": ScaleConfig(start=-1.0), "log": LogConfig(progress=False)}
+    settings = {"steps": 2, "global_batch": 8, "alpha": AlphaConfig(init=-1.0), "log": LogConfig(progress=False)}
     train(TrainConfig(folder, str(tmp_path / "run"), **settings))
     assert seen == [True, True, True]
     assert not flushed()

@@ -45,7 +45,7 @@ def nets() -> dict[str, nn.Module]:
                 nn.Flatten(),
                 nn.Linear(6, CLASSES),
             ),
-            "normalisations": nn.Sequential(
+            "normalizations": nn.Sequential(
                 nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"),
                 nn.BatchNorm2d(4),
                 nn.ReLU(),

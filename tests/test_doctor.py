@@ -13,21 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
-from hpc_c2g.scheduling import doctor, machine, study_folder
+from hpc_c2g.errors import UserError
+from hpc_c2g.preflight import cluster, host, node_job, node_probe, study_folder
+from hpc_c2g.preflight.check_result import CheckResult
+from hpc_c2g.preflight.cluster import check_slurm
+from hpc_c2g.preflight.cluster_checks import gpus, in_service, minutes
+from hpc_c2g.preflight.node_checks import Job, Login, clock_skew, judge
+from hpc_c2g.preflight.study_folder import Mount, Probe, check_study_folder, mount_of
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
-from hpc_c2g.scheduling.doctor import examine_slurm
-from hpc_c2g.scheduling.findings import Finding
-from hpc_c2g.scheduling.judgements import gpus, in_service, minutes
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.programs import Answer, ask
-from hpc_c2g.scheduling.study_folder import Mount, Probe, examine_folder, mount_of
-from hpc_c2g.studies import checkup, checkup_job
-from hpc_c2g.studies.diagnosis import Job, Login, clock_skew, judge
 
 PROFILE = SlurmProfile(
     name="c", partition="main", account="physics", qos="normal", cpus_per_task=2, mem_gb=4, python=sys.executable
@@ -104,21 +103,21 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
 ONE = Shape()
 
 
-def asked(profile: SlurmProfile = PROFILE, shape: Shape = ONE, **options) -> list[Finding]:
-    return examine_slurm(profile, shape, Path("/runs/study"), **options)[0]
+def asked(profile: SlurmProfile = PROFILE, shape: Shape = ONE, **options) -> list[CheckResult]:
+    return check_slurm(profile, shape, Path("/runs/study"), **options)[0]
 
 
-def bad(found: list[Finding]) -> list[Finding]:
-    return [f for f in found if f.level != "ok"]
+def bad(found: list[CheckResult]) -> list[CheckResult]:
+    return [f for f in found if f.status != "ok"]
 
 
-def the_only(found: list[Finding], level: str, *words: str) -> Finding:
+def the_only(found: list[CheckResult], level: str, *words: str) -> CheckResult:
     """The only finding that is not ok: of this level, with these words, and with a mend."""
     (one,) = bad(found)
-    assert one.level == level
-    assert one.mend
+    assert one.status == level
+    assert one.hint
     for word in words:
-        assert word in f"{one.what} -- {one.mend}", f"{word!r} is missing in {one}"
+        assert word in f"{one.message} -- {one.hint}", f"{word!r} is missing in {one}"
     return one
 
 
@@ -128,7 +127,7 @@ def the_only(found: list[Finding], level: str, *words: str) -> Finding:
 def test_a_healthy_cluster_is_told_so(slurm):
     found = asked()
     assert bad(found) == []
-    told = " ".join(f.what for f in found)
+    told = " ".join(f.message for f in found)
     for word in ("sbatch", "is UP", "partition main is up", "account physics, qos normal", "2 nodes", "Job 9 to start"):
         assert word in told
 
@@ -145,7 +144,7 @@ def test_sbatch_is_asked_about_the_very_script_of_a_run(slurm):
 def test_a_missing_program_of_slurm_is_an_error(slurm, program):
     slurm.lacks(program)
     the_only(asked(), "error", f"not on PATH: {program}", "login node")
-    assert not examine_slurm(PROFILE, Shape(), Path("/runs"))[1]
+    assert not check_slurm(PROFILE, Shape(), Path("/runs"))[1]
 
 
 @pytest.mark.parametrize(("program", "word"), [("sacct", "without a word"), ("sacctmgr", "account and qos")])
@@ -164,7 +163,7 @@ def test_accounting_that_does_not_answer_is_unknown(slurm):
 )
 def test_a_controller_that_is_down_ends_the_questions(slurm, body):
     slurm.has("scontrol", body)
-    found, startable = examine_slurm(PROFILE, Shape(), Path("/runs"))
+    found, startable = check_slurm(PROFILE, Shape(), Path("/runs"))
     the_only(found, "error", "the controller does not answer", "administrators")
     assert not startable
     assert slurm.calls("sbatch") == []
@@ -257,7 +256,7 @@ def test_more_nodes_than_a_partition_allows_or_has_are_told(slurm):
     the_only(asked(replace(PROFILE, partition="main"), Shape(4)), "error", "3 nodes of main", "4 are asked for")
     the_only(asked(replace(PROFILE, partition="main"), Shape(3)), "error", "2 of 3 nodes", "3 needed", "n3 down*")
     found = asked(replace(PROFILE, partition="gpu"), Shape(3))
-    assert any("nodes=3 is more than gpu allows a job (2)" in f.what for f in found)
+    assert any("nodes=3 is more than gpu allows a job (2)" in f.message for f in found)
 
 
 def test_ranks_of_a_node_count_together(slurm):
@@ -268,10 +267,10 @@ def test_ranks_of_a_node_count_together(slurm):
 def test_nodes_that_are_away_stop_no_job_from_being_sent_but_other_errors_do(slurm):
     slurm.answers(node=NODES.replace("IDLE", "DRAIN").replace("MIXED", "DOWN"))
     slurm.refuses("Requested node configuration is not available")
-    found, startable = examine_slurm(PROFILE, Shape(), Path("/runs"))
+    found, startable = check_slurm(PROFILE, Shape(), Path("/runs"))
     the_only(found, "error", "0 of 3 nodes", "n1 drain, n2 down, n3 down*")
     assert startable
-    assert not examine_slurm(replace(PROFILE, cpus_per_task=5), Shape(), Path("/runs"))[1]
+    assert not check_slurm(replace(PROFILE, cpus_per_task=5), Shape(), Path("/runs"))[1]
 
 
 def test_without_enforcement_an_account_is_a_warning(slurm):
@@ -336,32 +335,32 @@ def test_states_in_service():
 
 def test_a_good_folder_is_told_so_and_left_as_it_was(tmp_path):
     folder = tmp_path / "a" / "study"
-    found = examine_folder(folder, slurm=True)
-    assert [f.level for f in found if "study_dir" in f.what and "GiB free" not in f.what] == []
-    assert "written, linked, locked" in found[0].what
+    found = check_study_folder(folder, slurm=True)
+    assert [f.status for f in found if "study_dir" in f.message and "GiB free" not in f.message] == []
+    assert "written, linked, locked" in found[0].problem
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
     (folder / "study.yaml").touch()
-    examine_folder(folder, slurm=True)
+    check_study_folder(folder, slurm=True)
     assert [p.name for p in folder.iterdir()] == ["study.yaml"]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     the_only(
-        examine_folder(tmp_path / "file" / "study", slurm=False), "error", "cannot be written", "another study_dir"
+        check_study_folder(tmp_path / "file" / "study", slurm=False), "error", "cannot be written", "another study_dir"
     )
-    the_only(examine_folder(Path("/proc/study"), slurm=False), "error", "cannot be written")
+    the_only(check_study_folder(Path("/proc/study"), slurm=False), "error", "cannot be written")
 
 
 def test_a_path_that_slurm_would_read_as_a_pattern_is_an_error(tmp_path):
-    the_only(examine_folder(tmp_path / "a%j", slurm=True), "error", "'%'", "choose a folder without it")
+    the_only(check_study_folder(tmp_path / "a%j", slurm=True), "error", "'%'", "choose a folder without it")
 
 
 def test_a_file_system_that_hangs_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(study_folder, "_tried", lambda _: time.sleep(30))
     begin = time.monotonic()
-    the_only(examine_folder(tmp_path, slurm=False, seconds=0.2), "error", "does not answer within 0.2 s")
+    the_only(check_study_folder(tmp_path, slurm=False, seconds=0.2), "error", "does not answer within 0.2 s")
     assert time.monotonic() - begin < 10
 
 
@@ -382,9 +381,9 @@ HEALTHY = Probe(bytes=1 << 40, files=10**6)
     ],
 )
 def test_each_fault_of_a_folder_is_told(change, level, words):
-    the_only(study_folder.judge_probe(Path("/s"), replace(HEALTHY, **change)), level, *words)
+    the_only(study_folder.check_probe(Path("/s"), replace(HEALTHY, **change)), level, *words)
     for fine in (HEALTHY, replace(HEALTHY, files=None), replace(HEALTHY, mode=0o1777), replace(HEALTHY, mode=0o770)):
-        assert bad(study_folder.judge_probe(Path("/s"), fine)) == []
+        assert bad(study_folder.check_probe(Path("/s"), fine)) == []
 
 
 def test_a_ledger_needs_locks_that_other_processes_see(tmp_path, monkeypatch):
@@ -402,7 +401,7 @@ def test_a_ledger_needs_locks_that_other_processes_see(tmp_path, monkeypatch):
     ("umask", "level"), [(0o022, ""), (0o002, ""), (0o077, ""), (0o000, "warning"), (0o277, "error")]
 )
 def test_a_umask_that_hurts_is_told(umask, level):
-    found = study_folder.judge_umask(umask)
+    found = study_folder.check_umask(umask)
     if level:
         the_only(found, level, f"umask={umask:04o}", "umask 0022")
     else:
@@ -426,12 +425,12 @@ def test_a_umask_that_hurts_is_told(umask, level):
     ],
 )
 def test_a_file_system_of_this_machine_alone_is_doubted(mount, level):
-    finding = study_folder.judge_mount("study_dir=/s", mount)
-    assert finding.level == level
+    finding = study_folder.mount_result("study_dir=/s", mount)
+    assert finding.status == level
     if level == "warning":
-        assert "node-local? nodes must see it" in finding.what
-        assert mount.kind in finding.what
-    assert level == "ok" or "--job" in finding.mend
+        assert "node-local? nodes must see it" in finding.message
+        assert mount.kind in finding.message
+    assert level == "ok" or "--job" in finding.hint
 
 
 def test_the_mount_of_a_path_is_the_deepest_and_latest():
@@ -449,43 +448,43 @@ def test_the_mount_of_a_path_is_the_deepest_and_latest():
 
 
 def test_this_machine_is_judged_by_its_python_torch_and_memory():
-    assert machine.judge_python("3.11.2").level == "ok"
-    the_only([machine.judge_python("3.9.1")], "error", "3.9.1", ">= 3.10")
-    assert machine.judge_torch(Answer(0, "2.9.0 0\n", ""), 5).what == "torch 2.9.0, 0 GPUs"
+    assert host.check_python("3.11.2").status == "ok"
+    the_only([host.check_python("3.9.1")], "error", "3.9.1", ">= 3.10")
+    assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).problem == "torch 2.9.0, 0 GPUs"
     broken = ask(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
-    the_only([machine.judge_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
-    the_only([machine.judge_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
+    the_only([host.check_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
+    the_only([host.check_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
     meminfo = "MemTotal: 9 kB\nMemAvailable:    4194304 kB\n"
-    assert machine.judge_memory(4, meminfo).level == "ok"
-    the_only([machine.judge_memory(5, meminfo)], "warning", "5 cores, 4.0 GiB", "parallel=4")
-    the_only([machine.judge_memory(1, meminfo, room=1 << 29)], "error", "0.5 GiB", "too little")
-    the_only([machine.judge_memory(1, "")], "unknown", "could not be read")
+    assert host.check_memory(4, meminfo).status == "ok"
+    the_only([host.check_memory(5, meminfo)], "warning", "5 cores, 4.0 GiB", "parallel=4")
+    the_only([host.check_memory(1, meminfo, room=1 << 29)], "error", "0.5 GiB", "too little")
+    the_only([host.check_memory(1, "")], "unknown", "could not be read")
 
 
 # --- what each rank does --------------------------------------------------------------------------------------------------
 
 
 def test_a_rank_tells_all_and_is_answered(tmp_path):
-    (tmp_path / checkup.PLAN).write_text("{}")
+    (tmp_path / node_probe.PLAN).write_text("{}")
     stop, answered = threading.Event(), {}
 
     def login() -> None:
         while not stop.wait(0.05):
-            checkup.answer_greetings(tmp_path, answered)
+            node_probe.answer_greetings(tmp_path, answered)
 
     thread = threading.Thread(target=login)
     thread.start()
     try:
-        report = checkup.check_up(tmp_path)
+        report = node_probe.check_up(tmp_path)
     finally:
         stop.set()
         thread.join()
-    (read,) = checkup.read_reports(tmp_path)
+    (read,) = node_probe.read_reports(tmp_path)
     assert read == json.loads(json.dumps(report))
     assert (read["rank"], read["size"], read["part"]) == (0, 1, "done")
     assert set(read["took"]) == {"files", "import", "devices", "sum"}
     gpus = read["gpus"]["count"]
-    login_node = Login(checkup.versions(), checkup.clock_offset(tmp_path))
+    login_node = Login(node_probe.versions(), node_probe.clock_offset(tmp_path))
     profile = replace(PROFILE, gpus_per_task=gpus)
     found = judge(profile, Shape(), "/s", Job("1", "COMPLETED", shell_ok=True), login_node, [read])
     assert bad(found) == []
@@ -495,63 +494,63 @@ def test_a_rank_tells_all_and_is_answered(tmp_path):
 
 def test_a_greeting_without_an_answer_is_given_up(tmp_path):
     (tmp_path / "answer-a.json").write_text('{"word": "of an earlier attempt", "given": 1.0}')
-    reply = checkup.greet(tmp_path, "a", 0.3)
+    reply = node_probe.greet(tmp_path, "a", 0.3)
     assert (reply["given"], reply["got"]) == (None, None)
     answered: dict[str, str] = {}
-    checkup.answer_greetings(tmp_path, answered)
+    node_probe.answer_greetings(tmp_path, answered)
     first = (tmp_path / "answer-a.json").read_text()
-    checkup.answer_greetings(tmp_path, answered)
+    node_probe.answer_greetings(tmp_path, answered)
     assert (tmp_path / "answer-a.json").read_text() == first  # once
 
 
 def test_a_clock_is_compared_with_that_of_the_files(tmp_path, monkeypatch):
-    assert abs(checkup.clock_offset(tmp_path)[0]) < 1
+    assert abs(node_probe.clock_offset(tmp_path)[0]) < 1
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 100)
-    assert abs(checkup.clock_offset(tmp_path)[0] - 100) < 1
+    assert abs(node_probe.clock_offset(tmp_path)[0] - 100) < 1
 
 
 def test_scratch_is_where_it_is_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert checkup.scratch_fault() == ""
+    assert node_probe.scratch_fault() == ""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    assert "missing: No such file" in checkup.scratch_fault()
+    assert "missing: No such file" in node_probe.scratch_fault()
 
 
 def test_a_package_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
-    (tmp_path / checkup.PLAN).write_text('{"reply": 0.1}')
-    monkeypatch.setattr(checkup.importlib, "import_module", lambda _: exec("raise ImportError('no libcuda')"))
-    report = checkup.check_up(tmp_path)
+    (tmp_path / node_probe.PLAN).write_text('{"reply": 0.1}')
+    monkeypatch.setattr(node_probe.importlib, "import_module", lambda _: exec("raise ImportError('no libcuda')"))
+    report = node_probe.check_up(tmp_path)
     assert (report["stopped"], report["part"], report["rank"]) == ("ImportError: no libcuda", "done", None)
 
 
 def test_a_device_that_computes_wrong_is_told(monkeypatch):
-    assert checkup.product_fault(torch.device("cpu")) == ""
+    assert node_probe.product_fault(torch.device("cpu")) == ""
     real = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: real(t).index_fill(0, torch.tensor([3]), -1.0))
-    assert checkup.product_fault(torch.device("cpu")) == "256 of 65536 elements of a matrix product are wrong"
+    assert node_probe.product_fault(torch.device("cpu")) == "256 of 65536 elements of a matrix product are wrong"
     if not torch.cuda.is_available():
-        assert checkup.product_fault(torch.device("cuda", 0))
+        assert node_probe.product_fault(torch.device("cuda", 0))
 
 
 def test_each_gpu_of_a_node_is_tried_by_one_of_its_ranks(monkeypatch):
     tried: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
-    monkeypatch.setattr(checkup, "product_fault", lambda device: tried.append(str(device)) or "")
-    monkeypatch.setattr(checkup, "ecc_errors", lambda: {"0 (x)": 2})
-    found = [checkup.devices(rank, 2) for rank in range(2)]
+    monkeypatch.setattr(node_probe, "product_fault", lambda device: tried.append(str(device)) or "")
+    monkeypatch.setattr(node_probe, "ecc_errors", lambda: {"0 (x)": 2})
+    found = [node_probe.devices(rank, 2) for rank in range(2)]
     assert sorted(tried) == ["cpu", "cpu", *(f"cuda:{i}" for i in range(5))]
     assert [f["count"] for f in found] == [5, 5]
     assert [f["ecc"] for f in found] == [{"0 (x)": 2}, {}]
 
 
 def test_memory_errors_are_counted_where_somebody_counts(slurm):
-    assert checkup.ecc_errors() == {}
+    assert node_probe.ecc_errors() == {}
     slurm.has("nvidia-smi", "printf '0, GPU-a, 0\\n1, GPU-b, 3\\n2, GPU-c, [N/A]\\n'")
-    assert checkup.ecc_errors() == {"0 (GPU-a)": 0, "1 (GPU-b)": 3}
+    assert node_probe.ecc_errors() == {"0 (GPU-a)": 0, "1 (GPU-b)": 3}
     slurm.has("nvidia-smi", "exec sleep 30")
-    assert checkup.ecc_errors(0.2) == {}
+    assert node_probe.ecc_errors(0.2) == {}
 
 
 def the_sum(world: World, stays_away: int) -> object:
@@ -559,7 +558,7 @@ def the_sum(world: World, stays_away: int) -> object:
     if world.rank == stays_away:
         time.sleep(3)
         return None
-    return checkup.meet_and_sum(world.launch, 5.0, 1.0)
+    return node_probe.meet_and_sum(world.launch, 5.0, 1.0)
 
 
 def test_all_ranks_add_up(tmp_path):
@@ -577,22 +576,22 @@ def test_a_sum_that_hangs_names_who_did_not_come(tmp_path):
 
 def test_ranks_that_cannot_meet_say_so(monkeypatch):
     def missing(*_, **__):
-        raise C2GError("rank 3 of 4 did not come within 1 s", "look at its log")
+        raise UserError("rank 3 of 4 did not come within 1 s", "look at its log")
 
     monkeypatch.setattr(World, "start", missing)
-    ended, told = checkup.meet_and_sum(LaunchEnvironment(), 1, 1)
+    ended, told = node_probe.meet_and_sum(LaunchEnvironment(), 1, 1)
     assert not ended
     assert (told["stage"], told["fault"]) == ("meet", "rank 3 of 4 did not come within 1 s -- look at its log")
     monkeypatch.setattr(World, "start", lambda *_, **__: time.sleep(30))
-    ended, told = checkup.meet_and_sum(LaunchEnvironment(), 0.1, 0.1)
+    ended, told = node_probe.meet_and_sum(LaunchEnvironment(), 0.1, 0.1)
     assert not ended
     assert "no connection to the other ranks" in told["fault"]
 
 
 def test_the_shell_of_the_job_ends_with_the_code_of_its_ranks(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "hpc_c2g.studies.checkup", str(tmp_path), "7"], timeout=60)
+    done = subprocess.run([sys.executable, "-m", "hpc_c2g.preflight.node_probe", str(tmp_path), "7"], timeout=60)
     assert done.returncode == 7
-    assert json.loads((tmp_path / checkup.AFTER).read_text()) == {"code": 7}
+    assert json.loads((tmp_path / node_probe.AFTER).read_text()) == {"code": 7}
 
 
 # --- judging what they told -----------------------------------------------------------------------------------------------
@@ -624,14 +623,14 @@ def all_reports(**of_the_last) -> list[dict]:
     return [*(a_report(rank) for rank in range(3)), a_report(3, **of_the_last)]
 
 
-def judged(reports: list[dict], job: Job = DONE, profile: SlurmProfile = PROFILE, **login) -> list[Finding]:
+def judged(reports: list[dict], job: Job = DONE, profile: SlurmProfile = PROFILE, **login) -> list[CheckResult]:
     return judge(profile, SHAPE, "/s", job, Login(VERSIONS, **login), reports)
 
 
 def test_healthy_nodes_are_told_so():
     found = judged(all_reports(), profile=replace(PROFILE, network_interface="ib0"))
     assert bad(found) == []
-    told = " ".join(f.what for f in found)
+    told = " ".join(f.message for f in found)
     for word in ("2 nodes read and write study_dir=/s", "torch 2.9.0", "clocks of 2 nodes", "4 ranks met"):
         assert word in told
 
@@ -686,7 +685,7 @@ def test_gpus_are_held_against_the_profile(gpus, level, words):
     found = judged([a_report(r, gpus=gpus) for r in range(4)], profile=replace(PROFILE, gpus_per_task=1))
     if level == "ok":
         assert bad(found) == []
-        assert any("2 GPUs on each of 2 nodes compute right" in f.what for f in found)
+        assert any("2 GPUs on each of 2 nodes compute right" in f.message for f in found)
     else:
         the_only(found, level, *words)
 
@@ -776,9 +775,9 @@ def test_a_job_that_waits_says_why(reason, level, word):
 
 def test_a_job_that_does_not_start_is_cancelled_and_leaves_nothing(slurm, tmp_path, monkeypatch):
     slurm.answers(job="JobId=7 JobState=PENDING Reason=Priority NodeList= ExitCode=0:0\n")
-    monkeypatch.setattr(checkup_job, "through_submitit", lambda *_: "7")
+    monkeypatch.setattr(node_job, "through_submitit", lambda *_: "7")
     study = tmp_path / "study"
-    found = checkup_job.examine_nodes(PROFILE, Shape(), study, wait=0.5)
+    found = node_job.check_nodes(PROFILE, Shape(), study, wait=0.5)
     the_only(found, "unknown", "within 0 s", "Priority")
     assert slurm.calls("scancel") == ["--quiet 7"]
     assert not study.exists()
@@ -786,34 +785,34 @@ def test_a_job_that_does_not_start_is_cancelled_and_leaves_nothing(slurm, tmp_pa
 
 def test_a_job_is_cancelled_also_when_the_doctor_is_interrupted(slurm, tmp_path, monkeypatch):
     slurm.answers(job="JobId=7 JobState=RUNNING Reason=None\n")
-    monkeypatch.setattr(checkup_job, "through_submitit", lambda *_: "7")
+    monkeypatch.setattr(node_job, "through_submitit", lambda *_: "7")
 
     def interrupt(_) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkup_job.examine_nodes(PROFILE, Shape(), tmp_path, wait=5, tell=interrupt)
+        node_job.check_nodes(PROFILE, Shape(), tmp_path, wait=5, log_fn=interrupt)
     assert slurm.calls("scancel") == ["--quiet 7"]
 
 
 def test_a_job_asks_for_what_a_run_asks_for_but_is_short_and_not_put_back(slurm, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkup_job, "through_submitit", lambda *a: seen.append(a) or "7")
+    monkeypatch.setattr(node_job, "through_submitit", lambda *a: seen.append(a) or "7")
     profile = replace(PROFILE, time_minutes=700, signal_seconds=600, setup=["true"], extra={"nice": 3})
-    checkup_job.examine_nodes(profile, Shape(2, 2), tmp_path, wait=0.1)
+    node_job.check_nodes(profile, Shape(2, 2), tmp_path, wait=0.1)
     ((_, parameters, folder, (work,)),) = seen
     assert (parameters["nodes"], parameters["ntasks_per_node"], parameters["cpus_per_task"]) == (2, 2, 2)
     assert (parameters["mem"], parameters["partition"], parameters["time"]) == ("8192M", "main", 10)
     assert parameters["additional_parameters"] == {"no-requeue": True, "signal": "USR2@30", "nice": 3}
     assert "true" in parameters["setup"]
-    assert parameters["teardown"][1] == f'{sys.executable} -m hpc_c2g.studies.checkup {folder} "$code"'
-    assert work == checkup.Checkup(str(folder))
+    assert parameters["teardown"][1] == f'{sys.executable} -m hpc_c2g.preflight.node_probe {folder} "$code"'
+    assert work == node_probe.NodeProbe(str(folder))
 
 
 def test_a_refusal_of_sbatch_leaves_nothing_behind(slurm, tmp_path):
     slurm.refuses("sbatch: error: Invalid qos specification")
-    with pytest.raises(C2GError, match="Invalid qos"):
-        checkup_job.examine_nodes(PROFILE, Shape(), tmp_path / "study", wait=1)
+    with pytest.raises(UserError, match="Invalid qos"):
+        node_job.check_nodes(PROFILE, Shape(), tmp_path / "study", wait=1)
     assert not (tmp_path / "study").exists()
 
 
@@ -827,22 +826,22 @@ def test_a_job_from_its_submission_to_its_findings(slurm, tmp_path, monkeypatch,
     children = []
 
     def submit(profile, parameters, folder, attempts) -> str:
-        command = f"{sys.executable} -m hpc_c2g.studies.checkup {folder}"
+        command = f"{sys.executable} -m hpc_c2g.preflight.node_probe {folder}"
         fault = f"echo 'ImportError: numpy is broken' > {folder}/7_0_log.err"
         children.append(subprocess.Popen(["bash", "-c", f"{fault if breaks else command}; {command} 0"]))
         return "7"
 
-    monkeypatch.setattr(checkup_job, "through_submitit", submit)
-    monkeypatch.setattr(checkup_job, "REPLY_SECONDS", 2.0)
+    monkeypatch.setattr(node_job, "through_submitit", submit)
+    monkeypatch.setattr(node_job, "REPLY_SECONDS", 2.0)
     told: list[str] = []
-    found = checkup_job.examine_nodes(PROFILE, Shape(), tmp_path, wait=100, tell=told.append)
+    found = node_job.check_nodes(PROFILE, Shape(), tmp_path, wait=100, log_fn=told.append)
     children[0].wait(60)
     assert any("job 7: running" in line for line in told)
     if breaks:
         the_only(found, "error", "rank 0 of 1 on n1 told nothing: ImportError: numpy is broken")
         assert list(tmp_path.glob("doctor/*/7_0_log.err"))  # kept to be read
     else:
-        assert [f for f in bad(found) if "GPUs" not in f.what] == []
+        assert [f for f in bad(found) if "GPUs" not in f.message] == []
         assert not (tmp_path / "doctor").exists()
 
 
@@ -851,7 +850,7 @@ def test_a_job_from_its_submission_to_its_findings(slurm, tmp_path, monkeypatch,
 
 def c2g(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(doctor.__file__).parents[2])
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(cluster.__file__).parents[2])
 
 
 def test_the_command_tells_every_finding_and_whether_something_is_wrong(slurm, tmp_path):
@@ -859,7 +858,7 @@ def test_the_command_tells_every_finding_and_whether_something_is_wrong(slurm, t
     assert good.returncode == 0, good.stderr
     answer = json.loads(good.stdout)
     assert answer["errors"] == 0
-    assert {f["level"] for f in answer["findings"]} <= {"ok", "warning", "unknown"}
+    assert {f["status"] for f in answer["findings"]} <= {"ok", "warning", "unknown"}
     wrong = c2g(str(tmp_path), "cluster=local_slurm", "profile.partition=nope")
     assert wrong.returncode == 1
     (line,) = (line for line in wrong.stdout.splitlines() if line.startswith("error"))
@@ -886,5 +885,5 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, told):
 
 
 def test_the_doctor_comes_at_once():
-    code = "import sys, launch.doctor, hpc_c2g.studies.checkup_job; sys.exit('torch' in sys.modules)"
+    code = "import sys, launch.doctor, hpc_c2g.preflight.node_job; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

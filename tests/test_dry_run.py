@@ -11,13 +11,13 @@ from torch import nn
 
 from benchmarks.subject import our_step
 from hpc_c2g.classifiers.bundle import Bundle, build_model
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.dry_run import DryRun, generator_without_numbers, largest_micro_batch, micro_batch_cost
-from hpc_c2g.training.meter import Meter, Work
-from hpc_c2g.training.objective_config import DualityConfig, PriorConfig
+from hpc_c2g.training.config.objective import DualityConfig, PriorConfig
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun, generator_without_numbers, largest_micro_batch, micro_batch_cost
+from hpc_c2g.training.cost.op_counter import OpCost, OpCounter
 
 
 def made(target: str, shape: tuple[int, ...], classes: int = 4, **arguments: object) -> Bundle:
@@ -25,7 +25,7 @@ def made(target: str, shape: tuple[int, ...], classes: int = 4, **arguments: obj
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(architecture).double()
-    return Bundle(model, architecture, list("abcdefghij")[:classes], shape, Normalisation.constant(shape, 0.4))
+    return Bundle(model, architecture, list("abcdefghij")[:classes], shape, Normalization.constant(shape, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_flops_of_a_two_layer_net_are_those_of_hand(linear):
 
 def test_the_kkt_sum_is_counted_like_any_program():
     x, w = torch.empty(8, 16, device="meta"), torch.empty(16, 4, device="meta", requires_grad=True)
-    with Meter() as meter:
+    with OpCounter() as meter:
         y = (x @ w).square().sum()
         (g,) = torch.autograd.grad(y, w, create_graph=True)
         (g * g).sum().backward()
@@ -70,11 +70,11 @@ def test_the_kkt_sum_is_counted_like_any_program():
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_bytes_and_calls_of_an_element_wise_operator(size):
     x = torch.empty(size, device="meta")
-    with Meter() as meter:
+    with OpCounter() as meter:
         y = x * x
         z = y.view(1, -1)
         w = z.expand(5, size)
-    assert meter.work == Work(0, 0, 3 * 4 * size, 3)  # x is read twice, views move nothing
+    assert meter.work == OpCost(0, 0, 3 * 4 * size, 3)  # x is read twice, views move nothing
     assert meter.live == meter.peak == 4 * size
     del y, z, w
     assert (meter.live, meter.peak) == (0, 4 * size)
@@ -82,11 +82,11 @@ def test_bytes_and_calls_of_an_element_wise_operator(size):
 
 def test_what_an_operator_writes_into_is_not_read():
     a, out = torch.empty(8, 16, device="meta"), torch.empty(8, 8, device="meta")
-    with Meter() as meter:
+    with OpCounter() as meter:
         torch.mm(a, a.T, out=out)
         torch.mul(out, out, out=out)
         out.addcmul_(out, out, value=0.5)
-    assert meter.work == Work(2 * 8 * 16 * 8, 4 * (2 * 8 * 16 + 64), 4 * (3 + 2) * 64, 4)
+    assert meter.work == OpCost(2 * 8 * 16 * 8, 4 * (2 * 8 * 16 + 64), 4 * (3 + 2) * 64, 4)
     assert meter.peak == 0
     assert sum(o.flops * n for o, n in meter.operators.items()) == meter.work.flops
     assert sum(o.nbytes * n for o, n in meter.operators.items()) == meter.work.matrix_bytes + meter.work.moved_bytes
@@ -94,7 +94,7 @@ def test_what_an_operator_writes_into_is_not_read():
 
 def test_a_temporary_counts_only_while_it_lives():
     x = torch.empty(100, device="meta")
-    with Meter() as meter:
+    with OpCounter() as meter:
         for _ in range(5):
             x = x + 1
     assert meter.peak == 2 * 400
@@ -118,7 +118,7 @@ def test_costs_are_affine_in_the_samples(linear):
 def test_one_pass_costs_a_second_pass_alone(linear):
     dry = DryRun(linear, TrainConfig(global_batch=1024))
     two, one = dry.cost(256), dry.cost(256, one_pass=True)
-    assert one.first == Work()
+    assert one.first == OpCost()
     assert two.second.flops < one.second.flops < two.first.flops + two.second.flops
     assert two.first.flops > 0
 
@@ -128,7 +128,7 @@ def test_the_micro_batch_that_is_kept_costs_as_in_one_pass(linear):
     two, one = dry.cost(256), dry.cost(256, one_pass=True)
     assert (two.first + two.second - two.saved).flops == one.second.flops
     gathered = DryRun(linear, TrainConfig(global_batch=1024, zero_stage=3)).cost(256)
-    assert gathered.saved == one.saved == Work()
+    assert gathered.saved == one.saved == OpCost()
 
 
 BUNDLES = {
@@ -193,7 +193,7 @@ def test_dry_runs_leave_no_trace(linear):
 
 
 def test_a_batch_of_nothing_is_refused(linear):
-    with pytest.raises(C2GError, match="micro_batch=0"):
+    with pytest.raises(UserError, match="micro_batch=0"):
         DryRun(linear, TrainConfig(global_batch=64)).cost(0)
 
 

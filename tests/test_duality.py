@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_c2g.classifiers.fitting import smoothed_margin
+from hpc_c2g.fitting.fit import smoothed_margin
 from hpc_c2g.kkt import duality
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.training.config import OptimiserConfig, TrainConfig
-from hpc_c2g.training.engine import DeepSpeedEngine
+from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
+from hpc_c2g.training.engines.deepspeed_engine import DeepSpeedEngine
 
 CPU = torch.device("cpu")
 CLASSES, BATCH = 3, 9
@@ -34,19 +34,19 @@ def make_engine(micro_batches: int = 1, seed: int = 0, free: bool = False, **set
     )
 
 
-def surrogate(module, pieces: int, piece: int, loudness: float = 1.0) -> torch.Tensor:
-    """A plain sum over the samples of one of ``pieces`` micro-batches."""
-    size = BATCH // pieces
+def surrogate(module, micro_batches: int, micro_batch: int, loudness: float = 1.0) -> torch.Tensor:
+    """A plain sum over the samples of one of ``micro_batches`` micro-batches."""
+    size = BATCH // micro_batches
     x, h = module(LATENTS)
-    rows = slice(piece * size, (piece + 1) * size)
+    rows = slice(micro_batch * size, (micro_batch + 1) * size)
     target = torch.linspace(-0.5, 0.5, x[0].numel()).view(x[0].shape)
     return loudness * ((x.float()[rows] - target).square().sum() + h.float()[rows].square().sum())
 
 
 def engine_steps(engine: DeepSpeedEngine, micro_batches: int, factor: float = 1.0, steps=LOUDNESS) -> None:
     for loudness in steps:
-        for piece in range(micro_batches):
-            engine.backward(surrogate(engine.module, micro_batches, piece, loudness))
+        for micro_batch in range(micro_batches):
+            engine.backward(surrogate(engine.module, micro_batches, micro_batch, loudness))
         engine.reduce()
         engine.step(factor)
 
@@ -55,13 +55,13 @@ def adam_steps(module, clip: float = 0.0, factor: float = 1.0) -> None:
     """The reference: plain Adam on the gradient of the whole sum."""
     rates = {"images": 1e-3, "codes": 0.02, "multipliers": 0.01, "canvases": 1e-3}
     groups = [{"params": p, "lr": factor * rates[name]} for name, p in module.parameter_groups().items()]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     for loudness in LOUDNESS:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         surrogate(module, 1, 0, loudness).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
-        optimiser.step()
+        optimizer.step()
 
 
 def assert_same(one, other, tolerance: float = 0.0) -> None:
@@ -87,8 +87,8 @@ def test_update_is_adam_on_the_exact_sum(micro_batches, free):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_gradient_before_the_update_is_the_exact_sum_not_the_mean(micro_batches):
     engine, reference = make_engine(micro_batches), make_generator()
-    for piece in range(micro_batches):
-        engine.backward(surrogate(engine.module, micro_batches, piece))
+    for micro_batch in range(micro_batches):
+        engine.backward(surrogate(engine.module, micro_batches, micro_batch))
     surrogate(reference, 1, 0).backward()
     for mine, theirs in zip(engine.module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
@@ -97,7 +97,7 @@ def test_gradient_before_the_update_is_the_exact_sum_not_the_mean(micro_batches)
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_clipping_applies_to_the_norm_of_the_sum_and_only_when_set(micro_batches):
     clip = 5.0  # between the gradient norms of the loud and the quiet steps
-    engine = make_engine(micro_batches, optimiser=OptimiserConfig(gradient_clipping=clip))
+    engine = make_engine(micro_batches, optimizer=OptimizerConfig(max_grad_norm=clip))
     clipped, plain = make_generator(), make_generator()
     engine_steps(engine, micro_batches)
     adam_steps(clipped, clip=clip)
@@ -108,8 +108,8 @@ def test_clipping_applies_to_the_norm_of_the_sum_and_only_when_set(micro_batches
 
 def test_each_parameter_group_moves_at_its_own_rate():
     rates = {"images": 0.003, "codes": 0.04, "multipliers": 0.0005, "canvases": 0.007}
-    names = dict(zip(rates, ("rate", "code_rate", "multiplier_rate", "canvas_rate"), strict=True))
-    engine = make_engine(optimiser=OptimiserConfig(**{names[k]: v for k, v in rates.items()}))
+    names = dict(zip(rates, ("lr", "lr_codes", "lr_multipliers", "lr_canvases"), strict=True))
+    engine = make_engine(optimizer=OptimizerConfig(**{names[k]: v for k, v in rates.items()}))
     engine_steps(engine, 1, factor=0.5, steps=(1.0,))
     start = make_generator().parameter_groups()
     for name, parameters in engine.module.parameter_groups().items():
@@ -119,7 +119,7 @@ def test_each_parameter_group_moves_at_its_own_rate():
 
 
 def test_bfloat16_weights_gather_steps_below_their_own_resolution():
-    engine = make_engine(dtype="bfloat16", free=True, optimiser=OptimiserConfig(rate=1e-5, multiplier_rate=1e-5))
+    engine = make_engine(dtype="bfloat16", free=True, optimizer=OptimizerConfig(lr=1e-5, lr_multipliers=1e-5))
     before = engine.module.multiplier.detach().clone()
     assert before.dtype == torch.bfloat16
     engine_steps(engine, 1, steps=[1.0] * 10)
@@ -159,10 +159,10 @@ def test_restored_engine_goes_on_bitwise(dtype, micro_batches):
     ids=json.dumps,
 )
 def test_a_bad_deepspeed_setting_is_named_in_one_line(settings, fragment):
-    with pytest.raises(C2GError) as caught:
+    with pytest.raises(UserError) as caught:
         make_engine(deepspeed=settings)
-    assert f"deepspeed={settings}" in caught.value.what
-    assert fragment in caught.value.what
+    assert f"deepspeed={settings}" in caught.value.problem
+    assert fragment in caught.value.problem
     assert "\n" not in str(caught.value)
 
 
@@ -175,4 +175,4 @@ def test_an_empty_deepspeed_setting_is_not_blamed(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", broken)
     with pytest.raises(ValueError, match="not the user's fault") as caught:
         make_engine()
-    assert not isinstance(caught.value, C2GError)
+    assert not isinstance(caught.value, UserError)

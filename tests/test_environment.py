@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpc_c2g.distributed.environment import PORTS, LaunchEnvironment, deepspeed_variables, detect, first_host
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 TORCHRUN = {
     "RANK": "3",
@@ -67,24 +67,24 @@ def test_every_task_of_a_step_has_the_same_port_and_another_step_another() -> No
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_a_torchrun_is_refused_naming_what_is_missing(missing: str) -> None:
-    with pytest.raises(C2GError, match=f"{missing} missing"):
+    with pytest.raises(UserError, match=f"{missing} missing"):
         detect({k: v for k, v in TORCHRUN.items() if k != missing})
 
 
 @pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"])
 def test_half_an_srun_is_refused_naming_what_is_missing(missing: str) -> None:
-    with pytest.raises(C2GError, match=f"{missing} missing"):
+    with pytest.raises(UserError, match=f"{missing} missing"):
         detect({k: v for k, v in SRUN.items() if k != missing})
 
 
 @pytest.mark.parametrize("change", [{"RANK": "4"}, {"RANK": "-1"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"}])
 def test_contradictions_are_refused(change: dict[str, str]) -> None:
-    with pytest.raises(C2GError, match="contradicts itself"):
+    with pytest.raises(UserError, match="contradicts itself"):
         detect(TORCHRUN | change)
 
 
 def test_what_is_no_number_is_refused_naming_it() -> None:
-    with pytest.raises(C2GError, match="WORLD_SIZE='four' is no number"):
+    with pytest.raises(UserError, match="WORLD_SIZE='four' is no number"):
         detect(TORCHRUN | {"WORLD_SIZE": "four"})
 
 

@@ -1,4 +1,4 @@
-"""Laws of the evaluation: one table for the run and its baselines, labelled as using real data, on the classifier's own data."""
+"""Laws of the evaluation: one table for the run and its baselines, labeled as using real data, on the classifier's own data."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_c2g.classifiers.fitting import MarginFitConfig
-from hpc_c2g.classifiers.make import RECORD, ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation import evaluate as module
 from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate, side_by_side
 from hpc_c2g.evaluation.metrics import judge
+from hpc_c2g.fitting.fit import MarginFitConfig
+from hpc_c2g.fitting.make import RECORD, ClassifierConfig, make_classifier
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 
 KEYS = {
@@ -40,7 +40,7 @@ def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     model, fit = {"_target_": "mlp", "width": 32}, MarginFitConfig(target_margin=5.0)
     make_classifier(ClassifierConfig(out=str(folder / "classifier"), data=DATA, model=model, fit=fit))
-    settings = {"steps": 20, "global_batch": 30, "scale": ScaleConfig(start=-math.log(5)), "device": "cpu"}
+    settings = {"steps": 20, "global_batch": 30, "alpha": AlphaConfig(init=-math.log(5)), "device": "cpu"}
     train(TrainConfig(str(folder / "classifier"), str(folder / "run"), log=LogConfig(progress=False), **settings))
     return folder / "run"
 
@@ -155,7 +155,7 @@ def test_without_baselines_none_is_trained(run_dir, tmp_path, config):
     ids=["name", "size", "all", "classes", "seed"],
 )
 def test_data_against_the_record_are_refused(config, asked, message):
-    with pytest.raises(C2GError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(replace(config, data=asked))
 
 
@@ -172,21 +172,21 @@ def test_without_a_record_the_data_must_be_named_and_must_fit(config, run_dir, t
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace(str(run_dir.parent), str(tmp_path)))
     config = replace(config, run_dir=str(tmp_path / "run"), baselines=False)
-    with pytest.raises(C2GError, match="does not say what data it was fitted to"):
+    with pytest.raises(UserError, match="does not say what data it was fitted to"):
         evaluate(config)
-    with pytest.raises(C2GError, match=r"shape \[13\], the generator makes \[1, 8, 8\]"):
+    with pytest.raises(UserError, match=r"shape \[13\], the generator makes \[1, 8, 8\]"):
         evaluate(replace(config, data=DataConfig(name="wine")))
-    with pytest.raises(C2GError, match="has 10 classes, the generator 3"):
+    with pytest.raises(UserError, match="has 10 classes, the generator 3"):
         evaluate(replace(config, data=DataConfig(name="digits")))
     assert evaluate(replace(config, data=DATA))[0].keys() >= KEYS
 
 
 @pytest.mark.parametrize("field", ["count", "classification_steps", "free_steps"])
 def test_numbers_must_be_positive(field):
-    with pytest.raises(C2GError, match=f"{field}=0"):
+    with pytest.raises(UserError, match=f"{field}=0"):
         EvaluateConfig(run_dir="r", **{field: 0})
 
 
 def test_without_a_run_there_is_nothing_to_judge(tmp_path):
-    with pytest.raises(C2GError, match="is no run"):
+    with pytest.raises(UserError, match="is no run"):
         evaluate(EvaluateConfig(str(tmp_path)))

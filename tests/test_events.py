@@ -26,7 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.reporting import archive as archives
 from hpc_c2g.reporting import events
 from hpc_c2g.reporting.archive import ALONE, Archive, gather
@@ -519,12 +519,12 @@ def test_a_key_that_is_no_safe_name_is_refused(tmp_path, key):
         lambda k: archive.stale(k, tmp_path),
         lambda k: gather(archive, {k: tmp_path}, 1),
     ):
-        with pytest.raises(C2GError, match="cannot name"):
+        with pytest.raises(UserError, match="cannot name"):
             use(key)
 
 
 def test_an_archive_that_cannot_be_written_is_one_error_from_any_process(tmp_path):
     (tmp_path / "archive").write_text("a file, no folder")
-    with pytest.raises(C2GError, match="cannot write") as caught:
+    with pytest.raises(UserError, match="cannot write") as caught:
         gather(Archive(tmp_path / "archive"), study(tmp_path, 1), 1)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -209,7 +209,7 @@ def test_axes_have_plain_numbers(x, shown):
     assert tick(x) == shown
 
 
-def test_lines_differ_without_colour():
+def test_lines_differ_without_color():
     looks = [(m["marker"], str(m["linestyle"])) for m in map(marks, range(8))]
     assert len({m for m, _ in looks}) == len({s for _, s in looks}) == 8
 

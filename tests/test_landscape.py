@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from hpc_c2g.classifiers.bundle import load_bundle
-from hpc_c2g.classifiers.certificate import certify
-from hpc_c2g.classifiers.fitting import InitConfig, MarginFitConfig
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.evaluation.landscape import CARRIES, picture, support
+from hpc_c2g.fitting.certificate import certify
+from hpc_c2g.fitting.fit import InitConfig, MarginFitConfig
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
 
 DATA = DataConfig(name="blobs", train_size=20)
 
@@ -33,7 +33,7 @@ def fitted(tmp_path_factory):
 def test_support_samples_are_those_with_a_multiplier_in_the_certificate(fitted):
     bundle, train = fitted
     found = support(bundle, train, train.samples, train.labels)
-    x = bundle.normalisation.normalise(train.samples.double())
+    x = bundle.normalization.normalize(train.samples.double())
     mass = certify(bundle, x, train.labels, find_rates(bundle.model).parameters).multipliers.sum(1)
     assert found.carries.tolist() == (mass > CARRIES * mass.max()).tolist()
     assert 2 <= int(found.carries.sum()) < len(train)

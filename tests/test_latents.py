@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.latents import (
     SCHEMES,
     LatentConfig,
@@ -57,7 +57,7 @@ def test_uniforms_are_counted(seed, step, start, count, dimensions):
     for i in range(count):
         alone = counted_uniforms(seed, step, start + i, start + i + 1, dimensions)
         assert np.array_equal(alone[0], rows[i])
-    assert len(np.unique(rows)) == rows.size  # neighbours share no numbers
+    assert len(np.unique(rows)) == rows.size  # neighbors share no numbers
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -167,6 +167,6 @@ def test_fresh_latents_can_be_drawn_in_pieces(seed, start, count, dimensions):
     ],
 )
 def test_settings_out_of_range_are_refused(field, value):
-    with pytest.raises(C2GError, match=rf"latents\.{field}=") as caught:
+    with pytest.raises(UserError, match=rf"latents\.{field}=") as caught:
         LatentConfig(**{field: value})
-    assert caught.value.mend
+    assert caught.value.hint

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_c2g import lease as module
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.lease import EXIT_LEASE_LOST, KEPT, MARGIN, Holder, Lease, live_holder
 
 HOST, BOOT, NAMESPACE = module._here()
@@ -130,11 +130,11 @@ def test_a_holder_killed_on_this_host_is_replaced_at_once_and_before_that_it_is_
     with process(HOLDER, tmp_path, 1000, 3000) as holder:
         assert holder.stdout.readline() == "held\n"
         assert live_holder(tmp_path).pid == holder.pid
-        with pytest.raises(C2GError) as caught:
+        with pytest.raises(UserError) as caught:
             Lease(tmp_path).acquire()
         name = f"job 12_3 on {HOST}, process {holder.pid}"
-        assert caught.value.what == f"{tmp_path} is in use by {name}"
-        assert caught.value.mend == "wait for it, cancel that job, or choose another folder"
+        assert caught.value.problem == f"{tmp_path} is in use by {name}"
+        assert caught.value.hint == "wait for it, cancel that job, or choose another folder"
         holder.send_signal(signal.SIGKILL)
         while module._started(holder.pid) != -1:  # dying; nobody has asked for its exit status
             time.sleep(0.01)
@@ -194,7 +194,7 @@ def test_release_frees_at_once_and_twice_is_once(tmp_path):
 def test_one_process_is_refused_a_second_time_and_the_first_lease_stays(tmp_path):
     with Lease(tmp_path, "the first", **NEVER) as first:
         for again in (first, Lease(tmp_path)):
-            with pytest.raises(C2GError, match="is in use by the first"):
+            with pytest.raises(UserError, match="is in use by the first"):
                 again.acquire()
         assert first.still_mine()
 
@@ -225,7 +225,7 @@ def test_a_holder_on_another_host_is_respected_while_it_renews_and_replaced_afte
             last[:] = [world.now]
 
     world.while_asleep = renew
-    with pytest.raises(C2GError, match="is in use by job 7 on far"):
+    with pytest.raises(UserError, match="is in use by job 7 on far"):
         Lease(tmp_path, expires=500.0).acquire(wait=60)
     assert Lease(tmp_path).acquire(wait=60).epoch == 2
     assert world.now > last[0] + 10
@@ -238,7 +238,7 @@ def test_clocks_of_hosts_that_differ_by_hours_change_no_decision(tmp_path, world
     world.touch(file, skew=skew)
     world.while_asleep = lambda: world.touch(file, skew=skew)
     for wait in (0, 60):
-        with pytest.raises(C2GError, match="is in use"):
+        with pytest.raises(UserError, match="is in use"):
             Lease(tmp_path).acquire(wait)
     world.while_asleep = lambda: None
     before = world.now
@@ -248,7 +248,7 @@ def test_clocks_of_hosts_that_differ_by_hours_change_no_decision(tmp_path, world
 
 def test_who_has_been_silent_for_long_is_watched_even_by_those_who_do_not_wait(tmp_path, world):
     world.touch(by_hand(tmp_path))
-    with pytest.raises(C2GError):
+    with pytest.raises(UserError):
         Lease(tmp_path).acquire()
     assert world.now == 1e6
     world.now += 11
@@ -266,7 +266,7 @@ def test_a_silent_owner_and_its_watcher_are_decided_by_the_link(tmp_path, world)
             back.append(first.still_mine())
 
     world.while_asleep = come_back
-    with pytest.raises(C2GError):
+    with pytest.raises(UserError):
         second.acquire(wait=15)
     assert back == [True]
     assert first.epoch == 2
@@ -323,7 +323,7 @@ def test_a_lease_that_cannot_be_read_is_respected_until_it_was_silent(tmp_path, 
     file.write_bytes(content)
     world.touch(file)
     assert live_holder(tmp_path) == Holder(3)
-    with pytest.raises(C2GError, match="is in use by an unknown process"):
+    with pytest.raises(UserError, match="is in use by an unknown process"):
         Lease(tmp_path, expires=10.0).acquire()
     assert Lease(tmp_path, expires=10.0).acquire(wait=20).epoch == 4
 
@@ -342,7 +342,7 @@ def test_foreign_files_and_missing_folders_are_nobody(tmp_path):
         assert lease.epoch == 1
         (leases / "000000000002").mkdir()
         assert live_holder(tmp_path) == Holder(0)
-        with pytest.raises(C2GError, match="cannot write"):
+        with pytest.raises(UserError, match="cannot write"):
             Lease(tmp_path).acquire()
 
 
@@ -369,14 +369,14 @@ def test_only_the_same_process_of_the_same_host_boot_and_namespace_is_known_to_l
     if known_dead:
         assert Lease(tmp_path).acquire().epoch == 2
         return
-    with pytest.raises(C2GError, match="is in use"):
+    with pytest.raises(UserError, match="is in use"):
         Lease(tmp_path).acquire()
 
 
 def test_where_proc_tells_nothing_no_process_is_known_to_be_dead(tmp_path, world, monkeypatch):
     monkeypatch.setattr(module, "_here", lambda: (HOST, "", ""))
     world.touch(by_hand(tmp_path, host=HOST, boot="", namespace="", pid=2**22 + 1))
-    with pytest.raises(C2GError, match="is in use"):
+    with pytest.raises(UserError, match="is in use"):
         Lease(tmp_path).acquire()
 
 
@@ -404,7 +404,7 @@ def test_a_claimant_that_stalled_while_epochs_came_and_went_has_not_won(tmp_path
         link(*arguments)
 
     monkeypatch.setattr(os, "link", stall)
-    with pytest.raises(C2GError, match="is in use by job 7 on far"):
+    with pytest.raises(UserError, match="is in use by job 7 on far"):
         Lease(tmp_path).acquire()
     assert live_holder(tmp_path).epoch == 30
 
@@ -494,9 +494,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, owner, 
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, refuse)
-        with pytest.raises(C2GError) as caught:
+        with pytest.raises(UserError) as caught:
             Lease(tmp_path).acquire()
-    assert caught.value.what == f"cannot write {tmp_path / 'leases'}: {os.strerror(number)}"
+    assert caught.value.problem == f"cannot write {tmp_path / 'leases'}: {os.strerror(number)}"
     assert live_holder(tmp_path) is None
 
 
@@ -513,7 +513,7 @@ def test_what_killed_claimants_left_is_removed_and_what_live_ones_need_is_not(tm
 
 @pytest.mark.parametrize(("every", "expires"), [(0, 1), (1, 1.5), (5, float("inf")), (-1, 30), (float("nan"), 30)])
 def test_times_that_make_no_sense_are_named(tmp_path, every, expires):
-    with pytest.raises(C2GError, match="every="):
+    with pytest.raises(UserError, match="every="):
         Lease(tmp_path, every=every, expires=expires)
 
 
@@ -600,7 +600,7 @@ def test_in_any_interleaving_at_most_one_trusts_its_lease_and_epochs_only_grow(s
                 return
             try:
                 mine = lease.still_mine() if action == "check" else bool(lease.acquire(25.0 if "wait" in action else 0))
-            except C2GError:
+            except UserError:
                 return
             trusted[number] = lease._renewed + EXPIRES if mine else -1.0
             assert sum(until >= world.now for until in trusted) <= 1, (number, action, trusted, world.now)

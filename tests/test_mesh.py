@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.trainers import config, three_bundles, trainer
 from torch import Tensor
-from trainers import config, three_bundles, trainer
 
-from hpc_c2g.distributed.lane import Lane
+from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, payload
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.kkt import stationarity
-from hpc_c2g.training.config import DistributedConfig, TrainConfig
+from hpc_c2g.training.config.train import DistributedConfig, TrainConfig
 
 STEPS, BATCH = 3, 24
 # classifiers, ranks, micro-batch, distributed settings
@@ -109,7 +109,7 @@ def refused(world: World) -> list[str]:
         try:
             trainer(three_bundles()[:classifiers], run, world)
             said.append("nothing")
-        except C2GError as error:
+        except UserError as error:
             said.append(str(error))
     return said
 
@@ -132,7 +132,7 @@ SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2), "unused": (3,)}
 def reduced(world: World) -> dict:
     """Sums of made-up tensors over two micro-batches and the ranks, by every wire, some of them arriving during a backward."""
     found: dict = {}
-    for name, hierarchical, wire, dtype in (
+    for name, hierarchical, comm_dtype, dtype in (
         ("plain", False, "float32", torch.float32),
         ("nodes", True, "float32", torch.float32),
         ("low", False, "float32", torch.bfloat16),
@@ -141,8 +141,8 @@ def reduced(world: World) -> dict:
     ):
         like = {key: torch.zeros(shape, dtype=dtype) for key, shape in SHAPES.items()}
         mesh = Mesh.over(world, 1, None, hierarchical)
-        lane = Lane(world.device)
-        summation = ResidualSum(like, mesh, lane, wire, bucket_bytes=50)
+        comm_stream = CommStream(world.device)
+        summation = ResidualSum(like, mesh, comm_stream, comm_dtype, bucket_bytes=50)
         totals, sent = [], []
         for step in range(64):
             for micro_batch in (0, 1):
@@ -152,10 +152,15 @@ def reduced(world: World) -> dict:
                     arrive(key, tensors[key])
                 summation.add(tensors)
             total = summation.total()
-            if step in (0, 63) or wire == "bfloat16":
+            if step in (0, 63) or comm_dtype == "bfloat16":
                 totals.append({key: t.clone() for key, t in total.items()})
             sent.append(summation.take_bytes())
-        found[name] = {"totals": totals, "bytes": set(sent), "payload": payload(like, mesh), "time": lane.seconds()}
+        found[name] = {
+            "totals": totals,
+            "bytes": set(sent),
+            "payload": payload(like, mesh),
+            "time": comm_stream.seconds(),
+        }
     return found
 
 
@@ -196,12 +201,12 @@ def test_every_wire_sums_and_counts_its_bytes(tmp_path: Path) -> None:
 
 
 def test_batch_shares_are_whole_and_do_not_depend_on_the_ranks() -> None:
-    from hpc_c2g.training.sharding import batch_shares
+    from hpc_c2g.training.step.sharding import batch_shares
 
     assert batch_shares(TrainConfig(global_batch=24), [3, 2, 4]) == [8, 5, 11]
     assert batch_shares(TrainConfig(global_batch=10), [1, 1, 1]) == [4, 3, 3]
     assert batch_shares(TrainConfig(global_batch=7, shares=[0.5, 3.0]), [9, 9]) == [1, 6]
-    with pytest.raises(C2GError, match="global_batch=2 with shares"):
+    with pytest.raises(UserError, match="global_batch=2 with shares"):
         batch_shares(TrainConfig(global_batch=2), [1, 1, 1])
 
 

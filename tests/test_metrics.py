@@ -15,7 +15,7 @@ from torch import Tensor
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import load_split
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation import metrics, oracle
 from hpc_c2g.evaluation.metrics import halves, judge, nearest_pairs, noise_samples, real_baseline, svc_accuracy
 from hpc_c2g.evaluation.oracle import Oracle
@@ -264,10 +264,10 @@ class TestDigits:
     ],
 )
 def test_what_cannot_be_judged_is_refused(samples: Tensor, labels: Tensor, told: str) -> None:
-    with pytest.raises(C2GError, match=told):
+    with pytest.raises(UserError, match=told):
         judge(samples, labels, small_split())
 
 
 def test_too_little_held_out_data_is_refused() -> None:
-    with pytest.raises(C2GError, match=r"data\.held_out_size"):
+    with pytest.raises(UserError, match=r"data\.held_out_size"):
         real_baseline(Split(random_set(13, 0), random_set(4, 1)))

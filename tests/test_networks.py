@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import Latents, fresh_latents
 from hpc_c2g.generators.networks import Box, Generator, build_generator
@@ -49,7 +49,7 @@ def latents(count: int = 12, seed: int = 0) -> Latents:
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_have_the_shape_of_the_input_and_multipliers_a_row_of_classes(kind, shape):
     if kind.startswith("conv") and len(shape) == 1:
-        with pytest.raises(C2GError, match=r"generator=conv makes images.*\[2\]"):
+        with pytest.raises(UserError, match=r"generator=conv makes images.*\[2\]"):
             build(KINDS[kind], shape)
         return
     module = build(KINDS[kind], shape)
@@ -79,8 +79,8 @@ def test_box_starts_near_zero_where_its_slope_has_not_vanished(lower, extent, t)
     start = box(torch.zeros(1, 1, dtype=torch.float64), only)
     assert low - 1e-12 <= x <= high + 1e-12
     place = float(-(low + high) / (high - low))  # of x = 0, from -1 at the lower bound to 1 at the upper
-    centre, half = float(low + high) / 2, float(high - low) / 2
-    assert float(start) == pytest.approx(centre + half * min(0.8, max(-0.8, place)), abs=1e-9)
+    center, half = float(low + high) / 2, float(high - low) / 2
+    assert float(start) == pytest.approx(center + half * min(0.8, max(-0.8, place)), abs=1e-9)
     if abs(place) < 0.8:
         assert float(start) == pytest.approx(0, abs=1e-9)
 
@@ -235,13 +235,13 @@ def test_free_images_are_looked_up_by_index():
 
 
 def test_fewer_free_images_than_classes_are_refused():
-    with pytest.raises(C2GError, match="global_batch=2 is too small"):
+    with pytest.raises(UserError, match="global_batch=2 is too small"):
         build_generator(KINDS["free"], DIMENSIONS, [CLASSES], [2], *(b[None] for b in bounds((1, 8, 8))), 0)
 
 
 def test_kind_asked_for_is_built_and_an_unknown_one_refused():
     assert isinstance(build(KINDS["mlp"]), Generator)
-    with pytest.raises(C2GError, match=r"generator\.name='gan' is unknown"):
+    with pytest.raises(UserError, match=r"generator\.name='gan' is unknown"):
         build(GeneratorConfig(name="gan"))
 
 
@@ -263,5 +263,5 @@ def test_kind_asked_for_is_built_and_an_unknown_one_refused():
     ],
 )
 def test_settings_out_of_range_are_refused(kind, field, value):
-    with pytest.raises(C2GError, match=rf"generator\.{field}="):
+    with pytest.raises(UserError, match=rf"generator\.{field}="):
         kind(**{field: value})

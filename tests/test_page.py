@@ -90,7 +90,7 @@ def test_the_page_is_a_document_with_one_heading_of_each_rank_in_order(tree):
 def test_ids_are_there_once_and_every_reference_finds_its_own(tree):
     ids = [e["attrs"]["id"] for e in tree.elements if "id" in e["attrs"]]
     assert len(ids) == len(set(ids))
-    named = [e["attrs"][k] for e in tree.elements for k in ("aria-labelledby",) if k in e["attrs"]]
+    named = [e["attrs"][k] for e in tree.elements for k in ("aria-labeledby",) if k in e["attrs"]]
     assert set(named) | {a["attrs"]["href"][1:] for a in tree.all("a")} <= set(ids)
     first = next(e for e in tree.elements if e["above"][-1:] == ["body"])
     assert (first["tag"], first["attrs"]["href"]) == ("a", "#main")
@@ -192,10 +192,9 @@ def test_commands_keep_their_lines():
     assert Tree(render(PAGES["plain"])).all("pre")[0]["text"] == "c2g classifier\nc2g train plain"
 
 
-def luminance(colour):
+def luminance(color):
     parts = [
-        int(c, 16) / 255
-        for c in re.findall("..", colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:]))
+        int(c, 16) / 255 for c in re.findall("..", color[1:] if len(color) == 7 else "".join(2 * c for c in color[1:]))
     ]
     red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -205,10 +204,10 @@ def test_all_text_stands_out_in_light_dark_and_print():
     palettes = re.findall(r":root \{(.*?)\}", render(PAGES["empty"]))
     assert len(palettes) == 3
     for palette in palettes:
-        colour = dict(re.findall(r"--(\w+): (#\w+)", palette))
+        color = dict(re.findall(r"--(\w+): (#\w+)", palette))
         for ink in ("ink", "soft", "link", "warn"):
             for ground in ("paper", "shade"):
-                low, high = sorted((luminance(colour[ink]), luminance(colour[ground])))
+                low, high = sorted((luminance(color[ink]), luminance(color[ground])))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_c2g.distributed.world import World
-from hpc_c2g.training.phases import PHASES, Phases, shares
+from hpc_c2g.training.step.phases import PHASES, Phases, shares
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_time_between_marks_is_charged_to_the_phase_that_ends_there(clock):
 def of_ranks(*seconds: dict[str, float]) -> dict[str, float]:
     """What rank 0 tells where every rank's phases took ``seconds``."""
     rows = torch.tensor([[s.get(phase, 0.0) for phase in PHASES] for s in seconds], dtype=torch.float64)
-    world = World.alone(CPU)
+    world = World.single_process(CPU)
     several = dataclasses.replace(world, launch=dataclasses.replace(world.launch, world_size=len(seconds)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "gather", lambda self, own: rows)
@@ -56,12 +56,12 @@ def test_shares_are_of_the_time_of_all_ranks_and_sum_to_one():
 
 
 def test_the_slowest_rank_is_the_one_that_works_longest_not_the_one_that_waits():
-    told = of_ranks({"kkt_sum": 1.0, "all_reduce": 3.0}, {"cotangents": 2.0, "optimiser": 1.0, "all_reduce": 1.0})
+    told = of_ranks({"kkt_sum": 1.0, "all_reduce": 3.0}, {"cotangents": 2.0, "optimizer": 1.0, "all_reduce": 1.0})
     assert told["time/slowest_rank"] == 1
     assert told["time/slowest_over_mean"] == pytest.approx(1.5)
 
 
 def test_a_rank_alone_is_not_the_slowest():
-    told = shares(dict.fromkeys(PHASES, 0.0), World.alone(CPU))
+    told = shares(dict.fromkeys(PHASES, 0.0), World.single_process(CPU))
     assert not [name for name in told if "slowest" in name]
     assert all(value == 0 for value in told.values())

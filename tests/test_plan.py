@@ -14,28 +14,28 @@ from hypothesis import strategies as st
 
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.planning.collectives import all_reduce_seconds, generator_seconds, ring_seconds, tree_seconds
+from hpc_c2g.planning.hardware import HardwareSpec, LocalHardware, as_yaml, load_hardware
 from hpc_c2g.planning.measure import fit_ring, measure
 from hpc_c2g.planning.plan import PlanConfig, make_plan
 from hpc_c2g.planning.predict import balanced, generator_bytes, memory, scaling, step_time, work_seconds
-from hpc_c2g.planning.profile import ClusterProfile, Here, as_yaml, load_profile
-from hpc_c2g.training.dry_run import DryRun, MicroBatchCost
-from hpc_c2g.training.meter import Work
+from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
+from hpc_c2g.training.cost.op_counter import OpCost
 from launch.__main__ import main
-from launch.cli import config_folder
+from launch._compose.cli import config_folder
 
-PROFILE = ClusterProfile()
-NUMBERS = [f.name for f in fields(ClusterProfile) if f.name not in ("name", "asynchronous")]
+PROFILE = HardwareSpec()
+NUMBERS = [f.name for f in fields(HardwareSpec) if f.name not in ("name", "asynchronous")]
 COST = MicroBatchCost(
     samples=64,
     one_pass=False,
-    first=Work(1e11, 1e8, 1e9, 100),
-    second=Work(3e11, 3e8, 3e9, 300),
-    backward=Work(1e10, 1e7, 1e8, 50),
-    saved=Work(5e10, 5e7, 5e8, 60),
-    residual=Work(0, 0, 1e9, 50),
-    update=Work(0, 0, 1e8, 50),
+    first=OpCost(1e11, 1e8, 1e9, 100),
+    second=OpCost(3e11, 3e8, 3e9, 300),
+    backward=OpCost(1e10, 1e7, 1e8, 50),
+    saved=OpCost(5e10, 5e7, 5e8, 60),
+    residual=OpCost(0, 0, 1e9, 50),
+    update=OpCost(0, 0, 1e8, 50),
     sums=(4 * 10**7 + 8, 16),
     working_bytes=10**9,
     classifier_parameters=10**7,
@@ -45,14 +45,14 @@ COST = MicroBatchCost(
 
 def cost_of(samples: int, one_pass: bool) -> MicroBatchCost:
     part = samples / 64
-    first, saved = (Work() if one_pass else work * part for work in (COST.first, COST.saved))
+    first, saved = (OpCost() if one_pass else work * part for work in (COST.first, COST.saved))
     return replace(COST, samples=samples, one_pass=one_pass, first=first, saved=saved, second=COST.second * part)
 
 
 def test_what_is_kept_is_taken_off_the_passes_once():
     kept = step_time(COST, PROFILE, 1, 64 * 5)
     assert kept.saved == work_seconds(COST.saved, PROFILE) > 0
-    afresh = step_time(replace(COST, saved=Work()), PROFILE, 1, 64 * 5)
+    afresh = step_time(replace(COST, saved=OpCost()), PROFILE, 1, 64 * 5)
     assert afresh.total - kept.total == pytest.approx(kept.saved)
 
 
@@ -63,11 +63,11 @@ def test_the_ring_and_the_tree_of_hand():
 
 
 def test_an_all_reduce_adds_both_levels_and_takes_the_faster_algorithm():
-    profile = ClusterProfile(ranks_per_node=4, intra_gb_per_s=1, intra_us=1000, inter_gb_per_s=0.5, inter_us=1000)
+    hardware = HardwareSpec(ranks_per_node=4, intra_gb_per_s=1, intra_us=1000, inter_gb_per_s=0.5, inter_us=1000)
     inside = ring_seconds(1e9, 4, 1e9, 1e-3)
-    assert all_reduce_seconds(1e9, 1, profile) == inside
-    assert all_reduce_seconds(1e9, 2, profile) == pytest.approx(inside + 2 / 2 * 1e9 / 0.5e9 + 2e-3)  # ring
-    assert all_reduce_seconds(8, 1024, profile) - ring_seconds(8, 4, 1e9, 1e-3) == pytest.approx(
+    assert all_reduce_seconds(1e9, 1, hardware) == inside
+    assert all_reduce_seconds(1e9, 2, hardware) == pytest.approx(inside + 2 / 2 * 1e9 / 0.5e9 + 2e-3)  # ring
+    assert all_reduce_seconds(8, 1024, hardware) - ring_seconds(8, 4, 1e9, 1e-3) == pytest.approx(
         20e-3, rel=1e-3
     )  # tree
 
@@ -81,7 +81,7 @@ positive = st.floats(1e-3, 1e5)
 
 
 @given(
-    work=st.builds(Work, *[st.floats(0, 1e15)] * 3, st.floats(0, 1e5)),
+    work=st.builds(OpCost, *[st.floats(0, 1e15)] * 3, st.floats(0, 1e5)),
     asynchronous=st.booleans(),
     name=st.sampled_from(["matrix_tflops", "memory_gb_per_s", "intra_gb_per_s", "inter_gb_per_s"]),
     factor=st.floats(1, 100),
@@ -96,13 +96,13 @@ def test_faster_parts_are_never_slower(work, asynchronous, name, factor, nodes):
 
 
 def test_the_roofline_of_hand():
-    profile = ClusterProfile(matrix_tflops=1, memory_gb_per_s=1, operation_us=1e6, asynchronous=False)
-    assert work_seconds(Work(2e12, 1e9, 3e9, 4), profile) == pytest.approx(2 + 3 + 4)
-    assert work_seconds(Work(2e12, 5e9, 3e9, 4), profile) == pytest.approx(5 + 3 + 4)
-    assert work_seconds(Work(2e12, 5e9, 3e9, 9), replace(profile, asynchronous=True)) == pytest.approx(9)
-    assert work_seconds(Work(2e12, 5e9, 3e9, 4), replace(profile, asynchronous=True)) == pytest.approx(8)
-    shared = replace(profile, cores=2, ranks_per_node=4)  # each has half a core
-    assert work_seconds(Work(2e12, 1e9, 3e9, 4), shared) == pytest.approx(18)
+    hardware = HardwareSpec(matrix_tflops=1, memory_gb_per_s=1, operation_us=1e6, asynchronous=False)
+    assert work_seconds(OpCost(2e12, 1e9, 3e9, 4), hardware) == pytest.approx(2 + 3 + 4)
+    assert work_seconds(OpCost(2e12, 5e9, 3e9, 4), hardware) == pytest.approx(5 + 3 + 4)
+    assert work_seconds(OpCost(2e12, 5e9, 3e9, 9), replace(hardware, asynchronous=True)) == pytest.approx(9)
+    assert work_seconds(OpCost(2e12, 5e9, 3e9, 4), replace(hardware, asynchronous=True)) == pytest.approx(8)
+    shared = replace(hardware, cores=2, ranks_per_node=4)  # each has half a core
+    assert work_seconds(OpCost(2e12, 1e9, 3e9, 4), shared) == pytest.approx(18)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -180,41 +180,41 @@ def test_a_ring_is_recovered_from_its_times():
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_profile_names_what_is_wrong(name):
     for value in (-1, float("nan")):
-        with pytest.raises(C2GError, match=rf"cluster\.{name}="):
-            ClusterProfile(**{name: value})
+        with pytest.raises(UserError, match=rf"hardware\.{name}="):
+            HardwareSpec(**{name: value})
 
 
 def test_a_saved_profile_comes_back(tmp_path):
-    profile = replace(PROFILE, name="mine", cores=3, matrix_tflops=1.5, asynchronous=False)
-    (tmp_path / "mine.yaml").write_text(as_yaml(profile))
-    assert load_profile(tmp_path / "mine.yaml") == profile
-    assert load_profile(config_folder() / "cluster" / "a100.yaml").name == "a100"
+    hardware = replace(PROFILE, name="mine", cores=3, matrix_tflops=1.5, asynchronous=False)
+    (tmp_path / "mine.yaml").write_text(as_yaml(hardware))
+    assert load_hardware(tmp_path / "mine.yaml") == hardware
+    assert load_hardware(config_folder() / "hardware" / "a100.yaml").name == "a100"
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("- 1", "no fields"),
-        ("colour: red", "colour"),
+        ("color: red", "color"),
         ("cores: many", "many"),
-        ("cores: -1", "cluster.cores=-1"),
+        ("cores: -1", "hardware.cores=-1"),
         (None, "No such"),
     ],
 )
 def test_a_broken_profile_is_told(tmp_path, text, told):
     if text is not None:
         (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(C2GError, match=told):
-        load_profile(tmp_path / "p.yaml")
+    with pytest.raises(UserError, match=told):
+        load_hardware(tmp_path / "p.yaml")
 
 
 @pytest.fixture
-def h100() -> ClusterProfile:
-    return load_profile(config_folder() / "cluster" / "h100.yaml")
+def h100() -> HardwareSpec:
+    return load_hardware(config_folder() / "hardware" / "h100.yaml")
 
 
 def test_a_plan_is_deterministic_and_consistent(bundle_dir, h100):
-    config = PlanConfig(classifier=str(bundle_dir), global_batch=4096, cluster=h100, max_nodes=8)
+    config = PlanConfig(classifier=str(bundle_dir), global_batch=4096, hardware=h100, max_nodes=8)
     plan, again = make_plan(config), make_plan(config)
     assert plan.record() == again.record()
     assert json.loads(json.dumps(plan.record()))["strong"][0]["efficiency"] == 1
@@ -228,7 +228,7 @@ def test_a_tight_memory_lowers_the_micro_batch_then_raises_the_stage_then_fails(
         cluster = replace(h100, memory_gib=gib, runtime_gib=0.0)
         return make_plan(
             PlanConfig(
-                classifier=str(bundle_dir), global_batch=8192, cluster=cluster, max_nodes=1, margin=0, **settings
+                classifier=str(bundle_dir), global_batch=8192, hardware=cluster, max_nodes=1, margin=0, **settings
             )
         )
 
@@ -242,13 +242,13 @@ def test_a_tight_memory_lowers_the_micro_batch_then_raises_the_stage_then_fails(
     sharded = planned((state + 0.5 * one) / 2**30)
     assert sharded.zero_stage > 0
     with pytest.raises(
-        C2GError, match=r"micro_batch=1 needs .* GiB per rank, .* GiB are there \(cluster h100"
+        UserError, match=r"micro_batch=1 needs .* GiB per rank, .* GiB are there \(hardware h100"
     ) as caught:
         planned(one / 2**31)
-    assert "zero_stage=3" in caught.value.mend
+    assert "zero_stage=3" in caught.value.hint
     just = roomy.memory.total + 1024
     assert planned(just / 2**30, micro_batch=1024, zero_stage=0).micro_batch == 1024
-    with pytest.raises(C2GError, match="micro_batch=1024 needs"):
+    with pytest.raises(UserError, match="micro_batch=1024 needs"):
         planned((just - 2048) / 2**30, micro_batch=1024, zero_stage=0)
 
 
@@ -267,14 +267,14 @@ def bytes_of_one(bundle_dir: Path) -> int:
     ],
 )
 def test_a_plan_s_settings_are_checked(settings, told):
-    with pytest.raises(C2GError, match=told):
+    with pytest.raises(UserError, match=told):
         PlanConfig(classifier="c", **settings)
 
 
 def test_a_batch_smaller_than_the_ranks_and_several_classifiers_are_told(bundle_dir, h100):
-    with pytest.raises(C2GError, match=r"global_batch=20 is too small for 24 ranks \(nodes=3\)"):
-        make_plan(PlanConfig(classifier=str(bundle_dir), global_batch=20, nodes=3, cluster=h100))
-    with pytest.raises(C2GError, match="plan one classifier at a time"):
+    with pytest.raises(UserError, match=r"global_batch=20 is too small for 24 ranks \(nodes=3\)"):
+        make_plan(PlanConfig(classifier=str(bundle_dir), global_batch=20, nodes=3, hardware=h100))
+    with pytest.raises(UserError, match="plan one classifier at a time"):
         PlanConfig(classifier=["a", "b"])
 
 
@@ -289,8 +289,8 @@ def run(monkeypatch, *arguments: object) -> int:
 
 def test_the_verb_prints_its_tables_and_writes_its_files(bundle_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"classifier={bundle_dir}", "global_batch=4096", "cluster=h100", "nodes=2", "max_nodes=4"]
-    assert run(monkeypatch, *arguments, "out=p.json", "save_profile=mine.yaml", "generator=free") == 0
+    arguments = [f"classifier={bundle_dir}", "global_batch=4096", "hardware=h100", "nodes=2", "max_nodes=4"]
+    assert run(monkeypatch, *arguments, "out=p.json", "save_hardware=mine.yaml", "generator=free") == 0
     text = capsys.readouterr().out
     for word in (
         "memory per rank",
@@ -304,19 +304,27 @@ def test_the_verb_prints_its_tables_and_writes_its_files(bundle_dir, tmp_path, m
     assert record["nodes"] == 2
     assert record["step"]["total"] == pytest.approx(sum(v for k, v in record["step"].items() if k != "total"))
     assert (
-        run(monkeypatch, *arguments[:2], "profile=mine.yaml", "nodes=2", "max_nodes=1", "generator=free", "out=q.json")
+        run(
+            monkeypatch,
+            *arguments[:2],
+            "hardware_file=mine.yaml",
+            "nodes=2",
+            "max_nodes=1",
+            "generator=free",
+            "out=q.json",
+        )
         == 0
     )
     assert json.loads(Path("q.json").read_text())["step"] == record["step"]
-    assert run(monkeypatch, *arguments, "profile=none.yaml") == 2
-    assert "profile=none.yaml cannot be read" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "hardware_file=none.yaml") == 2
+    assert "hardware_file=none.yaml cannot be read" in capsys.readouterr().err
 
 
 def test_help_tells_the_choices_that_there_are(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    clusters = sorted(p.stem for p in (config_folder() / "cluster").glob("*.yaml"))
-    assert sorted(text.partition("cluster=")[2].partition(" ")[0].split("|")) == clusters
+    clusters = sorted(p.stem for p in (config_folder() / "hardware").glob("*.yaml"))
+    assert sorted(text.partition("hardware=")[2].partition(" ")[0].split("|")) == clusters
     generators = sorted(p.stem for p in (config_folder() / "generator").glob("*.yaml"))
     assert sorted(text.partition("generator=")[2].partition("]")[0].split("|")) == generators
     plain = set(text.partition("== Fields")[2].split())
@@ -326,11 +334,11 @@ def test_help_tells_the_choices_that_there_are(monkeypatch, capsys):
 
 def test_this_machine_is_measured_without_training(bundle):
     cost = DryRun(bundle, PlanConfig(global_batch=64)).cost(16)
-    profile = measure(Here(ranks_per_node=2, seconds=0.02), cost)
-    assert profile.ranks_per_node == 2
-    assert 0.05 < profile.runtime_gib < 4
-    assert profile.matrix_tflops > 0
-    assert profile.intra_gb_per_s == profile.inter_gb_per_s > 0
+    hardware = measure(LocalHardware(ranks_per_node=2, seconds=0.02), cost)
+    assert hardware.ranks_per_node == 2
+    assert 0.05 < hardware.runtime_gib < 4
+    assert hardware.matrix_tflops > 0
+    assert hardware.intra_gb_per_s == hardware.inter_gb_per_s > 0
 
 
 def dies(world) -> None:
@@ -338,5 +346,5 @@ def dies(world) -> None:
 
 
 def test_a_process_that_fails_is_told():
-    with pytest.raises(C2GError, match=r"process 0 of 1: RuntimeError: rank 0 is out"):
+    with pytest.raises(UserError, match=r"process 0 of 1: RuntimeError: rank 0 is out"):
         on_local_ranks(1, dies)

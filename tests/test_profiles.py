@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.scheduling.profile import SlurmProfile, load_profile, profile_names, profiles_folder
 
 HOSTILE = [
@@ -73,10 +73,10 @@ def test_four_tasks_fit_on_a_node_of_the_local_cluster():
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("field", STRICT)
 def test_a_name_with_a_strange_character_is_refused_with_its_field(field, text):
-    with pytest.raises(C2GError, match=field) as caught:
+    with pytest.raises(UserError, match=field) as caught:
         profile(**{field: text})
-    assert repr(text) in caught.value.what
-    assert caught.value.mend
+    assert repr(text) in caught.value.problem
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(("field", "text"), [(field, text) for field, texts in GOOD.items() for text in texts])
@@ -142,31 +142,31 @@ def test_what_clusters_use_is_allowed(field, text):
     ],
 )
 def test_an_impossible_value_is_refused_with_its_field(field, value):
-    with pytest.raises(C2GError, match=field) as caught:
+    with pytest.raises(UserError, match=field) as caught:
         profile(**{field: value})
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(("option", "field"), [("time", "time_minutes"), ("gpus", "gpus_per_task"), ("tim", "time_")])
 def test_an_option_that_is_a_field_is_no_extra(option, field):
-    with pytest.raises(C2GError, match=f"set {field}"):
+    with pytest.raises(UserError, match=f"set {field}"):
         profile(extra={option: "1"})
 
 
 @pytest.mark.parametrize("option", ["output", "outp", "array", "requeue", "no-requeue", "wrap", "ntasks"])
 def test_what_submission_depends_on_cannot_be_changed(option):
-    with pytest.raises(C2GError, match=option):
+    with pytest.raises(UserError, match=option):
         profile(extra={option: "1"})
 
 
 def test_memory_is_asked_for_once():
-    with pytest.raises(C2GError, match="mem_gb=null"):
+    with pytest.raises(UserError, match="mem_gb=null"):
         profile(mem_gb=2, extra={"mem-per-cpu": "1G"})
     assert profile(extra={"mem-per-cpu": "1G", "nice": 0, "exclusive": True, "reservation": "night"}).extra["nice"] == 0
 
 
 def test_a_gpu_type_needs_gpus():
-    with pytest.raises(C2GError, match="gpus_per_task"):
+    with pytest.raises(UserError, match="gpus_per_task"):
         SlurmProfile(gpu_type="a100")
 
 
@@ -195,28 +195,28 @@ def test_overrides_merge_dicts_and_replace_lists(tmp_path):
 
 @pytest.mark.parametrize("text", ["n: [", "[1, 2]", "hello", "a: 1\na: 2"])
 def test_a_file_that_is_no_profile_says_so(tmp_path, text):
-    with pytest.raises(C2GError, match=r"mine\.yaml"):
+    with pytest.raises(UserError, match=r"mine\.yaml"):
         load_profile(write(tmp_path / "mine.yaml", text))
 
 
 def test_a_missing_file_says_so(tmp_path):
-    with pytest.raises(C2GError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         load_profile(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize("name", ["local", "../profiles/local_slurm", "xyzzy"])
 def test_an_unknown_profile_lists_those_that_exist(name):
-    with pytest.raises(C2GError, match="example_cpu, example_gpu, local_slurm") as caught:
+    with pytest.raises(UserError, match="example_cpu, example_gpu, local_slurm") as caught:
         load_profile(name)
     assert ("did you mean local_slurm" in str(caught.value)) == (name != "xyzzy")
 
 
 def test_an_unknown_field_names_the_nearest(tmp_path):
-    with pytest.raises(C2GError, match=r"mine\.yaml.*'partitions'.*did you mean partition"):
+    with pytest.raises(UserError, match=r"mine\.yaml.*'partitions'.*did you mean partition"):
         load_profile(write(tmp_path / "mine.yaml", "partitions: main"))
-    with pytest.raises(C2GError, match=r"overrides.*'time'.*did you mean time_minutes"):
+    with pytest.raises(UserError, match=r"overrides.*'time'.*did you mean time_minutes"):
         load_profile("local_slurm", {"time": 3})
-    with pytest.raises(C2GError, match="the fields are name, partition"):
+    with pytest.raises(UserError, match="the fields are name, partition"):
         load_profile("local_slurm", {"xyzzy": 3})
 
 
@@ -235,5 +235,5 @@ def test_an_unknown_field_names_the_nearest(tmp_path):
     ],
 )
 def test_a_wrong_type_names_its_field(field, value):
-    with pytest.raises(C2GError, match=field):
+    with pytest.raises(UserError, match=field):
         load_profile("local_slurm", {field: value})

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hpc_c2g.reporting.memory import by_multiplier, shares_in
+from hpc_c2g.reporting.memorization import by_multiplier, shares_in
 from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
 from hpc_c2g.reporting.results import Results, point_of, public
 from hpc_c2g.studies.tasks import Task, write_spec

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.scheduling.queue import Entry, NoAnswerError, Queue
 
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
@@ -65,7 +65,7 @@ def test_the_queue_of_hand(slurm):
 @pytest.mark.parametrize("text", ["JOBID STATE\n", "7|2|7|PENDING\n", "7                   2                   \n"])
 def test_an_answer_that_cannot_be_read_is_no_empty_queue(slurm, text):
     slurm.answers("squeue", text)
-    with pytest.raises(C2GError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         Queue().ask()
 
 
@@ -87,7 +87,7 @@ def test_a_command_that_hangs_is_no_answer(slurm):
 
 def test_a_machine_without_slurm_says_so(slurm, monkeypatch):
     monkeypatch.setenv("PATH", str(slurm.folder))
-    with pytest.raises(C2GError, match="squeue: No such file") as caught:
+    with pytest.raises(UserError, match="squeue: No such file") as caught:
         Queue().ask()
     assert not isinstance(caught.value, NoAnswerError)
 
@@ -122,7 +122,7 @@ def test_a_name_is_found_without_accounting_but_not_without_slurm(slurm):
 
 @pytest.mark.parametrize("name", ["", "a,b", "a b", "-x", "a\n", "ä"])
 def test_only_a_job_name_is_looked_for(slurm, name):
-    with pytest.raises(C2GError, match="job name"):
+    with pytest.raises(UserError, match="job name"):
         Queue().find(name)
 
 
@@ -139,7 +139,7 @@ def test_cancelling_takes_ids_in_parts(slurm):
 @pytest.mark.parametrize("job", NO_IDS)
 def test_nothing_but_ids_gets_into_a_command(slurm, job):
     for order in (Queue().cancel, Queue().outcome, lambda ids: Queue().requeue(ids[0])):
-        with pytest.raises(C2GError, match="no id of a Slurm job"):
+        with pytest.raises(UserError, match="no id of a Slurm job"):
             order([job])
     assert list(slurm.folder.iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_requeueing_gives_up_in_the_end(slurm):
 )
 def test_a_refusal_is_not_tried_again(slurm, text):
     slurm.fails("scontrol", text)
-    with pytest.raises(C2GError, match=f"Slurm refuses: {text}"):
+    with pytest.raises(UserError, match=f"Slurm refuses: {text}"):
         Queue(pause=30).requeue("7")
     assert len(slurm.calls("scontrol")) == 1
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
+from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.reduction import RunningSum, TreeSum, tree_sum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
-from hpc_c2g.training.config import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
+from hpc_c2g.errors import UserError
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.results import load_run
 
@@ -40,14 +40,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         model = build_model(architecture).double()
     for parameter in model.parameters():
         parameter.data *= 3
-    save_bundle(Bundle(model, architecture, list("abcd"), (1, 5, 5), Normalisation.constant((1, 5, 5), 0.5)), folder)
+    save_bundle(Bundle(model, architecture, list("abcd"), (1, 5, 5), Normalization.constant((1, 5, 5), 0.5)), folder)
     return TrainConfig(
         classifier=str(folder),
         steps=12,
-        virtual_shards=4,  # one each on 4 ranks
+        deterministic_shards=4,  # one each on 4 ranks
         global_batch=63,  # shared unevenly by 2 and by 4
         device="cpu",
-        scale=ScaleConfig(pilot_steps=5),
+        alpha=AlphaConfig(pilot_steps=5),
         log=LogConfig(every=1, progress=False),
         checkpoint=CheckpointConfig(every=5),
     )
@@ -100,7 +100,7 @@ def test_deterministic_runs_are_the_same_bits_on_any_number_of_ranks(runs: Path,
 
 
 def test_a_run_with_a_short_wire_goes_on_bitwise(tmp_path: Path, settings: TrainConfig, runs: Path) -> None:
-    short = replace(settings, distributed=DistributedConfig(wire="bfloat16"), run_dir=str(tmp_path / "whole"))
+    short = replace(settings, distributed=DistributedConfig(comm_dtype="bfloat16"), run_dir=str(tmp_path / "whole"))
     again = replace(short, run_dir=str(tmp_path / "again"))
     results = run_ranks(2, tmp_path / "meetings", trained_and_cut, short, again)
     assert [kind for kind, _ in results] == ["value"] * 2, results
@@ -119,14 +119,14 @@ def trained_and_cut(world: World, whole: TrainConfig, again: TrainConfig) -> Non
         shutil.copytree(whole.run_dir, again.run_dir)
         shutil.rmtree(max((Path(again.run_dir) / "checkpoints").iterdir()))
 
-    world.from_first(cut)
+    world.broadcast_from_rank0(cut)
     trained(world, again)
 
 
 def stopped_by_last_rank(world: World, config: TrainConfig) -> str:
     torch.set_num_threads(1)
     if world.rank == world.size - 1:
-        original = World.any
+        original = World.any_rank
 
         def late(self: World, flag: str | None) -> str | None:
             late.calls += 1
@@ -136,7 +136,7 @@ def stopped_by_last_rank(world: World, config: TrainConfig) -> str:
             return original(self, flag)
 
         late.calls = 0
-        World.any = late
+        World.any_rank = late
     try:
         train(config, world)
     except Preempted as stop:
@@ -159,7 +159,7 @@ def refusals(world: World, *configs: TrainConfig) -> list[str]:
     for config in configs:
         try:
             train(config, world)
-        except C2GError as error:
+        except UserError as error:
             said.append(str(error))
     return said
 
@@ -167,18 +167,18 @@ def refusals(world: World, *configs: TrainConfig) -> list[str]:
 def test_what_is_refused_is_refused_on_every_rank_and_nothing_is_trained(
     tmp_path: Path, settings: TrainConfig, runs: Path
 ) -> None:
-    uneven = replace(settings, deterministic=True, virtual_shards=1, run_dir=str(tmp_path / "uneven"))
+    uneven = replace(settings, deterministic=True, deterministic_shards=1, run_dir=str(tmp_path / "uneven"))
     other = replace(settings, seed=5, run_dir=str(runs / "plain1"))
     for kind, said in run_ranks(2, tmp_path / "meetings", refusals, uneven, other):
         assert kind == "value", said
-        assert "virtual_shards=1 cannot be shared by 2 processes" in said[0]
+        assert "deterministic_shards=1 cannot be shared by 2 processes" in said[0]
         assert "seed=0 there, 5 now" in said[1]
     assert not (tmp_path / "uneven" / "checkpoints").exists()
 
 
 def dies_at_a_step(world: World, config: TrainConfig) -> str:
     if world.rank == 1:
-        original = World.any
+        original = World.any_rank
 
         def deadly(self: World, flag: str | None) -> str | None:
             deadly.calls += 1
@@ -187,11 +187,11 @@ def dies_at_a_step(world: World, config: TrainConfig) -> str:
             return original(self, flag)
 
         deadly.calls = 0
-        World.any = deadly
+        World.any_rank = deadly
     began = time.monotonic()
     try:
         train(config, world)
-    except C2GError as error:
+    except UserError as error:
         return f"{time.monotonic() - began < 30} {error}"
     return "went on"
 
@@ -220,14 +220,14 @@ def test_sums_over_ranks_are_the_sum_and_the_tree_s_are_the_same_bits(tmp_path: 
         assert tree == tree_sum(parts).tolist()
 
 
-def test_the_tree_adds_neighbours() -> None:
+def test_the_tree_adds_neighbors() -> None:
     layers = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
     assert tree_sum(layers).tolist() == [0.0]  # the ones are lost beside 1e8; another order would keep them
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     alone = LaunchEnvironment("test", 0, 3, 0, 3, f"file://{tmp_path / 'meeting'}")
-    with pytest.raises(C2GError, match="rank 1, 2 of 3 did not come within 1 s"):
+    with pytest.raises(UserError, match="rank 1, 2 of 3 did not come within 1 s"):
         World.start("cpu", deterministic=False, launch=alone, seconds=1)
 
 
@@ -245,9 +245,9 @@ def threads():
     return list(filter(None, map(name, Path("/proc/self/task").iterdir())))
 
 atexit.register(lambda: print("left:", *threads()))  # the first to be registered is the last to run
-from hpc_c2g.training.config import config_from
+from hpc_c2g.training.config.train import config_from
 from hpc_c2g.training.loop import train
-settings = {"steps": 2, "global_batch": 63, "device": "cpu", "scale": {"pilot_steps": 2}, "log": {"progress": False}}
+settings = {"steps": 2, "global_batch": 63, "device": "cpu", "alpha": {"pilot_steps": 2}, "log": {"progress": False}}
 where = {"classifier": sys.argv[1], "run_dir": sys.argv[2], "deterministic": sys.argv[3] == "True"}
 train(config_from(where | settings))
 print("trained:", *threads())

@@ -15,12 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.common import random_classifier
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
-from hpc_c2g.training.config import LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
 
@@ -50,7 +50,7 @@ def line_of(tmp_path_factory):
     def names(classifiers: int) -> set[str]:
         folder = tmp_path_factory.mktemp("line")
         bundles = [str(random_classifier(folder / f"classifier{k}", seed=k)) for k in range(classifiers)]
-        settings = {"steps": 15, "log": LogConfig(every=1, progress=False), "scale": ScaleConfig(start=0.0)}
+        settings = {"steps": 15, "log": LogConfig(every=1, progress=False), "alpha": AlphaConfig(init=0.0)}
         everything = {
             "duality": DualityConfig(slackness=0.1),
             "prior": PriorConfig(total_variation=0.1, repulsion=0.1),
@@ -153,7 +153,7 @@ def test_all_scalars_of_a_step_are_one_event(tmp_path):
 def test_a_run_introduces_itself_before_its_first_step(tmp_path):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
     with log:
-        log.introduce(
+        log.log_run_summary(
             {"1 settings": "steps: 10", "2 versions": "torch"}, {"rate": 0.1, "kind": "mlp", "on": True}, [""]
         )
         log.step(10, scalars(10))
@@ -218,16 +218,16 @@ def test_a_full_disk_is_named_once(tmp_path):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
     log.metrics._file.close()
     log.metrics._file = FullDisk(log.metrics._file)
-    with pytest.raises(C2GError) as caught:  # closing fails as well, and must not hide the first failure
+    with pytest.raises(UserError) as caught:  # closing fails as well, and must not hide the first failure
         run(log, 1, 5)
-    assert f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device" in caught.value.what
+    assert f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device" in caught.value.problem
 
 
 def test_a_disk_that_is_full_at_the_end_is_named(tmp_path):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
     log.metrics._file.close()
     log.metrics._file = FullDisk(log.metrics._file)
-    with pytest.raises(C2GError, match=f"cannot write {tmp_path}"), log:
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}"), log:
         pass
 
 
@@ -243,5 +243,5 @@ def test_tensorboard_on_a_full_disk_is_named(tmp_path, monkeypatch, what):
         "scalars": lambda: log.step(1, scalars(1)),
         "image": lambda: log.images(1, "samples", torch.zeros(4, 1, 2, 2), 2),
     }[what]
-    with pytest.raises(C2GError, match=r"cannot write \S+tensorboard: No space left on device"), log:
+    with pytest.raises(UserError, match=r"cannot write \S+tensorboard: No space left on device"), log:
         call()

@@ -13,26 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.trainers import three_bundles
 from test_data_free import FORBIDDEN, is_within, reachable
 from torch import Tensor, nn
 from torch.func import functional_call
-from trainers import three_bundles
 
+from hpc_c2g.bound import concentration
+from hpc_c2g.bound.moments import Moments, expectation, measure
+from hpc_c2g.bound.sampling_error import BoundConfig, row_of, sampling_error
+from hpc_c2g.bound.summands import DRAWS, Summands, drawing
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler, fresh_latents
-from hpc_c2g.kkt import concentration
-from hpc_c2g.training.bundles import load_bundles
-from hpc_c2g.training.config import LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.moments import Moments, expectation, measure
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
-from hpc_c2g.training.sampling_error import BoundConfig, row_of, sampling_error
-from hpc_c2g.training.schedules import gate_width
-from hpc_c2g.training.summands import DRAWS, Summands, drawing
+from hpc_c2g.training.step.bundles import load_bundles
+from hpc_c2g.training.step.schedules import gate_width
 from launch.bound import bound
 
 CLASSES, REFERENCE, REPEATS = [3, 2], 4000, 100
@@ -54,7 +54,7 @@ def train_into(run_dir: Path, classifiers: list[str], **changes) -> None:
         "steps": 20,
         "global_batch": 40,
         "generator": MLPGeneratorConfig(codes=4, embedding=6, widths=[9], output_scale=4.0),
-        "scale": ScaleConfig(start=-1.0),
+        "alpha": AlphaConfig(init=-1.0),
         "log": LogConfig(progress=False),
         "device": "cpu",
         "deterministic": True,
@@ -133,8 +133,8 @@ def test_the_traces_and_the_reach_are_those_of_explicit_per_sample_gradients(run
     assert moments.reach == pytest.approx(float(max(deviations)), rel=1e-9)
     assert moments.reach_overall == pytest.approx(float((g - moments.means.mean(0)).norm(dim=1).max()), rel=1e-9)
     # the expectation comes from samples of its own: it agrees as well as both are known
-    off = float((g.mean(0) - moments.centre).square().sum())
-    assert off < 6 * (moments.within / 200 + moments.centre_variance)
+    off = float((g.mean(0) - moments.center).square().sum())
+    assert off < 6 * (moments.within / 200 + moments.center_variance)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 1024])
@@ -148,8 +148,10 @@ def test_the_kkt_sum_is_the_mean_of_its_summands_and_its_distance_to_the_left_si
     mean = summands.mean(latents)
     assert torch.allclose(mean, g.mean(0), rtol=1e-9, atol=1e-12)
     assert torch.allclose(torch.cat(list(summands.each(latents))), g, rtol=1e-9, atol=1e-12)
-    pieces = mean.split([t.numel() for t in summands.theta.values()])
-    G = {n: (p / summands.factors[n]).view_as(t) for (n, t), p in zip(summands.theta.items(), pieces, strict=True)}
+    micro_batches = mean.split([t.numel() for t in summands.theta.values()])
+    G = {
+        n: (p / summands.factors[n]).view_as(t) for (n, t), p in zip(summands.theta.items(), micro_batches, strict=True)
+    }
     residual = sum(summands.objective.residual(G, summands.alpha).terms.values())
     assert float(residual) == pytest.approx(float((left - g.mean(0)).square().sum()), rel=1e-9)
 
@@ -271,8 +273,8 @@ def test_a_row_over_all_outcomes_is_its_own_prediction(scheme, batch):
 def test_the_reference_knows_its_own_error(run_dir):
     summands = summands_of(run_dir, 0)
     found = [expectation(summands, 100, seed) for seed in range(30)]
-    centres = torch.stack([means.mean(0) for means, _ in found])
-    spread = float((centres - centres.mean(0)).square().sum()) / 29
+    centers = torch.stack([means.mean(0) for means, _ in found])
+    spread = float((centers - centers.mean(0)).square().sum()) / 29
     told = sum(variance for _, variance in found) / 30
     assert abs(spread / told - 1) < 4 * math.sqrt(2 / 29 + 2 / (30 * 15))
 
@@ -370,7 +372,7 @@ def test_the_verb_prints_every_row_and_the_exponents(run_dir, capsys):
 
 def test_it_reaches_no_data():
     chains = reachable("launch.bound")
-    assert "hpc_c2g.training.summands" in chains
+    assert "hpc_c2g.bound.summands" in chains
     assert [chain for name, chain in chains.items() if is_within(name, FORBIDDEN)] == []
 
 
@@ -389,16 +391,16 @@ MISTAKES = {
 
 @pytest.mark.parametrize("fragment", MISTAKES)
 def test_a_setting_out_of_range_is_refused_by_name_and_value(fragment):
-    with pytest.raises(C2GError, match=re.escape(fragment)) as caught:
+    with pytest.raises(UserError, match=re.escape(fragment)) as caught:
         BoundConfig("r", **MISTAKES[fragment])
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_what_cannot_be_measured_is_refused(run_dir, tmp_path):
-    with pytest.raises(C2GError, match=r"run_dir=.*nowhere is no run"):
+    with pytest.raises(UserError, match=r"run_dir=.*nowhere is no run"):
         sampling_error(settings(tmp_path / "nowhere"))
-    with pytest.raises(C2GError, match="reference_batch=23 is too small for the run's batch of 24"):
+    with pytest.raises(UserError, match="reference_batch=23 is too small for the run's batch of 24"):
         sampling_error(settings(run_dir, batches=[8], reference_batch=23))
     train_into(tmp_path / "free", [str(run_dir.parent / "0")], generator=FreeImagesConfig(), steps=2)
-    with pytest.raises(C2GError, match=r"run_dir=.*free holds generator=free"):
+    with pytest.raises(UserError, match=r"run_dir=.*free holds generator=free"):
         sampling_error(settings(tmp_path / "free"))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_c2g.training.config import OptimiserConfig
-from hpc_c2g.training.objective_config import GateConfig, StationarityConfig
-from hpc_c2g.training.schedules import gate_width, own_scale, rate_factor
+from hpc_c2g.training.config.objective import GateConfig, StationarityConfig
+from hpc_c2g.training.config.train import OptimizerConfig
+from hpc_c2g.training.step.schedules import gate_width, lr_factor, own_scale
 
 quick = settings(deadline=None, max_examples=40)
 STEPS = st.integers(1, 200)
@@ -41,7 +41,7 @@ def test_gates_are_at_their_end_for_the_last_fifth_of_a_run():
 
 @quick
 @given(STEPS, st.floats(0.05, 1))
-def test_what_is_before_a_normalisation_comes_into_its_own_scale_evenly(steps, fraction):
+def test_what_is_before_a_normalization_comes_into_its_own_scale_evenly(steps, fraction):
     config = StationarityConfig(anneal_fraction=fraction)
     powers = [own_scale(config, step, steps) for step in range(1, steps + 2)]
     assert powers[0] == 0
@@ -56,25 +56,25 @@ def test_without_annealing_it_is_in_its_own_scale_from_the_first_step():
 @quick
 @given(STEPS, st.floats(0, 1))
 def test_rate_falls_from_one_to_its_final_fraction(steps, final):
-    config = OptimiserConfig(warmup_fraction=0.0, final_fraction=final)
-    factors = [rate_factor(config, step, steps) for step in range(1, steps + 1)]
+    config = OptimizerConfig(warmup_fraction=0.0, final_fraction=final)
+    factors = [lr_factor(config, step, steps) for step in range(1, steps + 1)]
     assert factors[0] == 1
     assert all(a >= b for a, b in pairwise(factors))
     assert final - 1e-12 <= factors[-1]
-    assert rate_factor(config, steps + 1, steps) == pytest.approx(final, abs=1e-12)
+    assert lr_factor(config, steps + 1, steps) == pytest.approx(final, abs=1e-12)
 
 
 def test_rate_is_half_way_down_at_half_time():
-    config = OptimiserConfig(final_fraction=0.2)
-    assert rate_factor(config, 51, 100) == pytest.approx(0.6, rel=1e-12)
-    assert rate_factor(config, 26, 100) > 0.8  # a cosine, no straight line
+    config = OptimizerConfig(final_fraction=0.2)
+    assert lr_factor(config, 51, 100) == pytest.approx(0.6, rel=1e-12)
+    assert lr_factor(config, 26, 100) > 0.8  # a cosine, no straight line
 
 
 @quick
 @given(st.integers(20, 200), st.floats(0.1, 0.9))
 def test_warm_up_is_linear_and_then_gone(steps, fraction):
-    warm = OptimiserConfig(warmup_fraction=fraction, final_fraction=0.1)
-    cold = OptimiserConfig(warmup_fraction=0.0, final_fraction=0.1)
+    warm = OptimizerConfig(warmup_fraction=fraction, final_fraction=0.1)
+    cold = OptimizerConfig(warmup_fraction=0.0, final_fraction=0.1)
     for step in range(1, steps + 1):
-        ratio = rate_factor(warm, step, steps) / rate_factor(cold, step, steps)
+        ratio = lr_factor(warm, step, steps) / lr_factor(cold, step, steps)
         assert ratio == pytest.approx(min(1, step / (fraction * steps)), rel=1e-9)

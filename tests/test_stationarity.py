@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from hpc_c2g.classifiers.models import CNN, MLP, ResidualCNN
 from hpc_c2g.classifiers.rates import find_rates
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.kkt import duality, priors, stationarity
 from hpc_c2g.kkt.gates import GatedClassifier
 
@@ -168,18 +168,22 @@ def gated(name: str) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
 def sharded_gradients(name: str, micro_batch: int, form: str, weighting: str) -> tuple[Tensor, Tensor]:
     """The same as the toolkit computes them: G without a graph, the residual, cotangents by micro-batch."""
     _, theta, rates, x, mu = problem(name)
-    pieces = list(zip(x.split(micro_batch), LABELS.split(micro_batch), mu.split(micro_batch), strict=True))
+    micro_batches = list(zip(x.split(micro_batch), LABELS.split(micro_batch), mu.split(micro_batch), strict=True))
     G = {k: torch.zeros_like(t) for k, t in theta.items()}
-    for piece in pieces:
-        for k, part in stationarity.kkt_sum(gated(name), theta, *piece)[1].items():
+    for micro_batch in micro_batches:
+        for k, part in stationarity.kkt_sum(gated(name), theta, *micro_batch)[1].items():
             G[k] += part
     c = stationarity.left_side(rates, form)
     weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, weighting)
     _, v = stationarity.terms_and_direction(theta, G, weights, rates, c, ALPHA)
     S = stationarity.multiplier_scale(stationarity.squared_norms(theta), rates, c, ALPHA)
     gx, gmu = [], []
-    for piece in pieces:
-        leaf, labels, mu_leaf = piece[0].clone().requires_grad_(), piece[1], piece[2].clone().requires_grad_()
+    for micro_batch in micro_batches:
+        leaf, labels, mu_leaf = (
+            micro_batch[0].clone().requires_grad_(),
+            micro_batch[1],
+            micro_batch[2].clone().requires_grad_(),
+        )
         margins, part = stationarity.kkt_sum(gated(name), theta, leaf, labels, mu_leaf, keep_graph=True)
         losses = (
             0.3 * duality.feasibility(margins, labels, ALPHA, BATCH)
@@ -263,7 +267,7 @@ def test_tensor_without_a_left_side_takes_the_relative_weight():
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
-def test_scale_free_weights_do_not_see_how_large_what_is_before_a_normalisation_was_left(factor):
+def test_scale_free_weights_do_not_see_how_large_what_is_before_a_normalization_was_left(factor):
     """``a`` can be scaled at will: its rate is 0, and G_a scales with the inverse."""
     theta, _ = random_problem(0)
     rates = RATES | {"a": 0.0}
@@ -307,13 +311,13 @@ def test_left_sides_are_those_of_the_theorems():
 
 def test_unknown_forms_and_a_zero_left_side_are_refused():
     theta, _ = random_problem(0)
-    with pytest.raises(C2GError, match=r"left_side='both'.*identity, rates, top_rate"):
+    with pytest.raises(UserError, match=r"left_side='both'.*identity, rates, top_rate"):
         stationarity.left_side(RATES, "both")
     ones = dict.fromkeys(RATES, 1.0)
-    with pytest.raises(C2GError, match=r"weighting='both'.*relative, per_tensor, scale_free"):
+    with pytest.raises(UserError, match=r"weighting='both'.*relative, per_tensor, scale_free"):
         stationarity.residual_weights(stationarity.squared_norms(theta), RATES, ones, ALPHA, "both")
     zero = theta | {"c": torch.zeros(2, 2, 2), "d": torch.zeros(1)}
-    with pytest.raises(C2GError, match="left side of the stationarity condition is zero"):
+    with pytest.raises(UserError, match="left side of the stationarity condition is zero"):
         stationarity.residual_weights(
             stationarity.squared_norms(zero), RATES, stationarity.left_side(RATES, "top_rate"), ALPHA
         )

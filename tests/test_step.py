@@ -10,18 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.trainers import ALPHA0, BATCH, GENERATORS, config, three_bundles, trainer
 from torch import Tensor
-from trainers import ALPHA0, BATCH, GENERATORS, config, three_bundles, trainer
 
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
-from hpc_c2g.kkt import scale
-from hpc_c2g.training.config import OptimiserConfig
-from hpc_c2g.training.objective import Objective
-from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
-from hpc_c2g.training.schedules import gate_width, rate_factor
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.errors import UserError
+from hpc_c2g.kkt import alpha_control
+from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
+from hpc_c2g.training.config.train import OptimizerConfig
+from hpc_c2g.training.step.objective import Objective
+from hpc_c2g.training.step.schedules import gate_width, lr_factor
+from hpc_c2g.training.step.train_step import TrainStep
 
 CLASSES = 3
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(bundles, 
 
 
 def test_free_images_outside_the_box_are_drawn_back(bundle):
-    step = trainer([bundle], config(4, "free"), optimiser=torch.optim.SGD)
+    step = trainer([bundle], config(4, "free"), optimizer=torch.optim.SGD)
     with torch.no_grad():
         step.engine.module.image.mul_(20)
     expected = torch.autograd.grad(joint_loss(step, 1)[0], list(step.engine.module.parameters()))
@@ -152,9 +152,9 @@ def test_a_number_that_is_not_finite_stops_before_the_update(bundle, value, part
     with torch.no_grad():
         getattr(step.engine.module, part).view(-1)[1] = value
     before = copy.deepcopy(step.engine.module.state_dict())
-    with pytest.raises(C2GError, match=r"step 1: the term 'stationarity/\S+' is (nan|inf)") as caught:
+    with pytest.raises(UserError, match=r"step 1: the term 'stationarity/\S+' is (nan|inf)") as caught:
         step(1)
-    assert caught.value.mend
+    assert caught.value.hint
     assert step.engine.steps == 0
     assert step.alpha == [ALPHA0]
     after = step.engine.module.state_dict()
@@ -164,7 +164,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(bundle, value, part
 @pytest.mark.parametrize("term", ["feasibility", "slackness"])
 def test_the_term_at_fault_is_named(bundle, term):
     step = trainer([bundle], config(duality=DualityConfig(**{term: math.inf})))
-    with pytest.raises(C2GError, match=f"the term '{term}' is (inf|nan)"):
+    with pytest.raises(UserError, match=f"the term '{term}' is (inf|nan)"):
         step(1)
     assert step.engine.steps == 0
 
@@ -172,16 +172,16 @@ def test_the_term_at_fault_is_named(bundle, term):
 def test_a_gradient_that_is_not_finite_stops_before_the_update(bundle):
     step = trainer([bundle], config())
     step.engine.backward = lambda surrogate: (surrogate * math.inf).backward()
-    with pytest.raises(C2GError, match=r"the term 'gradient/generator' is (inf|nan)"):
+    with pytest.raises(UserError, match=r"the term 'gradient/generator' is (inf|nan)"):
         step(1)
     assert step.engine.steps == 0
 
 
 def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
-    settings = config(scale=ScaleConfig(caution=1.7))
+    settings = config(alpha=AlphaConfig(safety_factor=1.7))
     objective = Objective(bundle, settings, BATCH, CPU, torch.float64)
-    probe = scale.probe_margin(bundle.model, objective.lower, objective.upper, 0)
-    ascended = scale.ascended_margin(bundle.model, objective.lower, objective.upper, CLASSES, 0)
+    probe = alpha_control.probe_margin(bundle.model, objective.lower, objective.upper, 0)
+    ascended = alpha_control.ascended_margin(bundle.model, objective.lower, objective.upper, CLASSES, 0)
     start = objective.initial_alpha()
     assert math.exp(start) * math.sqrt(probe * ascended) == pytest.approx(1.7, rel=0.05)
     assert start == Objective(bundle, settings, BATCH, CPU, torch.float64).initial_alpha()
@@ -189,17 +189,17 @@ def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
 
 @pytest.mark.parametrize(("start", "up"), [(ALPHA0, True), (4.0, False)])
 def test_alpha_follows_the_feedback_on_rho(bundle, start, up):
-    step = trainer([bundle], config(scale=ScaleConfig(rate=0.05, target=1.2, gain=2.0)))
+    step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05, target_rho=1.2, gain=2.0)))
     step.alpha, step.alpha0 = [start], [start + 1]
     for number in (1, 2, 3):
         (alpha,), result = step.alpha, step(number)
         assert result.scalars["alpha"] == alpha
-        assert step.alpha == [scale.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.2, 2.0)]
+        assert step.alpha == [alpha_control.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.2, 2.0)]
         assert (step.alpha[0] > alpha) == up
 
 
 def test_a_step_restored_from_its_state_continues_alike(bundle):
-    first, second = (trainer([bundle], config(), optimiser=torch.optim.SGD) for _ in range(2))
+    first, second = (trainer([bundle], config(), optimizer=torch.optim.SGD) for _ in range(2))
     first.alpha0 = [2.0]
     for number in (1, 2):
         first(number)
@@ -240,23 +240,23 @@ def test_summed_parts_of_two_ranks_are_what_the_loss_is_read_from(bundle):
 
 
 def test_rate_follows_the_schedule(bundle):
-    optimiser = OptimiserConfig(warmup_fraction=0.5, final_fraction=0.1)
-    step = trainer([bundle], config(optimiser=optimiser))
+    optimizer = OptimizerConfig(warmup_fraction=0.5, final_fraction=0.1)
+    step = trainer([bundle], config(optimizer=optimizer))
     for number in (1, 2, 9):
         step(number)
-        assert step.engine.optimiser.param_groups[0]["lr"] == 0.01 * rate_factor(optimiser, number, 10)
+        assert step.engine.optimizer.param_groups[0]["lr"] == 0.01 * lr_factor(optimizer, number, 10)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_measured_margins_and_multipliers_are_those_of_the_batch(bundles, micro_batch):
     step = trainer(bundles, config(micro_batch))
-    assert step(9).bands == []  # only where they are asked for
+    assert step(9).sample_stats == []  # only where they are asked for
     step = trainer(bundles, config(micro_batch))
     drawn = [share.sampler.batch(1, 0, share.objective.batch) for share in step.shares]
     outputs = [[t.detach() for t in step.engine.module(latents)] for latents in drawn]
-    bands = step(1, watch=True).bands
-    assert len(bands) == len(bundles)
-    for bundle, latents, (x, h), band in zip(bundles, drawn, outputs, bands, strict=True):
+    sample_stats = step(1, watch=True).sample_stats
+    assert len(sample_stats) == len(bundles)
+    for bundle, latents, (x, h), band in zip(bundles, drawn, outputs, sample_stats, strict=True):
         logits = bundle.model(x)
         classes, labels = logits.shape[1], latents.labels.tolist()
         for i, y in enumerate(labels):
@@ -265,5 +265,5 @@ def test_measured_margins_and_multipliers_are_those_of_the_batch(bundles, micro_
         expected = [F.softplus(h[i, j]).item() for i, y in enumerate(labels) for j in range(classes) if j != y]
         assert band.multipliers.flatten().tolist() == pytest.approx(expected, rel=1e-5)
         assert band.labels.tolist() == labels
-        lower, upper = bundle.normalisation.box()
+        lower, upper = bundle.normalization.box()
         assert torch.allclose(band.samples, ((x - lower) / (upper - lower)).float(), atol=1e-6)

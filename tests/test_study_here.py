@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from studies import (
+from helpers.studies import (
     SMALL,
     assert_same_runs,
     c2g,
@@ -25,9 +25,9 @@ from studies import (
     wait_for,
 )
 
-from hpc_c2g.classifiers import progress
+from hpc_c2g.fitting import progress
 from hpc_c2g.studies.ledger import FILE
-from hpc_c2g.studies.work import prepared
+from hpc_c2g.studies.stages import prepared
 
 GRID = ("train.seed=0,1",)
 
@@ -156,7 +156,7 @@ def test_status_tells_every_task_as_json(finished):
 
 
 def test_a_long_fit_tells_the_log_of_its_task_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.0)
     values = {
         "out": "???",
         "data": {"name": "digits", "classes": [0, 1], "train_size": 20},
@@ -189,7 +189,7 @@ MISTAKES = [
     (("parallel=0",), "parallel=0"),
     (("retries=-1",), "retries=-1"),
     (("profile.partition=x",), "profile.partition is set, but cluster=local has no profile"),
-    (("--colour",), "--colour is unknown"),
+    (("--color",), "--color is unknown"),
     (("seed=",), "the grid of seed is empty"),
     (("nodes=2", "cluster=debug"), "cluster=debug runs in one process"),
     (("study_dir=/proc/x",), "cannot write"),

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.lease import Lease
 from hpc_c2g.reporting.results import groups
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import Entry
-from hpc_c2g.studies.aftermath import REQUEUED, cancel_mark, settle
 from hpc_c2g.studies.config import StudyConfig
+from hpc_c2g.studies.epilog import REQUEUED, cancel_mark, finalize_attempt
 from hpc_c2g.studies.find import chosen
 from hpc_c2g.studies.launcher import Launcher, launching
 from hpc_c2g.studies.ledger import FILE, Ledger
 from hpc_c2g.studies.reports import KEPT, Report, read_report, report_file, write_report
-from hpc_c2g.studies.slurm import JOB, SlurmArrays
+from hpc_c2g.studies.slurm_executor import JOB, SlurmExecutor
 from hpc_c2g.studies.study import StudyFile, joined, read_study, rebuilt, save_study
 from hpc_c2g.studies.submissions import Submission, read_submission
 from hpc_c2g.studies.tasks import Task, find_specs, read_spec, spec_file, write_spec
@@ -71,7 +71,7 @@ def test_a_submission_that_cannot_be_read_is_told_of(study, capsys):
     folder.mkdir(parents=True)
     (folder / JOB).write_text("17\n")
     launcher = Launcher(study, rebuilt(study, 2), TASKS)
-    SlurmArrays(launcher, SlurmProfile(), "c", "x").recover()
+    SlurmExecutor(launcher, SlurmProfile(), "c", "x").recover()
     assert "submission torn cannot be read" in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_a_task_and_its_description_are_the_same(study):
     assert {t.id: t for t in find_specs(study)} == TASKS
     spec_file(study, FIT).write_text('{"id": ')
     assert [t.id for t in find_specs(study)] == ["run1", "judge1"]
-    with pytest.raises(C2GError, match="describes no task"):
+    with pytest.raises(UserError, match="describes no task"):
         read_spec(spec_file(study, FIT))
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_report_or_one_of_other_settings_counts_for_nothing(study, con
 
 
 def test_a_report_of_a_later_version_is_read_for_what_is_known(study):
-    report_file(study, TRAIN).write_text(json.dumps({"id": "run1", "state": "done", "colour": "red"}))
+    report_file(study, TRAIN).write_text(json.dumps({"id": "run1", "state": "done", "color": "red"}))
     assert read_report(study, TRAIN).state == "done"
 
 
@@ -119,15 +119,15 @@ def test_the_ledger_keeps_a_rollback_journal_and_readers_write_nothing(study):
 
 
 def test_a_folder_without_a_ledger_is_no_study(tmp_path):
-    with pytest.raises(C2GError, match=r"is no study: it has no ledger\.sqlite"):
+    with pytest.raises(UserError, match=r"is no study: it has no ledger\.sqlite"):
         Ledger(tmp_path)
-    with pytest.raises(C2GError, match=r"is no study: study\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"is no study: study\.yaml cannot be read"):
         read_study(tmp_path)
 
 
 def test_a_damaged_ledger_is_told_with_its_mend(study):
     (study / FILE).write_bytes(b"not a database, certainly not" * 100)
-    with pytest.raises(C2GError, match="remove the file"):
+    with pytest.raises(UserError, match="remove the file"):
         Ledger(study).rows()
 
 
@@ -154,7 +154,7 @@ def test_adding_tasks_again_forgets_nothing(study):
 
 
 def test_one_launcher_at_a_time(study):
-    with launching(study, 0.0), pytest.raises(C2GError, match="in use"), launching(study, 0.0):
+    with launching(study, 0.0), pytest.raises(UserError, match="in use"), launching(study, 0.0):
         pass
 
 
@@ -268,36 +268,36 @@ def test_an_attempt_that_could_not_tell_how_it_ended_is_told_of(
 ):
     if told:
         reported(study, FIT, told, failures=1 if told == "failed" else 0, job=job)
-    assert settle(study, FIT, "7", 0, code, allowed) is again
+    assert finalize_attempt(study, FIT, "7", 0, code, allowed) is again
     report = read_report(study, FIT)
     assert (report.state, report.failures) == (state, failures)
 
 
 def test_a_job_that_never_gets_to_its_attempt_is_given_up_at_last(study):
     """A node without the package, say: each restart ends before the report is written."""
-    assert [settle(study, FIT, "7", restart, 1, 2) for restart in range(3)] == [True, True, False]
+    assert [finalize_attempt(study, FIT, "7", restart, 1, 2) for restart in range(3)] == [True, True, False]
 
 
 def test_the_cause_is_the_last_line_that_was_printed(study, tmp_path):
     log = tmp_path / "log"
     log.write_text("Traceback\nModuleNotFoundError: No module named 'torch'\nsrun: error: n1: task 0: Exited\n\n")
-    settle(study, FIT, "7", 0, 1, 2, log)
+    finalize_attempt(study, FIT, "7", 0, 1, 2, log)
     assert read_report(study, FIT).cause == "ended with code 1: ModuleNotFoundError: No module named 'torch'"
 
 
 def test_another_study_another_grid_and_other_code_are_refused(study, monkeypatch):
     old = read_study(study)
-    with pytest.raises(C2GError, match="holds another study: name is x there, y now"):
+    with pytest.raises(UserError, match="holds another study: name is x there, y now"):
         joined(study, StudyFile(StudyConfig(name="y")), False, False)
     same = dataclasses.replace(old, code=joined(study, old, True, True).code)
     save_study(study, dataclasses.replace(same, grids=[["a=1"]]), TASKS)
     changed = [stage for stage in same.study.stages if read_study(study).code.get(stage) != same.code.get(stage)]
     assert changed == []
-    with pytest.raises(C2GError, match="has the grid a=1, not a=2"):
+    with pytest.raises(UserError, match="has the grid a=1, not a=2"):
         joined(study, StudyFile(same.study, [["a=2"]]), False, True)
     assert joined(study, StudyFile(same.study, [["a=2"]]), True, True).grids == [["a=1"], ["a=2"]]
     monkeypatch.setattr("hpc_c2g.studies.study.code_version", lambda stage: "new")
-    with pytest.raises(C2GError, match="the code of classifier, certify, train, evaluate has changed"):
+    with pytest.raises(UserError, match="the code of classifier, certify, train, evaluate has changed"):
         joined(study, StudyFile(same.study, [["a=1"]]), False, False)
 
 
@@ -307,7 +307,7 @@ def test_submissions_are_for_the_owner_alone_and_read_back(study):
     folder = submission.folder(study)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert read_submission(study, submission.token) == submission
-    with pytest.raises(C2GError, match="describes no submission"):
+    with pytest.raises(UserError, match="describes no submission"):
         read_submission(study, "nowhere")
 
 
@@ -317,7 +317,7 @@ def test_runs_are_named_by_the_beginning_of_their_id_or_their_folder(study):
     assert [v.row.id for v in chosen(views, [f"{study}/runs/run1"])] == ["run1", "judge1"]
     assert [v.row.id for v in chosen(views, ["judge"])] == ["judge1"]
     assert len(chosen(views, [])) == 3
-    with pytest.raises(C2GError, match="is no run of the study"):
+    with pytest.raises(UserError, match="is no run of the study"):
         chosen(views, ["zzz"])
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from benchmarks.common import random_classifier
 from benchmarks.launched import LaunchedRun
 from benchmarks.survival import ENDED_WITHIN, RANKS, SETTINGS, Plan, attempt
-from hpc_c2g.training.config import config_from
+from hpc_c2g.training.config.train import config_from
 from hpc_c2g.training.loop import train
 
 

@@ -14,21 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpc_c2g.classifiers.bundle import save_bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import DRAWINGS, Member, TrainedGenerator, members_from, systematic_resample
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.run_directory import RunDirectory
 
 CLASSES, SHAPE = 3, (1, 4, 4)
-NORMALISATION = Normalisation.constant(SHAPE, mean=0.4, scale=0.25, value_range=(-1.0, 2.0))
+NORMALIZATION = Normalization.constant(SHAPE, mean=0.4, scale=0.25, value_range=(-1.0, 2.0))
 GENERATORS = {
     "codes": MLPGeneratorConfig(widths=[16], codes=4, output_scale=20.0),
     "no codes": MLPGeneratorConfig(widths=[16], codes=0, output_scale=20.0, gain=1.0),
@@ -37,9 +37,9 @@ GENERATORS = {
 
 
 def make(config=GENERATORS["codes"], count: int = 12) -> TrainedGenerator:
-    lower, upper = (bound.float() for bound in NORMALISATION.box())
+    lower, upper = (bound.float() for bound in NORMALIZATION.box())
     module = build_generator(config, 2, [CLASSES], [count], lower[None], upper[None], seed=0)
-    return TrainedGenerator(module, 2, [Member(0, 0, ["a", "b", "c"], NORMALISATION)])
+    return TrainedGenerator(module, 2, [Member(0, 0, ["a", "b", "c"], NORMALIZATION)])
 
 
 def make_free(count: int) -> TrainedGenerator:
@@ -50,7 +50,7 @@ def make_free(count: int) -> TrainedGenerator:
         trained.module.multiplier.copy_(torch.arange(count)[:, None].expand(-1, CLASSES))
     return replace(
         trained,
-        members=[replace(trained.members[0], normalisation=Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))],
+        members=[replace(trained.members[0], normalization=Normalization.constant(SHAPE, value_range=(0.0, 100.0)))],
     )
 
 
@@ -153,7 +153,7 @@ class Quarters(nn.Module):
 
 def test_samples_are_drawn_in_proportion_to_their_multipliers_within_each_class():
     trained = TrainedGenerator(
-        Quarters(), 2, [Member(0, 0, ["a", "b", "c"], Normalisation.constant(SHAPE, value_range=(0.0, 100.0)))]
+        Quarters(), 2, [Member(0, 0, ["a", "b", "c"], Normalization.constant(SHAPE, value_range=(0.0, 100.0)))]
     )
     frequencies_of = {"multipliers": [0, 1 / 6, 2 / 6, 3 / 6], "supported": [0, 0, 0.5, 0.5], "plain": [0.25] * 4}
     for drawing, wanted in frequencies_of.items():
@@ -194,13 +194,13 @@ def test_free_images_keep_their_class_and_come_up_by_their_multipliers(count, wa
 
 
 def test_free_images_need_one_per_class():
-    with pytest.raises(C2GError, match="global_batch=2 is too small for generator=free"):
+    with pytest.raises(UserError, match="global_batch=2 is too small for generator=free"):
         make_free(2)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def config(request, bundle_dir, tmp_path) -> TrainConfig:
-    settings = {"steps": 3, "global_batch": 9, "device": "cpu", "scale": ScaleConfig(start=-3.0)}
+    settings = {"steps": 3, "global_batch": 9, "device": "cpu", "alpha": AlphaConfig(init=-3.0)}
     log = LogConfig(every=1, progress=False)
     return TrainConfig(str(bundle_dir), str(tmp_path / "run"), dtype=request.param, log=log, **settings)
 
@@ -230,21 +230,21 @@ def test_a_run_is_bound_to_its_classifier_wherever_that_lies(config, bundle, bun
     with torch.no_grad():
         next(bundle.model.parameters())[0, 0] += 1e-3
     save_bundle(bundle, tmp_path / "other")
-    with pytest.raises(C2GError, match="holds a run of another classifier than classifier="):
+    with pytest.raises(UserError, match="holds a run of another classifier than classifier="):
         train(replace(config, classifier=str(tmp_path / "other")))
 
 
 def test_a_run_without_a_checkpoint_is_named(config):
-    with RunDirectory(config), pytest.raises(C2GError, match="has no checkpoint yet"):
+    with RunDirectory(config), pytest.raises(UserError, match="has no checkpoint yet"):
         load_run(config.run_dir)
 
 
-def test_what_a_checkpoint_keeps_gives_the_normalisation_back():
+def test_what_a_checkpoint_keeps_gives_the_normalization_back():
     trained = make()
     (member,) = members_from(trained.state_dict())
-    again = member.normalisation
+    again = member.normalization
     for name in ("mean", "scale", "lower", "upper"):
-        assert torch.equal(getattr(again, name), getattr(NORMALISATION, name))
+        assert torch.equal(getattr(again, name), getattr(NORMALIZATION, name))
     assert member.classes == ["a", "b", "c"]
 
 

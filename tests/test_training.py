@@ -18,18 +18,18 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.launched import TIMED
 from hpc_c2g.classifiers.bundle import load_bundle
-from hpc_c2g.classifiers.fitting import MarginFitConfig
-from hpc_c2g.classifiers.make import ClassifierConfig, make_classifier
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
+from hpc_c2g.fitting.fit import MarginFitConfig
+from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.monitoring.signatures import SIGNATURES
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig
+from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import DualityConfig, PriorConfig, ScaleConfig
 from hpc_c2g.training.preemption import Preempted
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.step.train_step import TrainStep
 
 STEPS, STEPS_OF_SHORT, MARGIN = 60, 4, 50.0
 
@@ -53,7 +53,7 @@ def base(classifier_dir) -> TrainConfig:
         steps=STEPS,
         global_batch=30,
         device="cpu",
-        scale=ScaleConfig(start=1 - math.log(MARGIN)),  # on the high side
+        alpha=AlphaConfig(init=1 - math.log(MARGIN)),  # on the high side
         duality=DualityConfig(slackness=0.01),
         prior=PriorConfig(total_variation=0.01, repulsion=0.01, repulsion_references=20),
         log=LogConfig(every=5, images_every=20, progress=False),
@@ -88,7 +88,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:
-    """Weights, optimiser, alpha and every logged number, bitwise."""
+    """Weights, optimizer, alpha and every logged number, bitwise."""
     (mine, spec), (theirs, other_spec) = (tree_flatten(newest(r).state) for r in (run_dir, other))
     assert spec == other_spec
     for a, b in zip(mine, theirs, strict=True):
@@ -252,7 +252,7 @@ KINDS = {
     "free images": {"generator": FreeImagesConfig()},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16 in micro-batches": {"dtype": "bfloat16", "micro_batch": 11},
-    "pilot": {"scale": ScaleConfig(pilot_steps=3)},
+    "pilot": {"alpha": AlphaConfig(pilot_steps=3)},
     "classification alone": {"stationarity": replace(TrainConfig().stationarity, weight=0.0)},
 }
 
@@ -272,9 +272,9 @@ def test_every_kind_of_run_trains_and_resumes_bitwise(base, tmp_path, kind):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the picture of what exploded
 def test_a_term_that_is_not_finite_stops_before_the_update_and_is_named(base, tmp_path):
     # codes and the weights on them together overflow with both signs, whatever their first gradients were
-    optimiser = OptimiserConfig(rate=1e20, code_rate=1e20)
-    config = short(base, tmp_path, optimiser=optimiser, checkpoint=CheckpointConfig(every=1))
-    with pytest.raises(C2GError, match=r"step 2: the term 'stationarity/\S+' is (nan|inf); the generator was not"):
+    optimizer = OptimizerConfig(lr=1e20, lr_codes=1e20)
+    config = short(base, tmp_path, optimizer=optimizer, checkpoint=CheckpointConfig(every=1))
+    with pytest.raises(UserError, match=r"step 2: the term 'stationarity/\S+' is (nan|inf); the generator was not"):
         train(config)
     assert published(tmp_path) == [1]
     assert all(bool(torch.isfinite(t).all()) for t in newest(tmp_path).state["engine"]["weights"].values())
@@ -291,7 +291,7 @@ def test_a_full_disk_names_the_path_and_the_run_is_completed_later(base, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(C2GError, match=rf"cannot write \S+{what}: No space left on device"):
+        with pytest.raises(UserError, match=rf"cannot write \S+{what}: No space left on device"):
             train(short(base, tmp_path))
     assert published(tmp_path) == [2]
     assert train(short(base, tmp_path)).steps_made == 2

@@ -52,7 +52,7 @@ CHILD = """
 import sys
 from hpc_c2g.scheduling.profile import load_profile
 from launch.__main__ import main
-from launch.cli import config_folder
+from launch._compose.cli import config_folder
 
 print(config_folder())
 print(load_profile("local_slurm").name)

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.trainers import three_bundles
 from torch import Tensor
-from trainers import three_bundles
 
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.training.adam_engine import AdamEngine
-from hpc_c2g.training.config import CheckpointConfig, LogConfig, OptimiserConfig, TrainConfig
-from hpc_c2g.training.engine import DeepSpeedEngine
+from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.engines.adam_engine import AdamEngine
+from hpc_c2g.training.engines.deepspeed_engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.objective_config import ScaleConfig
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs, and the machine may be busy
 STEPS, EVERY, SHORT = 24, 6, 12  # bfloat16 runs are short
@@ -49,7 +49,7 @@ def base_config(folder: Path) -> TrainConfig:
         global_batch=32,
         device="cpu",
         generator=MLPGeneratorConfig(widths=[15], embedding=7, codes=3),
-        scale=ScaleConfig(start=0.5),
+        alpha=AlphaConfig(init=0.5),
         log=LogConfig(every=1, progress=False, images_every=STEPS),
         checkpoint=CheckpointConfig(every=EVERY, keep=STEPS // EVERY),
     )
@@ -71,24 +71,24 @@ def cut(folder: Path, source: str, name: str, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def bare_engine(kind: str, stage: int | None, pieces: int, world: World):
+def bare_engine(kind: str, stage: int | None, micro_batches: int, world: World):
     """An engine after a few clipped steps, and the norms that it told; stage None is plain Adam."""
     box = torch.ones(1, 1, 3, 3)
     module = build_generator(GENERATORS[kind], 3, [3], [BATCH], -box, box, 0)
-    config = TrainConfig(zero_stage=stage or 0, optimiser=OptimiserConfig(gradient_clipping=CLIP))
+    config = TrainConfig(zero_stage=stage or 0, optimizer=OptimizerConfig(max_grad_norm=CLIP))
     adam = stage is None
-    engine = AdamEngine(module, config.optimiser, RunningSum(world)) if adam else None
-    engine = engine or DeepSpeedEngine(module, config, pieces, world)
+    engine = AdamEngine(module, config.optimizer, RunningSum(world)) if adam else None
+    engine = engine or DeepSpeedEngine(module, config, micro_batches, world)
     latents, target = fresh_latents(0, BATCH, 3, 3), torch.linspace(-0.5, 0.5, 9).view(1, 3, 3)
     share = BATCH // world.size
     start, stop = world.rank * share, (world.rank + 1) * share
-    size, norms = share // pieces, []
+    size, norms = share // micro_batches, []
     for loudness in LOUDNESS:
         for i in range(start, stop, size):
-            piece = latents[i : i + size]
+            micro_batch = latents[i : i + size]
             with torch.no_grad():
-                engine.module(piece)  # as the first pass of a step does
-            x, h = engine.module(piece)
+                engine.module(micro_batch)  # as the first pass of a step does
+            x, h = engine.module(micro_batch)
             engine.backward(loudness * ((x - target).square().sum() + h.square().sum()))
         engine.reduce()
         norms.append(float(engine.gradient_norm()))
@@ -109,7 +109,7 @@ def job(world: World, folder: Path) -> list[str]:
         run_of(folder, f"bfloat16-{stage}-{n}", world, dtype="bfloat16", steps=SHORT, zero_stage=stage, micro_batch=8)
         for dtype, steps in zip(DTYPES, (STEPS, SHORT), strict=True):
             name = f"{dtype}-{stage}-{n}"
-            world.from_first(lambda name=name, steps=steps: cut(folder, name, f"{name}-again", steps - EVERY))
+            world.broadcast_from_rank0(lambda name=name, steps=steps: cut(folder, name, f"{name}-again", steps - EVERY))
             again = settings if dtype == "float32" else {"zero_stage": stage, "micro_batch": 8}
             run_of(folder, f"{name}-again", world, dtype=dtype, steps=steps, **again)
         refused.append(poisoned(world, folder, stage))
@@ -138,7 +138,7 @@ def poisoned(world: World, folder: Path, stage: int) -> str:
     DeepSpeedEngine.backward = backward
     try:
         run_of(folder, f"poisoned-{stage}", world, zero_stage=stage, steps=4, checkpoint=CheckpointConfig(every=1))
-    except C2GError as error:
+    except UserError as error:
         return str(error)
     finally:
         DeepSpeedEngine.backward = original
@@ -242,7 +242,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: i
     state = engine_state(low)
     assert all(t.dtype == torch.float32 for t in state["weights"].values() if t.is_floating_point())
     assert not torch.equal(flat(state), flat(state).bfloat16().float())
-    for name in ("box.centre", "box.half_range", "box.offset"):
+    for name in ("box.center", "box.half_range", "box.offset"):
         assert torch.equal(state["weights"][name], engine_state(full)["weights"][name])
 
 
@@ -295,9 +295,9 @@ def test_a_state_of_another_network_or_format_is_named(done: Path, change, fragm
     for stage in (None, 3):
         engine = bare_engine("free", stage, 1, alone)[1]
         before = flat(engine.state_dict())
-        with pytest.raises(C2GError) as caught:
+        with pytest.raises(UserError) as caught:
             engine.load_state_dict(state)
-        assert all(fragment in caught.value.what for fragment in fragments), caught.value.what
+        assert all(fragment in caught.value.problem for fragment in fragments), caught.value.problem
         assert torch.equal(flat(engine.state_dict()), before)
 
 
@@ -310,9 +310,9 @@ def test_a_state_of_another_network_or_format_is_named(done: Path, change, fragm
     ],
 )
 def test_a_stage_that_cannot_be_is_refused(settings: dict, fragment: str) -> None:
-    with pytest.raises(C2GError) as caught:
+    with pytest.raises(UserError) as caught:
         TrainConfig(**settings)
-    assert fragment in caught.value.what
+    assert fragment in caught.value.problem
 
 
 def test_free_settings_are_laid_over_those_of_the_stage() -> None:

@@ -1,6 +1,6 @@
 """The classifier bundle: all that generator training may know of a classifier, and nothing else.
 
-A folder with ``classifier.safetensors`` (weights, buffers, normalisation) and ``bundle.json`` (architecture, classes,
+A folder with ``classifier.safetensors`` (weights, buffers, normalization) and ``bundle.json`` (architecture, classes,
 input shape, checksum). No code is unpickled; an architecture is a built-in name or the import path of an ``nn.Module``.
 """
 
@@ -22,8 +22,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from hpc_c2g.classifiers.models import ARCHITECTURES
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 
 WEIGHTS, META, CERTIFICATE = "classifier.safetensors", "bundle.json", "certificate.json"
@@ -34,44 +34,44 @@ OTHER_WEIGHTS = "classifier-b.safetensors"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A frozen classifier Phi(x; theta): R^[*S] -> R^C with its input normalisation.
+    """A frozen classifier Phi(x; theta): R^[*S] -> R^C with its input normalization.
 
     Attributes:
         model: the module, in eval mode, no parameter requires a gradient.
         architecture: ``{"target": built-in name or import path, **keyword arguments}``.
         classes: names of the C classes.
         input_shape: ``[*S]`` of one input.
-        normalisation: what the classifier subtracts and divides by.
+        normalization: what the classifier subtracts and divides by.
     """
 
     model: nn.Module
     architecture: dict[str, Any]
     classes: list[str]
     input_shape: tuple[int, ...]
-    normalisation: Normalisation
+    normalization: Normalization
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
-            raise C2GError(f"classes={self.classes} leaves nothing to classify", "name at least two classes")
+            raise UserError(f"classes={self.classes} leaves nothing to classify", "name at least two classes")
         self.model.eval().requires_grad_(False)
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise C2GError(f"classifier weight {name!r} holds NaN or infinite values", "retrain or re-export it")
+                raise UserError(f"classifier weight {name!r} holds NaN or infinite values", "retrain or re-export it")
         try:
             logits = self.model(torch.zeros(2, *self.input_shape, dtype=self.dtype))
         except Exception as error:  # any failure of a user's module on the shape it was declared with
-            raise C2GError(
+            raise UserError(
                 f"the classifier cannot take an input of shape {list(self.input_shape)}: {_first_line(error)}",
                 "give the input_shape of one sample, such as [1, 28, 28]",
             ) from error
         if logits.shape != (2, len(self.classes)):
-            raise C2GError(
+            raise UserError(
                 f"the classifier's output has shape {list(logits.shape[1:])} but {len(self.classes)} classes are named",
                 "make classes match the number of outputs (a binary net needs two outputs)",
             )
-        if self.normalisation.mean.shape != tuple(self.input_shape):
-            raise C2GError(
-                f"input_shape={list(self.input_shape)}, but the normalisation has {list(self.normalisation.mean.shape)}",
+        if self.normalization.mean.shape != tuple(self.input_shape):
+            raise UserError(
+                f"input_shape={list(self.input_shape)}, but the normalization has {list(self.normalization.mean.shape)}",
                 "give both the shape of one sample",
             )
 
@@ -82,7 +82,7 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of weights, buffers and normalisation: the same for the same classifier, wherever it lies."""
+        """Checksum of weights, buffers and normalization: the same for the same classifier, wherever it lies."""
         return hashlib.sha256(save_safetensors(_tensors(self))).hexdigest()
 
     @property
@@ -96,33 +96,35 @@ def _first_line(error: BaseException) -> str:
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module that ``architecture`` names, freshly initialised.
+    """The module that ``architecture`` names, freshly initialized.
 
     Only subclasses of ``nn.Module`` are ever called, so a downloaded bundle cannot name an arbitrary function.
 
     Raises:
-        C2GError: an unknown name, something that is no module, or arguments it does not take.
+        UserError: an unknown name, something that is no module, or arguments it does not take.
     """
     kwargs = {k: v for k, v in architecture.items() if k != "target"}
     target = architecture.get("target")
     if not isinstance(target, str):
-        raise C2GError(f"architecture.target={target!r} is no name", f"use one of {sorted(ARCHITECTURES)} or pkg.Class")
+        raise UserError(
+            f"architecture.target={target!r} is no name", f"use one of {sorted(ARCHITECTURES)} or pkg.Class"
+        )
     cls = ARCHITECTURES.get(target)
     if cls is None:
         module_name, _, class_name = target.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise C2GError(
+            raise UserError(
                 f"architecture {target!r} cannot be imported: {error}",
                 f"use one of {', '.join(sorted(ARCHITECTURES))}, or put the package of your module on PYTHONPATH",
             ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise C2GError(f"architecture {target!r} is not a torch.nn.Module", "name a module class")
+        raise UserError(f"architecture {target!r} is not a torch.nn.Module", "name a module class")
     try:
         return cls(**kwargs)
     except Exception as error:  # a module may refuse its arguments in any way
-        raise C2GError(f"architecture {target!r}: {error}", "check the keyword arguments of the model") from error
+        raise UserError(f"architecture {target!r}: {error}", "check the keyword arguments of the model") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -138,7 +140,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra) + shapes
     )
     if faults:
-        raise C2GError(
+        raise UserError(
             f"{source} does not fit the architecture: {'; '.join(faults)}", "name the architecture it was saved from"
         )
     floating = [v.dtype for v in state.values() if v.is_floating_point()]
@@ -150,28 +152,28 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def load_state_dict_file(path: Path) -> dict[str, Tensor]:
     """A user's weights from ``.safetensors`` or a torch file, which is never unpickled beyond tensors."""
     if not path.is_file():
-        raise C2GError(f"state_dict={path} does not exist", "give the path of the saved weights")
+        raise UserError(f"state_dict={path} does not exist", "give the path of the saved weights")
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise C2GError(
+        raise UserError(
             f"state_dict={path} cannot be read as weights: {_first_line(error)}",
             "save it with torch.save(model.state_dict(), path) or as safetensors",
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise C2GError(f"state_dict={path} holds no dictionary of tensors", "save model.state_dict(), not the model")
+        raise UserError(f"state_dict={path} holds no dictionary of tensors", "save model.state_dict(), not the model")
     return state
 
 
 def _tensors(bundle: Bundle) -> dict[str, Tensor]:
     state = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in bundle.model.state_dict().items()}
-    norm = bundle.normalisation
+    norm = bundle.normalization
     return state | {
-        f"normalisation.{k}": getattr(norm, k).cpu().contiguous() for k in ("mean", "scale", "lower", "upper")
+        f"normalization.{k}": getattr(norm, k).cpu().contiguous() for k in ("mean", "scale", "lower", "upper")
     }
 
 
@@ -190,7 +192,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     write_atomically(folder / new, blob)
     try:  # the description names its weights: until it is replaced, the old bundle is whole
         write_atomically(folder / META, json.dumps(meta, indent=2).encode())
-    except C2GError:
+    except UserError:
         (folder / new).unlink()
         raise
     if old is not None:
@@ -210,13 +212,13 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Read a bundle back.
 
     Raises:
-        C2GError: folder or file missing, truncated or altered weights, an architecture that does not fit them.
+        UserError: folder or file missing, truncated or altered weights, an architecture that does not fit them.
     """
     folder = Path(folder)
     weights = _weights_name(folder) or WEIGHTS
     for name in (META, weights):
         if not (folder / name).is_file():
-            raise C2GError(
+            raise UserError(
                 f"classifier={folder} is no classifier bundle: {name} is missing",
                 "make one with `c2g classifier out=DIR`",
             )
@@ -229,24 +231,26 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
             if not isinstance(meta[name], kind):
                 raise ValueError(f"{name}={meta[name]!r} is no {kind.__name__}")
     except (ValueError, TypeError) as error:
-        raise C2GError(f"{folder / META} is not a bundle description: {error}", "write the bundle again") from error
+        raise UserError(f"{folder / META} is not a bundle description: {error}", "write the bundle again") from error
     if meta["format"] != FORMAT:
-        raise C2GError(
+        raise UserError(
             f"{folder / META} has format {meta['format']}, this version reads {FORMAT}", "write the bundle again"
         )
     blob = (folder / weights).read_bytes()
     if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
-        raise C2GError(
+        raise UserError(
             f"{folder / weights} is truncated or altered (checksum mismatch)", "copy or write the bundle again"
         )
     try:
         tensors = load_safetensors(blob)
     except SafetensorError as error:
-        raise C2GError(f"{folder / weights} cannot be read: {error}", "write the bundle again") from error
+        raise UserError(f"{folder / weights} cannot be read: {error}", "write the bundle again") from error
     model = build_model(meta["architecture"])
     load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(folder / weights))
     try:
-        norm = Normalisation(**{k: tensors[f"normalisation.{k}"] for k in ("mean", "scale", "lower", "upper")})
+        # bundles written before 0.1.0 spell it the British way
+        prefix = "normalisation" if "normalisation.mean" in tensors else "normalization"
+        norm = Normalization(**{k: tensors[f"{prefix}.{k}"] for k in ("mean", "scale", "lower", "upper")})
     except KeyError as error:
-        raise C2GError(f"{folder / weights} lacks {error}", "write the bundle again") from error
+        raise UserError(f"{folder / weights} lacks {error}", "write the bundle again") from error
     return Bundle(model, meta["architecture"], list(meta["classes"]), tuple(meta["input_shape"]), norm)

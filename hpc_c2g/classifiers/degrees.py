@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 Array = NDArray[np.float64]
 ZERO = 1e-9  # rates and degrees are sums of small fractions: anything below is round-off
@@ -30,7 +30,7 @@ JOINS = re.compile(r"cat|concat(enate)?|[hv]?stack|max(imum)?|min(imum)?")
 MULTIPLIES = re.compile(r"i?mul|multiply|i?matmul|[bm]m|einsum")
 DIVIDES = re.compile(r"i?truediv|div(ide)?")
 LINEAR = re.compile(r"linear|conv(transpose)?[123]d")
-NORMALISES = re.compile(r"(sync)?(batch|instance)norm([123]d)?|(layer|group|rms)norm")
+NORMALIZES = re.compile(r"(sync)?(batch|instance)norm([123]d)?|(layer|group|rms)norm")
 SIZES = re.compile(r"size|dim|numel|ndimension|\..*")
 CURVED = re.compile(
     r"tanh|(log)?sigmoid|gelu|silu|[sc]?elu|mish|soft(plus|sign)|hard(swish|sigmoid|tanh)|relu6|glu|(log)?softmax(2d)?"
@@ -80,7 +80,7 @@ class Degrees:
             logits = node.args[0]
             if not isinstance(logits, fx.Node):
                 kind = type(logits).__name__
-                raise C2GError(f"the classifier returns a {kind}, not a tensor", "return the logits alone")
+                raise UserError(f"the classifier returns a {kind}, not a tensor", "return the logits alone")
             self.result = logits
             return self.values[logits]
         kind, args, kwargs, operands = _kind(node), node.args, node.kwargs, _operands(node)
@@ -88,11 +88,11 @@ class Degrees:
         moving = any(self.values[n].degree.any() for n in operands)
         module: Any = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
         own = {name for name, _ in module.named_parameters()} if module is not None else set()
-        if NORMALISES.fullmatch(kind) and _is_torch(node) and own <= {"weight", "bias"}:
-            return self._normalise(node, kind, x)
+        if NORMALIZES.fullmatch(kind) and _is_torch(node) and own <= {"weight", "bias"}:
+            return self._normalize(node, kind, x)
         if not (moving or own) or SIZES.fullmatch(kind):  # whatever it does to sizes or to the raw input
             return Value(self.zero, all(self.values[n].fixed for n in operands))
-        # functions of the user's may bear any name, and a parametrised or pruned module has other parameters
+        # functions of the user's may bear any name, and a parametrized or pruned module has other parameters
         if not (_is_torch(node) and own <= {"weight", "bias"}):
             raise _not_homogeneous(node, kind)
         if KEEPS.fullmatch(kind):
@@ -145,7 +145,7 @@ class Degrees:
                 self.weights.update(np.flatnonzero(factor.degree).tolist())
         return Value(np.sum([f.degree for f in factors], axis=0), all(f.fixed for f in factors))
 
-    def _normalise(self, node: fx.Node, kind: str, x: Value) -> Value:
+    def _normalize(self, node: fx.Node, kind: str, x: Value) -> Value:
         self.norms[node] = path = str(node.target) if node.op == "call_module" else ""
         if path:  # called twice it still has one eps and one running mean
             first = self.norm_inputs.setdefault(path, x.degree)
@@ -227,7 +227,7 @@ def where(node: fx.Node) -> str:
     return f"call {name!r}" + (f" in module {stack[-1][0]!r}" if stack else "")
 
 
-def _not_homogeneous(node: fx.Node, kind: str) -> C2GError:
+def _not_homogeneous(node: fx.Node, kind: str) -> UserError:
     certain = "is not homogeneous: no rates exist"
     verdict = certain if CURVED.fullmatch(kind) else "is not known to be homogeneous: no rates can be found"
-    return C2GError(f"{where(node)} {verdict}", "use ReLU or LeakyReLU, linear layers, pooling and normalisation")
+    return UserError(f"{where(node)} {verdict}", "use ReLU or LeakyReLU, linear layers, pooling and normalization")

@@ -1,6 +1,6 @@
 """The classifiers that ship with the toolkit: MLP, CNN and residual CNN.
 
-All of them are traceable by ``torch.fx`` (the rates are read off the graph) and take a normalised
+All of them are traceable by ``torch.fx`` (the rates are read off the graph) and take a normalized
 input ``[B, *input_shape]`` to logits ``[B, C]``. ``bias`` is ``all``, ``first`` or ``none``: a bias in the first layer
 alone keeps the net homogeneous, biases everywhere make it quasi-homogeneous.
 """
@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 BIASES = ("all", "first", "none")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -27,12 +27,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def _check(bias: str, activation: str, **positive: int) -> None:
     if bias not in BIASES:
-        raise C2GError(f"model.bias={bias!r} is unknown", f"choose one of {', '.join(BIASES)}")
+        raise UserError(f"model.bias={bias!r} is unknown", f"choose one of {', '.join(BIASES)}")
     if activation not in ACTIVATIONS:
-        raise C2GError(f"model.activation={activation!r} is unknown", f"choose one of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"model.activation={activation!r} is unknown", f"choose one of {', '.join(ACTIVATIONS)}")
     for name, value in positive.items():
         if value < 1:
-            raise C2GError(f"model.{name}={value} is too small", f"give model.{name} >= 1")
+            raise UserError(f"model.{name}={value} is too small", f"give model.{name} >= 1")
 
 
 class MLP(nn.Sequential):
@@ -77,9 +77,9 @@ class CNN(nn.Sequential):
     ) -> None:
         _check(bias, activation, width=width, depth=depth)
         if len(input_shape) != 3:
-            raise C2GError(f"a CNN needs images, but the input shape is {list(input_shape)}", "use model=mlp")
+            raise UserError(f"a CNN needs images, but the input shape is {list(input_shape)}", "use model=mlp")
         if pooling not in ("avg", "max"):
-            raise C2GError(f"model.pooling={pooling!r} is unknown", "choose avg or max")
+            raise UserError(f"model.pooling={pooling!r} is unknown", "choose avg or max")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels, height, side = input_shape
         for i in range(1, depth):
@@ -129,7 +129,7 @@ class ResidualBlock(nn.Module):
 class ResidualCNN(nn.Sequential):
     """A stem, ``depth`` residual blocks (width doubles and the map halves from the second on), global pooling, a head.
 
-    Without normalisation an identity skip forces the branch's rates to zero, so every block then changes its shape.
+    Without normalization an identity skip forces the branch's rates to zero, so every block then changes its shape.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ResidualCNN(nn.Sequential):
     ) -> None:
         _check(bias, activation, width=width, depth=depth)
         if len(input_shape) != 3:
-            raise C2GError(f"a residual CNN needs images, but the input shape is {list(input_shape)}", "use model=mlp")
+            raise UserError(f"a residual CNN needs images, but the input shape is {list(input_shape)}", "use model=mlp")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["stem"] = nn.Conv2d(input_shape[0], width, 3, padding=1, bias=bias in ("all", "first"))
         layers["stem_norm"] = nn.BatchNorm2d(width) if batch_norm else nn.Identity()

@@ -3,7 +3,7 @@
     Phi(x; {e^(a lambda_k) theta_k}) = e^a Phi(x; theta)   for all a,        lambda_k >= 0
 
 Every activation scales like e^(a d). Its degree d is a linear form in the rates: a linear layer adds the rate of its
-weight, ReLU and pooling keep d, a normalisation replaces d by the rate of its affine weight. Biases, sums and the
+weight, ReLU and pooling keep d, a normalization replaces d by the rate of its affine weight. Biases, sums and the
 output (d = 1) give linear equations A lambda = b. Of their non-negative solutions the one nearest to uniform is taken,
 
     min_u sum_{k in weights} (lambda_k - u)^2,   0 for what is never used,
@@ -26,7 +26,7 @@ from scipy.optimize import linprog
 from torch import Tensor, fx, nn
 
 from hpc_c2g.classifiers.degrees import ZERO, Array, Degrees, where
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Rates:
     Attributes:
         parameters: lambda_k >= 0 per parameter name; theta_k scales by e^(a lambda_k).
         statistics: the same per BatchNorm buffer: the running mean scales like its input, the variance twice that.
-        scale_invariant: parameters that reach the output only through the input of a normalisation: scaling them (all
+        scale_invariant: parameters that reach the output only through the input of a normalization: scaling them (all
             biases along) leaves Phi unchanged, so their rate is 0.
-        norm_degrees: degree d of the input of each normalisation module; its eps scales by e^(2 a d). Zero wherever a
+        norm_degrees: degree d of the input of each normalization module; its eps scales by e^(2 a d). Zero wherever a
             solution with zero exists, as a real eps does not scale.
     """
 
@@ -52,11 +52,11 @@ def find_rates(model: nn.Module) -> Rates:
     """The non-negative rates nearest to uniform, for every parameter, frozen or not.
 
     Raises:
-        C2GError: the model cannot be traced, holds something that is not homogeneous, or its equations contradict each
+        UserError: the model cannot be traced, holds something that is not homogeneous, or its equations contradict each
             other; the message names the module or the call.
     """
     if not list(model.parameters()):
-        raise C2GError("the classifier has no parameters", "give a trained network")
+        raise UserError("the classifier has no parameters", "give a trained network")
     try:
         model = copy.deepcopy(model).eval()
         arguments = inspect.signature(model.forward).parameters.values()
@@ -64,8 +64,8 @@ def find_rates(model: nn.Module) -> Rates:
         graph = fx.Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # any failure of a user's forward on symbolic values
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = "remove control flow that depends on the input"
-        raise C2GError(f"the classifier cannot be traced by torch.fx: {line}", mend) from error
+        hint = "remove control flow that depends on the input"
+        raise UserError(f"the classifier cannot be traced by torch.fx: {line}", hint) from error
     degrees = Degrees(model, graph)
     names, norms = degrees.names, degrees.norm_inputs
     rows = degrees.rows(degrees.equations)
@@ -137,7 +137,7 @@ def _feasible(rows: Array, cost: Array) -> Array | None:
     return np.maximum(result.x, 0.0) if result.status == 0 else None
 
 
-def _contradiction(degrees: Degrees) -> C2GError:
+def _contradiction(degrees: Degrees) -> UserError:
     """Names a smallest set of equations that cannot hold together, found by deleting all that can be spared."""
     kept = list(degrees.equations)
     for equation in degrees.equations:
@@ -145,7 +145,7 @@ def _contradiction(degrees: Degrees) -> C2GError:
         if _feasible(degrees.rows(rest), degrees.zero) is None:
             kept = rest
     culprits = dict.fromkeys([*(e.culprit for e in kept), f"{where(degrees.result)}: the output must have degree 1"])
-    return C2GError(
+    return UserError(
         f"no rates exist, these cannot hold together: {'; '.join(culprits)}",
         "remove that bias or constant, give the shortcut a weight of its own, or end with a linear layer",
     )

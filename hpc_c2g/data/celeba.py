@@ -16,7 +16,7 @@ from hpc_c2g.data.choose import Indices, relabel, split_files
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.images import to_dataset
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 ATTRIBUTES = "list_attr_celeba.txt"
 IMAGES = "img_align_celeba"
@@ -31,7 +31,7 @@ def load_celeba(config: DataConfig) -> Split:
     their middle, then resized.
 
     Raises:
-        C2GError: a file is missing or damaged, the attribute is unknown, or sizes that the data set does not have.
+        UserError: a file is missing or damaged, the attribute is unknown, or sizes that the data set does not have.
     """
     folder = _find(config)
     files, has = _read_attribute(folder / ATTRIBUTES, config.attribute)
@@ -50,7 +50,7 @@ def _find(config: DataConfig) -> Path:
     for folder in (root / "celeba", root):
         if (folder / ATTRIBUTES).is_file() and (folder / IMAGES).is_dir():
             return folder
-    raise C2GError(
+    raise UserError(
         f"data.root={config.root!r} has no CelebA",
         f"set data.root to the folder that has {IMAGES}/*.jpg and {ATTRIBUTES}, itself or in its folder celeba",
     )
@@ -61,7 +61,7 @@ def _read_attribute(path: Path, attribute: str) -> tuple[list[str], Indices]:
     count, header, *lines = [*path.read_text(encoding="utf-8", errors="replace").splitlines(), "", ""]
     names = header.split()
     if attribute not in names:
-        raise C2GError(f"data.attribute={attribute!r} is not in {path}", f"choose one of {', '.join(names)}")
+        raise UserError(f"data.attribute={attribute!r} is not in {path}", f"choose one of {', '.join(names)}")
     column = 1 + names.index(attribute)
     files, has = [], []
     for number, line in enumerate(lines, start=3):
@@ -69,14 +69,14 @@ def _read_attribute(path: Path, attribute: str) -> tuple[list[str], Indices]:
             continue
         entries = line.split()
         if len(entries) != 1 + len(names) or entries[column] not in ("1", "-1"):
-            raise C2GError(
+            raise UserError(
                 f"data.root: {path}, line {number} is not a file name and {len(names)} entries of 1 or -1",
                 f"restore the official {ATTRIBUTES}, or cut whole lines from it",
             )
         files.append(entries[0])
         has.append(int(entries[column] == "1"))
     if count.strip() != str(len(files)):
-        raise C2GError(
+        raise UserError(
             f"data.root: {path} promises {count.strip()!r} images in line 1 and lists {len(files)}",
             "restore the file, or correct line 1",
         )
@@ -91,7 +91,7 @@ def _read_face(path: Path, size: int) -> NDArray[np.uint8]:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.convert("RGB").crop((left, top, left + side, top + side))
     except OSError as error:
-        raise C2GError(
+        raise UserError(
             f"data.root: the image {path} cannot be read: {error}",
             f"restore it, or cut its line from {ATTRIBUTES} (and correct the count in line 1)",
         ) from error

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 Indices = NDArray[np.int64]
 
@@ -41,11 +41,11 @@ def balanced_train_shares(config: DataConfig, names: Sequence[str]) -> list[int]
     """The train part's number of samples per class; ``config.train_size`` must not be None.
 
     Raises:
-        C2GError: fewer samples than classes.
+        UserError: fewer samples than classes.
     """
     assert config.train_size is not None
     if config.train_size < len(names):
-        raise C2GError(
+        raise UserError(
             f"data.train_size={config.train_size} leaves some of the {len(names)} classes of {config.name} empty",
             f"give data.train_size >= {len(names)}, or fewer data.classes",
         )
@@ -56,13 +56,13 @@ def relabel(labels: Indices, names: Sequence[str], config: DataConfig) -> tuple[
     """Keep ``config.classes``: labels 0.. in the order given, -1 for what is dropped; and the names that remain.
 
     Raises:
-        C2GError: a class that the data set does not have.
+        UserError: a class that the data set does not have.
     """
     if config.classes is None:
         return labels, list(names)
     kept = list(config.classes)
     if max(kept) >= len(names):
-        raise C2GError(
+        raise UserError(
             f"data.classes={kept} names class {max(kept)}, but {config.name} has {len(names)} classes",
             f"choose from 0..{len(names) - 1}: {', '.join(names)}",
         )
@@ -83,7 +83,7 @@ def split_pool(labels: Indices, names: Sequence[str], config: DataConfig) -> tup
         Two disjoint ascending arrays of indices into ``labels``.
 
     Raises:
-        C2GError: a size larger than what is there.
+        UserError: a size larger than what is there.
     """
     orders = _orders(labels, len(names), config.seed, TRAIN)
     counts = [len(order) for order in orders]
@@ -119,7 +119,7 @@ def split_files(
         Ascending indices into ``train_labels`` and into ``held_labels``.
 
     Raises:
-        C2GError: a size larger than what is there.
+        UserError: a size larger than what is there.
     """
     train_orders = _orders(train_labels, len(names), config.seed, TRAIN)
     held_orders = _orders(held_labels, len(names), config.seed, HELD_OUT)
@@ -141,7 +141,7 @@ def _train_shares(counts: Sequence[int], names: Sequence[str], config: DataConfi
     shares = balanced_train_shares(config, names)
     for share, count, name in zip(shares, counts, names, strict=True):
         if share > count:
-            raise C2GError(
+            raise UserError(
                 f"data.train_size={config.train_size} needs {share} samples of class {name!r}, "
                 f"but {config.name} has {count} to train on",
                 f"give data.train_size <= {len(names) * min(counts)}, or null for all without balance",
@@ -152,7 +152,7 @@ def _train_shares(counts: Sequence[int], names: Sequence[str], config: DataConfi
 def _all_shares(counts: Sequence[int], names: Sequence[str], config: DataConfig) -> list[int]:
     """``counts`` as they are, for ``train_size`` None."""
     if not all(counts):
-        raise C2GError(
+        raise UserError(
             f"class {names[list(counts).index(0)]!r} of {config.name} has no samples left to train on",
             f"data.held_out_size is {config.held_out_size}: hold out fewer; or choose other data.classes",
         )
@@ -162,12 +162,12 @@ def _all_shares(counts: Sequence[int], names: Sequence[str], config: DataConfig)
 def _held_shares(counts: Sequence[int], config: DataConfig, default: int) -> list[int]:
     size = default if config.held_out_size is None else config.held_out_size
     if size < 1:
-        raise C2GError(
+        raise UserError(
             f"data.train_size={config.train_size} uses all of {config.name}: nothing is held out to judge with",
             "give a smaller data.train_size",
         )
     if size > sum(counts):
-        raise C2GError(
+        raise UserError(
             f"data.held_out_size={size} is more than the {sum(counts)} samples that {config.name} has to hold out",
             f"give data.held_out_size <= {sum(counts)}" if sum(counts) else "give a smaller data.train_size",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 EMBEDDED = ("digits", "breast_cancer", "wine")
 """Read from the scikit-learn package."""
@@ -31,13 +31,13 @@ class DataConfig:
         held_out_size: samples of the held-out part, as balanced as the data allow. None: all samples that are not in
             the train part (a fifth if ``train_size`` is None too) for the embedded ones; the whole test file for
             mnist and cifar10; at most 1000 images for celeba; 1000 points for the toys.
-        classes: the classes to keep, relabelled 0.. in the order given; None keeps all.
+        classes: the classes to keep, relabeled 0.. in the order given; None keeps all.
         image_size: side of the square images (celeba only).
         attribute: what makes the second of the two classes (celeba only).
         seed: which samples are chosen (of the toys: drawn).
 
     Raises:
-        C2GError: a field is out of its range.
+        UserError: a field is out of its range.
     """
 
     name: str = "digits"
@@ -51,16 +51,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise C2GError(f"data.name={self.name!r} is unknown", f"choose one of {', '.join(NAMES)}")
+            raise UserError(f"data.name={self.name!r} is unknown", f"choose one of {', '.join(NAMES)}")
         for field, size in (("train_size", self.train_size), ("held_out_size", self.held_out_size)):
             if size is not None and size < 1:
-                raise C2GError(f"data.{field}={size} is too small", f"give data.{field} >= 1, or null")
+                raise UserError(f"data.{field}={size} is too small", f"give data.{field} >= 1, or null")
         if self.image_size < 1:
-            raise C2GError(f"data.image_size={self.image_size} is too small", "give data.image_size >= 1")
+            raise UserError(f"data.image_size={self.image_size} is too small", "give data.image_size >= 1")
         if self.seed < 0:
-            raise C2GError(f"data.seed={self.seed} is negative", "give data.seed >= 0")
+            raise UserError(f"data.seed={self.seed} is negative", "give data.seed >= 0")
         if self.train_size is None and self.name in TOYS:
-            raise C2GError(
+            raise UserError(
                 f"data.train_size=null has no meaning for {self.name}, which can be drawn without end",
                 "give a number, such as data.train_size=100",
             )
@@ -69,10 +69,10 @@ class DataConfig:
 
     def _check_classes(self, classes: list[int]) -> None:
         if len(classes) < 2:
-            raise C2GError(
+            raise UserError(
                 f"data.classes={classes} leaves nothing to classify", "give at least two classes, or null for all"
             )
         if len(set(classes)) < len(classes):
-            raise C2GError(f"data.classes={classes} names a class twice", "name every class once")
+            raise UserError(f"data.classes={classes} names a class twice", "name every class once")
         if min(classes) < 0:
-            raise C2GError(f"data.classes={classes} has a negative entry", "number the classes from 0")
+            raise UserError(f"data.classes={classes} has a negative entry", "number the classes from 0")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled samples in raw units.
+    """Labeled samples in raw units.
 
     Attributes:
         samples: float32 ``[n, *S]``; pixels in 0..1, features in their own units.

@@ -16,10 +16,10 @@ TABLE_RANGE = (-5.0, 5.0)
 
 
 def load_digits(config: DataConfig) -> Split:
-    """1797 digits ``[1, 8, 8]``, pixels in 0..1 (the 17 grey levels divided by 16).
+    """1797 digits ``[1, 8, 8]``, pixels in 0..1 (the 17 gray levels divided by 16).
 
     Raises:
-        C2GError: sizes or classes that the data set does not have.
+        UserError: sizes or classes that the data set does not have.
     """
     bunch = datasets.load_digits()
     labels, names = relabel(bunch.target.astype(np.int64), [str(c) for c in range(10)], config)
@@ -37,11 +37,11 @@ def load_table(config: DataConfig) -> Split:
     """``breast_cancer`` (569 rows of 30 features, 2 classes) or ``wine`` (178 rows of 13 features, 3 classes).
 
     The features have units that differ by 1e5, so the raw values are standardised: mean and standard deviation per
-    feature are those of the *train part* (a constant feature is only centred), so nothing of the held-out rows enters
+    feature are those of the *train part* (a constant feature is only centered), so nothing of the held-out rows enters
     the train part. Both parts are then clipped to -5..5, which the box of a generator can hold.
 
     Raises:
-        C2GError: sizes or classes that the data set does not have.
+        UserError: sizes or classes that the data set does not have.
     """
     bunch = {"breast_cancer": datasets.load_breast_cancer, "wine": datasets.load_wine}[config.name]()
     labels, names = relabel(bunch.target.astype(np.int64), [str(name) for name in bunch.target_names], config)

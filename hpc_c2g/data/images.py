@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hpc_c2g.data.choose import Indices, relabel, split_files
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 Bytes = NDArray[np.uint8]
 
@@ -32,7 +32,7 @@ def load_mnist(config: DataConfig) -> Split:
     The train part comes from the train files, the held-out part from the test files.
 
     Raises:
-        C2GError: a file is missing or damaged, or sizes or classes that the data set does not have.
+        UserError: a file is missing or damaged, or sizes or classes that the data set does not have.
     """
     raw = Path(config.root).expanduser() / "MNIST" / "raw"
     parts = []
@@ -56,7 +56,7 @@ def load_cifar10(config: DataConfig) -> Split:
     (uint8 ``[n, 32, 32, 3]``), ``train_labels`` and ``test_labels`` (``[n]`` in 0..9).
 
     Raises:
-        C2GError: no such files, a damaged file, or sizes or classes that the data set does not have.
+        UserError: no such files, a damaged file, or sizes or classes that the data set does not have.
     """
     root = Path(config.root).expanduser()
     if (root / "cifar-10-batches-py").is_dir():
@@ -65,7 +65,7 @@ def load_cifar10(config: DataConfig) -> Split:
         single = root / "cifar10_subset.npz"
         files = [single] if single.is_file() else sorted((root / "cifar10_subset").glob("*.npz"))
         if not files:
-            raise C2GError(
+            raise UserError(
                 f"data.root={config.root!r} has neither cifar-10-batches-py nor cifar10_subset.npz nor "
                 "cifar10_subset/*.npz",
                 "unpack cifar-10-python.tar.gz in data.root, or set data.root to the folder that has one of these",
@@ -104,7 +104,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
     plain, packed = folder / name, folder / f"{name}.gz"
     path = plain if plain.is_file() else packed
     if not path.is_file():
-        raise C2GError(
+        raise UserError(
             f"data.root has no {name} and no {name}.gz in {folder}",
             "set data.root to the folder that has MNIST/raw with the four idx files of MNIST, plain or .gz",
         )
@@ -156,5 +156,5 @@ def _read_torchvision_cifar(root: Path, train: bool) -> tuple[Bytes, NDArray[np.
     return part.data, np.asarray(part.targets)
 
 
-def _damaged(path: Path, why: str) -> C2GError:
-    return C2GError(f"data.root: {path} cannot be read: {why}", "replace it by an intact copy")
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"data.root: {path} cannot be read: {why}", "replace it by an intact copy")

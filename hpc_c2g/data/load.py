@@ -29,7 +29,7 @@ def load_split(config: DataConfig) -> Split:
     The samples of a part come in the order of the data set (the toys' by class), not shuffled.
 
     Raises:
-        C2GError: a field is out of its range, files are missing or damaged, or more samples are asked for than exist.
+        UserError: a field is out of its range, files are missing or damaged, or more samples are asked for than exist.
     """
     # A config may have been changed since it was made: a copy is checked again.
     checked = replace(config)

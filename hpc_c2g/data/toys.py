@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hpc_c2g.data.choose import HELD_OUT, TRAIN, balanced_train_shares, even_shares, relabel
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 Floats = NDArray[np.float64]
 
@@ -21,12 +21,12 @@ HELD_OUT_SIZE = 1000
 
 def blob(label: int, along: Floats, noise: Floats) -> Floats:
     """Four Gaussians at the corners of a square; ``along`` is not used."""
-    centre = 1.2 * np.array([(-1, 1)[label % 2], (-1, 1)[label // 2]])
-    return np.asarray(centre + 0.35 * noise)
+    center = 1.2 * np.array([(-1, 1)[label % 2], (-1, 1)[label // 2]])
+    return np.asarray(center + 0.35 * noise)
 
 
 def moon(label: int, along: Floats, noise: Floats) -> Floats:
-    """Two interleaved half circles, centred on the origin."""
+    """Two interleaved half circles, centered on the origin."""
     arc = np.stack([np.cos(np.pi * along), np.sin(np.pi * along)], axis=1)
     half = arc if label == 0 else np.array([1.0, 0.5]) - arc
     return np.asarray(1.6 * (half - np.array([0.5, 0.25]) + 0.1 * noise))
@@ -56,13 +56,13 @@ def load_toy(config: DataConfig) -> Split:
     are 1000 fresh points unless ``held_out_size`` says otherwise.
 
     Raises:
-        C2GError: fewer points than classes, or a class that the toy does not have.
+        UserError: fewer points than classes, or a class that the toy does not have.
     """
     shape, count = SHAPES[config.name]
     _, names = relabel(np.arange(count, dtype=np.int64), [str(c) for c in range(count)], config)
     held_size = HELD_OUT_SIZE if config.held_out_size is None else config.held_out_size
     if held_size < len(names):
-        raise C2GError(
+        raise UserError(
             f"data.held_out_size={held_size} leaves some of the {len(names)} classes of {config.name} empty",
             f"give data.held_out_size >= {len(names)}",
         )

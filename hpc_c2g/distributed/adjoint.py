@@ -19,7 +19,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
         ctx.mesh = mesh
         total = x.detach().clone(memory_format=torch.contiguous_format)
-        mesh.world.guarded(lambda: dist.all_reduce(total, group=mesh.data.flat))
+        mesh.world.with_rank_check(lambda: dist.all_reduce(total, group=mesh.data.group))
         return total
 
     @staticmethod

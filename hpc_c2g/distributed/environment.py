@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
@@ -42,7 +42,7 @@ class LaunchEnvironment:
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
-            raise C2GError(
+            raise UserError(
                 f"{self.launcher} says rank {self.rank} of {self.world_size}, local rank {self.local_rank} of"
                 f" {self.local_world_size}: that contradicts itself",
                 "unset these variables, or let the launcher set them",
@@ -53,7 +53,7 @@ def detect(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Read the launcher's variables; torchrun goes first, so that it works inside a Slurm allocation.
 
     Raises:
-        C2GError: some of a launcher's variables are missing, or no numbers, or contradict each other.
+        UserError: some of a launcher's variables are missing, or no numbers, or contradict each other.
     """
     environ = os.environ if environ is None else environ
     if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
@@ -94,7 +94,7 @@ def allocation(job: str | None = None, environ: Mapping[str, str] | None = None)
     """The Slurm job around this process, or ``job`` (None: the process itself) where there is none.
 
     Raises:
-        C2GError: the launcher's variables are incomplete or contradict each other.
+        UserError: the launcher's variables are incomplete or contradict each other.
     """
     environ = os.environ if environ is None else environ
     rank, node, slurm = detect(environ).rank, socket.gethostname(), environ.get("SLURM_JOB_ID")
@@ -110,11 +110,11 @@ def first_host(nodelist: str) -> str:
     """First name of a Slurm node list such as ``gpu[03-05,9],login1``.
 
     Raises:
-        C2GError: no node list.
+        UserError: no node list.
     """
     match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?([^,\[\]]*)", nodelist)
     if not match:
-        raise C2GError(f"SLURM_STEP_NODELIST={nodelist!r} names no node", "start the program with srun")
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no node", "start the program with srun")
     return "".join(part or "" for part in match.groups())
 
 
@@ -122,7 +122,7 @@ def _complete(environ: Mapping[str, str], names: tuple[str, ...], launcher: str)
     missing = [name for name in names if not environ.get(name)]
     if missing:
         there = [name for name in names if environ.get(name)]
-        raise C2GError(
+        raise UserError(
             f"the environment of {launcher} is incomplete: {', '.join(there)} set, {', '.join(missing)} missing",
             f"start with {launcher}, or unset {', '.join(there)} for a single process",
         )
@@ -133,7 +133,7 @@ def _number(values: Mapping[str, str], name: str) -> int:
     try:
         return int(values[name])
     except ValueError:
-        raise C2GError(f"{name}={values[name]!r} is no number", "unset it, or let the launcher set it") from None
+        raise UserError(f"{name}={values[name]!r} is no number", "unset it, or let the launcher set it") from None
 
 
 def _tasks_here(environ: Mapping[str, str], local: int) -> int:
@@ -150,10 +150,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """``auto`` takes a GPU where there is one, by local rank.
 
     Raises:
-        C2GError: ``cuda`` without a GPU.
+        UserError: ``cuda`` without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise C2GError("device=cuda, but PyTorch sees no GPU", "use device=cpu or device=auto")
+        raise UserError("device=cuda, but PyTorch sees no GPU", "use device=cpu or device=auto")
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")

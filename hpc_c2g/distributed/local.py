@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def on_local_ranks(
     """What ``function(world, *arguments)`` returns on each of ``count`` new processes, in the order of ranks.
 
     Raises:
-        C2GError: one of them failed, ended, or gave no answer within ``seconds``; none of them is left behind.
+        UserError: one of them failed, ended, or gave no answer within ``seconds``; none of them is left behind.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -61,7 +61,7 @@ def _answers(queue: Any, processes: Sequence[Any], seconds: float) -> list[Any]:
             rank = lost[0] if lost else next(r for r in range(len(processes)) if r not in answers)
             fault = "ended without an answer" if lost else f"gave no answer within {seconds:.0f} s"
         if fault:
-            raise C2GError(f"process {rank} of {len(processes)}: {fault}", "look at its messages above")
+            raise UserError(f"process {rank} of {len(processes)}: {fault}", "look at its messages above")
         answers[rank] = answer
     return [answers[r] for r in range(len(processes))]
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 Group = Any
 """A torch process group."""
@@ -25,16 +25,16 @@ class DataRanks:
     Attributes:
         rank: of this process among them.
         size: their number.
-        flat: all of them; None where there is one.
+        group: all of them; None where there is one.
         inside: those on this node, None where the sum is not hierarchical.
         across: those at this process's place on every node, None where the sum is not hierarchical.
     """
 
     rank: int = 0
     size: int = 1
-    flat: Group | None = None
-    inside: Group | None = None
-    across: Group | None = None
+    group: Group | None = None
+    intra_node: Group | None = None
+    inter_node: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Mesh:
 
     Attributes:
         world: all ranks.
-        classifiers: K.
+        members: K, every solution of every classifier counted.
         groups: of ranks.
         data: the ranks of this process's group.
     """
 
     world: World
-    classifiers: int
+    members: int
     groups: int
     data: DataRanks
 
@@ -64,12 +64,12 @@ class Mesh:
             hierarchical: sum inside the node first, then across nodes.
 
         Raises:
-            C2GError: the ranks or the classifiers cannot be shared by the groups.
+            UserError: the ranks or the classifiers cannot be shared by the groups.
         """
         groups = groups or math.gcd(world.size, classifiers)
         for count, what in ((classifiers, "classifiers x solutions"), (world.size, "processes")):
             if count % groups:
-                raise C2GError(
+                raise UserError(
                     f"distributed.groups={groups} does not divide the {count} {what}",
                     f"give a common divisor of {classifiers} classifiers x solutions and {world.size} processes, or null",
                 )
@@ -77,20 +77,23 @@ class Mesh:
         if size == 1:
             return cls(world, classifiers, groups, DataRanks())
         flat = _device_mesh(world.launch, world.device.type, (groups, size), ("classifier", "data"))
-        inside, across = None, None
-        local = math.gcd(size, *world.gather_plain(world.launch.local_world_size))  # the same shape on every rank
+        intra_node, inter_node = None, None
+        local = math.gcd(size, *world.all_gather_object(world.launch.local_world_size))  # the same shape on every rank
         if hierarchical and 1 < local < size:
             shape = (groups, size // local, local)
             nested = _device_mesh(world.launch, world.device.type, shape, ("classifier", "node", "local"))
-            inside, across = nested.get_group("local"), nested.get_group("node")
+            intra_node, inter_node = nested.get_group("local"), nested.get_group("node")
         return cls(
-            world, classifiers, groups, DataRanks(world.rank % size, size, flat.get_group("data"), inside, across)
+            world,
+            classifiers,
+            groups,
+            DataRanks(world.rank % size, size, flat.get_group("data"), intra_node, inter_node),
         )
 
     @property
-    def mine(self) -> range:
+    def local_members(self) -> range:
         """Indices of the classifiers that this rank works on."""
-        each = self.classifiers // self.groups
+        each = self.members // self.groups
         group = self.world.rank // self.data.size
         return range(group * each, (group + 1) * each)
 

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hpc_c2g.distributed.lane import Lane
+from hpc_c2g.distributed.bucket_sum import bucket_sum
+from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.wire import bucket_sum
 from hpc_c2g.distributed.world import World
 
 Arrival = Callable[[str, Tensor], None]
@@ -54,7 +54,7 @@ class RunningSum:
 class TreeSum:
     """Sums a fixed number of virtual shards in a fixed binary tree: bitwise equal on every number of ranks that divides them.
 
-    Every rank gathers every shard: memory and wire are ``virtual_shards`` times those of the running sum.
+    Every rank gathers every shard: memory and wire are ``deterministic_shards`` times those of the running sum.
 
     Args:
         world: the ranks; each adds its shards of one classifier after the other.
@@ -91,7 +91,7 @@ class TreeSum:
 
 
 def tree_sum(layers: Tensor) -> Tensor:
-    """Sum of ``[n, P]`` over n, a power of two, by adding neighbours; ``[P]``."""
+    """Sum of ``[n, P]`` over n, a power of two, by adding neighbors; ``[P]``."""
     while len(layers) > 1:
         layers = layers[0::2] + layers[1::2]
     return layers[0]
@@ -125,15 +125,19 @@ class ResidualSum:
         bucket_bytes: a bucket is closed when it holds as much.
     """
 
-    def __init__(self, like: Mapping[str, Tensor], mesh: Mesh, lane: Lane, wire: str, bucket_bytes: int) -> None:
+    def __init__(
+        self, like: Mapping[str, Tensor], mesh: Mesh, comm_stream: CommStream, comm_dtype: str, bucket_bytes: int
+    ) -> None:
         self.names = list(like)
-        self.world, self.lane, self.size = mesh.world, lane, mesh.data.size
-        shared = wire != "float32" or mesh.data.inside is not None  # a bucket is then cut into a share per rank
+        self.world, self.comm_stream, self.size = mesh.world, comm_stream, mesh.data.size
+        shared = (
+            comm_dtype != "float32" or mesh.data.intra_node is not None
+        )  # a bucket is then cut into a share per rank
         self.buckets = [Bucket(part, self.size if shared else 1) for part in _parts(like, bucket_bytes)]
         self.of = {name: bucket for bucket in self.buckets for name in bucket.views}
         self.sums = []
         if self.size > 1:
-            self.sums = [bucket_sum(mesh.data, wire, len(b.flat), b.flat) for b in self.buckets]
+            self.sums = [bucket_sum(mesh.data, comm_dtype, len(b.flat), b.flat) for b in self.buckets]
         self.written: set[str] = set()
         self.sent = 0
         self.bytes = 0
@@ -156,7 +160,7 @@ class ResidualSum:
     def total(self) -> dict[str, Tensor]:
         """The sum over all ranks; valid until the next micro-batch begins."""
         if self.sums:
-            self.world.guarded(self.lane.wait)
+            self.world.with_rank_check(self.comm_stream.wait)
         self.sent, self.written = 0, set()
         return {name: self.of[name].views[name] for name in self.names}
 
@@ -170,7 +174,7 @@ class ResidualSum:
         bucket.missing.discard(name)
         # every rank sends the buckets in the same order, whichever is full first
         while self._last and self.sent < len(self.sums) and not self.buckets[self.sent].missing:
-            self.lane.submit(functools.partial(self._send, self.sent))
+            self.comm_stream.submit(functools.partial(self._send, self.sent))
             self.sent += 1
 
     def _send(self, number: int) -> None:

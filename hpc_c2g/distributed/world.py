@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore  # re-exported untyped elsewhere
 
 from hpc_c2g.distributed.environment import LaunchEnvironment, detect, pick_device, prepare_libraries
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 T = TypeVar("T")
 MEETING_SECONDS = 120.0
@@ -47,7 +47,7 @@ class World:
         """Meet the other processes (gloo on CPU, nccl on GPU).
 
         Raises:
-            C2GError: the launch environment is broken, or ranks are missing after ``seconds`` (they are named).
+            UserError: the launch environment is broken, or ranks are missing after ``seconds`` (they are named).
         """
         launch = launch or detect()
         place = pick_device(device, launch.local_rank)
@@ -55,7 +55,7 @@ class World:
         return cls(launch, place, _open_group(launch, "nccl" if place.type == "cuda" else "gloo", seconds))
 
     @classmethod
-    def alone(cls, device: torch.device) -> World:
+    def single_process(cls, device: torch.device) -> World:
         """A world of one process, whatever else it belongs to."""
         return cls(LaunchEnvironment(), device, HashStore())
 
@@ -70,7 +70,7 @@ class World:
         return self.launch.world_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process writes files and speaks for all."""
         return self.launch.rank == 0
 
@@ -79,7 +79,7 @@ class World:
         if self.size == 1 or not tensors:
             return
         bucket = torch.cat([t.reshape(-1) for t in tensors])
-        self.guarded(lambda: dist.all_reduce(bucket))
+        self.with_rank_check(lambda: dist.all_reduce(bucket))
         for tensor, part in zip(tensors, torch.split(bucket, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -88,59 +88,59 @@ class World:
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self.guarded(lambda: dist.all_gather(parts, tensor))
+        self.with_rank_check(lambda: dist.all_gather(parts, tensor))
         return torch.cat(parts)
 
-    def gather_plain(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, plain data or tensors on the CPU, in the order of ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            self.guarded(lambda: dist.all_gather_object(values, value))
+            self.with_rank_check(lambda: dist.all_gather_object(values, value))
         return values
 
-    def collect(self, value: T) -> list[T]:
+    def gather_to_rank0(self, value: T) -> list[T]:
         """Every rank's value on rank 0, in the order of ranks; nothing on the others."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.is_first else None
-        self.guarded(lambda: dist.gather_object(value, values))
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
+        self.with_rank_check(lambda: dist.gather_object(value, values))
         return values or []
 
-    def any(self, flag: str | None) -> str | None:
+    def any_rank(self, flag: str | None) -> str | None:
         """A flag that some rank has raised (the lowest such rank's), on every rank; None where none has."""
         if self.size == 1:
             return flag
         raised = torch.tensor([1.0 if flag else 0.0], device=self.device)
-        self.guarded(lambda: dist.all_reduce(raised))
+        self.with_rank_check(lambda: dist.all_reduce(raised))
         if not bool(raised):
             return None
-        return next((f for f in self.gather_plain(flag) if f), None)
+        return next((f for f in self.all_gather_object(flag) if f), None)
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0's ``make`` returns, on every rank; its C2GError is raised on every rank.
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """What rank 0's ``make`` returns, on every rank; its UserError is raised on every rank.
 
         The value must be plain data where there are several ranks.
         """
         if self.size == 1:
             return make()
         message: list[Any] = [None]
-        if self.is_first:
+        if self.is_rank0:
             try:
                 message[0] = ("value", make())
-            except C2GError as error:
-                message[0] = ("error", error.what, error.mend)
+            except UserError as error:
+                message[0] = ("error", error.problem, error.hint)
             except BaseException as error:
                 message[0] = ("error", f"rank 0 failed: {error!r}", "look at its log")
                 dist.broadcast_object_list(message, 0)
                 raise
-        self.guarded(lambda: dist.broadcast_object_list(message, 0))
+        self.with_rank_check(lambda: dist.broadcast_object_list(message, 0))
         if message[0][0] == "error":
-            raise C2GError(*message[0][1:])
+            raise UserError(*message[0][1:])
         value: T = message[0][1]
         return value
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What this rank's ``make`` returns; a C2GError of any rank (the lowest's) is raised on every rank.
+    def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
+        """What this rank's ``make`` returns; a UserError of any rank (the lowest's) is raised on every rank.
 
         ``make`` may be collective as long as it fails between its collectives on all ranks or on none.
         """
@@ -150,15 +150,15 @@ class World:
         fault: tuple[str, str] | None = None
         try:
             value = make()
-        except C2GError as error:
-            fault = (error.what, error.mend)
-        first = next((f for f in self.gather_plain(fault) if f), None)
+        except UserError as error:
+            fault = (error.problem, error.hint)
+        first = next((f for f in self.all_gather_object(fault) if f), None)
         if first:
-            raise C2GError(*first)
+            raise UserError(*first)
         result: T = value
         return result
 
-    def guarded(self, collective: Callable[[], Any]) -> None:
+    def with_rank_check(self, collective: Callable[[], Any]) -> None:
         """Run a collective; where it breaks, call the roll and name who does not answer."""
         try:
             collective()
@@ -166,7 +166,7 @@ class World:
             missing = self._roll_call()
             if not missing:
                 raise
-            raise C2GError(
+            raise UserError(
                 f"rank {', '.join(map(str, missing))} of {self.size} is gone ({str(error).splitlines()[0]})",
                 "look at that rank's log; the same command goes on from the last checkpoint",
             ) from error
@@ -235,13 +235,13 @@ def _meet(launch: LaunchEnvironment, seconds: float) -> Any:
         store = PrefixStore("hpc_c2g", store)
         store.set(f"rank/{launch.rank}", socket.gethostname())
     except RuntimeError as error:
-        raise C2GError(
+        raise UserError(
             f"rank {launch.rank} cannot reach rank 0 at {address}:{launch.master_port} within {seconds:.0f} s",
             "check that all ranks started and that the nodes reach each other",
         ) from error
     absent = _absent(store, "rank", launch.world_size, seconds)
     if absent:
-        raise C2GError(
+        raise UserError(
             f"rank {', '.join(map(str, absent))} of {launch.world_size} did not come within {seconds:.0f} s",
             "look at their logs and nodes; the others stopped without doing anything",
         )

@@ -16,21 +16,21 @@ from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.load import load_split
-from hpc_c2g.data.record import fitted_data
-from hpc_c2g.errors import C2GError, require
+from hpc_c2g.errors import UserError, require
 from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
+from hpc_c2g.fitting.record import fitted_data
 from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.trained import TrainedGenerator, check_drawing
 from hpc_c2g.monitoring.evaluation_log import log_evaluation
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
-from hpc_c2g.training.bundles import class_counts
-from hpc_c2g.training.config import DistributedConfig
+from hpc_c2g.training.config.train import DistributedConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import Run, load_run
-from hpc_c2g.training.sharding import batch_shares
+from hpc_c2g.training.step.bundles import class_counts
+from hpc_c2g.training.step.sharding import batch_shares
 
 PAIRS = 40
 """Training images in the side-by-side picture."""
@@ -64,25 +64,25 @@ class EvaluateConfig:
         check_drawing(self.drawing)
         for name in ("count", "classification_steps", "free_steps"):
             if getattr(self, name) < 1:
-                raise C2GError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
+                raise UserError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
 
 
-def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """Judge the run and write ``evaluation.json``, ``nearest.png`` and a TensorBoard run of its own into it.
 
     Of a run with several classifiers each one's samples are judged against its own data (``evaluation.json`` has them under
     ``classifiers``); returns one result per classifier.
 
     Raises:
-        C2GError: no run, no data, or data that do not fit the classifier.
+        UserError: no run, no data, or data that do not fit the classifier.
     """
     run_dir = Path(config.run_dir)
     run = load_run(run_dir)
     folders = run.config.classifiers
     several = len(folders) > 1
     if several and config.data is not None:
-        raise C2GError(
+        raise UserError(
             f"data={config.data.name} is given for {len(folders)} classifiers",
             "leave it out: each is judged on the data that its record names",
         )
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig, tell: Callable[[str], None] = lambda text: 
     texts: dict[str, str] = {}
     for k in range(len(folders)):
         suffix = f"-classifier{k}" if several else ""
-        result, picture = _evaluate(config, run, k, suffix, tell)
+        result, picture = _evaluate(config, run, k, suffix, log_fn)
         results.append(result)
         scalars |= {f"{name}{suffix}": value for name, value in _figures(result).items()}
         texts[f"beside its baselines{suffix}"] = _as_markdown(result)
@@ -122,7 +122,7 @@ def _as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def _evaluate(
-    config: EvaluateConfig, run: Run, k: int, suffix: str, tell: Callable[[str], None]
+    config: EvaluateConfig, run: Run, k: int, suffix: str, log_fn: Callable[[str], None]
 ) -> tuple[dict[str, Any], Tensor | None]:
     """(figures, a picture of training images beside their nearest samples) of one classifier."""
     folder, generator = run.config.classifiers[k], run.generator.only(k)
@@ -130,7 +130,7 @@ def _evaluate(
     split = load_split(data)
     _check_fit(generator, split, data)
     oracle = split_oracle(split, config.seed)
-    tell(f"judging the generator{f' as that of {folder}' if suffix else ''}")
+    log_fn(f"judging the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed, config.drawing)
     result: dict[str, Any] = {
         "uses_real_data": True,
@@ -138,7 +138,7 @@ def _evaluate(
         **judge(samples, labels, split, config.seed, oracle),
         "nearness": nearness(samples, split),
         "settings": {"count": config.count, "drawing": config.drawing, "seed": config.seed, "data": asdict(data)},
-        "baselines": _baselines(config, run, k, suffix, split, oracle, tell) if config.baselines else {},
+        "baselines": _baselines(config, run, k, suffix, split, oracle, log_fn) if config.baselines else {},
     }
     if generator.input_shape == (2,):
         result["support"] = _landscape(config, folder, split, samples, labels, suffix)
@@ -162,7 +162,7 @@ def _landscape(
 
 
 def _baselines(
-    config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, tell: Callable[[str], None]
+    config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
     """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier.
 
@@ -181,25 +181,27 @@ def _baselines(
     def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         return judge(samples, labels, split, config.seed, oracle)
 
-    tell("baseline: held-out real images and noise")
+    log_fn("baseline: held-out real images and noise")
     shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)
     baselines = {
         "real": real_baseline(split, config.seed, oracle),
         "noise": judged(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
     }
-    tell("baseline: a generator trained on classification alone")
+    log_fn("baseline: a generator trained on classification alone")
     without = replace(
         settings,
         run_dir=str(folder / f"classification_only{suffix}-{config.classification_steps}-at-{run.step}"),
         steps=min(config.classification_steps, settings.steps),
         stationarity=replace(settings.stationarity, weight=0.0),
-        scale=replace(settings.scale, start=run.alphas[first], rate=0.0),  # without multipliers alpha cannot be learned
+        alpha=replace(
+            settings.alpha, init=run.alphas[first], max_change=0.0
+        ),  # without multipliers alpha cannot be learned
     )
     train(without)
     baselines["classification_only"] = judged(
         *load_run(without.run_dir).generator.sample(config.count, config.seed, "plain")
     )
-    tell("baseline: free images, the reconstruction peers' method")
+    log_fn("baseline: free images, the reconstruction peers' method")
     count = 2 * -(-len(split.train) // classes) * classes
     free = replace(
         settings,
@@ -208,7 +210,7 @@ def _baselines(
         global_batch=count,
         micro_batch=None,
         generator=FreeImagesConfig(),
-        optimiser=replace(settings.optimiser, rate=0.01, multiplier_rate=0.01),
+        optimizer=replace(settings.optimizer, lr=0.01, lr_multipliers=0.01),
     )
     train(free)
     images = load_run(free.run_dir).generator
@@ -222,12 +224,12 @@ def _baselines(
 def _check_fit(generator: TrainedGenerator, split: Split, data: DataConfig) -> None:
     shape = tuple(split.train.samples.shape[1:])
     if shape != generator.input_shape:
-        raise C2GError(
+        raise UserError(
             f"data={data.name} has samples of shape {list(shape)}, the generator makes {list(generator.input_shape)}",
             "name the data that the classifier was fitted to",
         )
     if len(split.train.classes) != len(generator.classes):
-        raise C2GError(
+        raise UserError(
             f"data={data.name} has {len(split.train.classes)} classes, the generator {len(generator.classes)}",
             "name the data that the classifier was fitted to",
         )

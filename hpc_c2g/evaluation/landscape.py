@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.classifiers.certificate import certify
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.data.dataset import Dataset
+from hpc_c2g.fitting.certificate import certify
 
 GRID = 300
 """Points of the landscape per side."""
@@ -48,7 +48,7 @@ def support(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor) -> 
         samples: raw generated samples ``[m, *S]``.
         labels: ``[m]``.
     """
-    x = bundle.normalisation.normalise(train.samples.double())
+    x = bundle.normalization.normalize(train.samples.double())
     found = certify(bundle, x, train.labels, find_rates(bundle.model).parameters)
     mass = found.multipliers.sum(1)
     carries = mass > CARRIES * mass.max()
@@ -74,13 +74,13 @@ def picture(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor, car
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
     with torch.no_grad():
         model = bundle.model.float()
-        logits = model(bundle.normalisation.normalise(plane).float())
+        logits = model(bundle.normalization.normalize(plane).float())
     top = logits.topk(2, 1)
     margin = (top.values[:, 0] - top.values[:, 1]).reshape(GRID, GRID).numpy()
     region = top.indices[:, 0].reshape(GRID, GRID).numpy()
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     marks = "osD^v*"
     for place, (title, points, own) in enumerate(
         (
@@ -89,13 +89,13 @@ def picture(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor, car
         )
     ):
         axes = figure.add_subplot(1, 2, place + 1)
-        axes.contourf(axis, axis, region, levels=np.arange(-0.5, len(train.classes)), colors=colours, alpha=0.18)
-        axes.contour(axis, axis, margin, levels=6, colors="grey", linewidths=0.5, alpha=0.6)
+        axes.contourf(axis, axis, region, levels=np.arange(-0.5, len(train.classes)), colors=colors, alpha=0.18)
+        axes.contour(axis, axis, margin, levels=6, colors="gray", linewidths=0.5, alpha=0.6)
         for label, name in enumerate(train.classes):
             here = points[own == label]
             look: dict[str, Any] = {
                 "marker": marks[label % len(marks)],
-                "color": colours[label % len(colours)],
+                "color": colors[label % len(colors)],
                 "edgecolors": "white",
             }
             axes.scatter(here[:, 0], here[:, 1], s=26 if place == 0 else 9, linewidths=0.4, label=name, **look)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hpc_c2g.data.choose import even_shares
 from hpc_c2g.data.dataset import Dataset, Split, flat_rows
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation.oracle import Oracle, oracle_of, svc_oracle
 from hpc_c2g.evaluation.tables import correlation_distance, marginal_distance
 
@@ -67,7 +67,7 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
         oracle: ``split_oracle(split, seed)``, from whom judges several sets; None fits it.
 
     Raises:
-        C2GError: shapes or labels that do not match the data, values that are not finite, too little held-out data.
+        UserError: shapes or labels that do not match the data, values that are not finite, too little held-out data.
     """
     _check(samples, labels, split.train)
     test_half = halves(split.held_out, seed)[1]
@@ -102,7 +102,7 @@ def real_baseline(split: Split, seed: int = 0, oracle: Oracle | None = None) -> 
     images it would be 0 by construction.
 
     Raises:
-        C2GError: too little held-out data.
+        UserError: too little held-out data.
     """
     first, second = halves(split.held_out, seed)
     return _judge(second.samples, second.labels, split.train, oracle or oracle_of(first, seed), first, first, seed)
@@ -126,13 +126,13 @@ def halves(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     """Two disjoint random halves, stratified by class; the first has the odd one.
 
     Raises:
-        C2GError: fewer than two classes have two samples, so that an SVC of either half has nothing to tell apart.
+        UserError: fewer than two classes have two samples, so that an SVC of either half has nothing to tell apart.
     """
     rng = np.random.default_rng([seed, 0])
     labels = data.labels.numpy()
     orders = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(data.classes))]
     if sum(len(order) > 1 for order in orders) < 2:
-        raise C2GError(
+        raise UserError(
             f"the held-out part has {[len(order) for order in orders]} samples per class, too few to judge with",
             "give a larger data.held_out_size or a smaller data.train_size",
         )
@@ -192,19 +192,19 @@ def _share(oracle: Oracle, data: Dataset) -> float:
 
 def _check(samples: Tensor, labels: Tensor, train: Dataset) -> None:
     if samples.shape[1:] != train.samples.shape[1:] or labels.shape != samples.shape[:1] or len(samples) == 0:
-        raise C2GError(
+        raise UserError(
             f"samples {list(samples.shape)} with labels {list(labels.shape)} do not match data of shape "
             f"{list(train.samples.shape[1:])}",
             "judge at least one sample, with the data set that the classifier was fitted to",
         )
     if not bool(torch.isfinite(samples).all()):
         bad = int((~torch.isfinite(samples.flatten(1))).any(dim=1).sum())
-        raise C2GError(
+        raise UserError(
             f"{bad} of {len(samples)} samples have values that are not finite",
             "judge a checkpoint from before the generator diverged",
         )
     if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= len(train.classes):
-        raise C2GError(
+        raise UserError(
             f"the samples' labels ({labels.dtype}) go from {labels.min()} to {labels.max()}",
             f"give integers in 0..{len(train.classes) - 1}",
         )

@@ -37,7 +37,7 @@ def correlation_distance(samples: Tensor, train: Tensor) -> float | None:
 
 
 def _correlations(rows: Table) -> Table:
-    centred = rows - rows.mean(0)
-    lengths = np.linalg.norm(centred, axis=0)
-    whole: Table = centred.T @ centred / np.maximum(np.outer(lengths, lengths), np.finfo(float).tiny)
+    centered = rows - rows.mean(0)
+    lengths = np.linalg.norm(centered, axis=0)
+    whole: Table = centered.T @ centered / np.maximum(np.outer(lengths, lengths), np.finfo(float).tiny)
     return whole

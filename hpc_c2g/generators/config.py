@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 
 @dataclass
@@ -32,13 +32,13 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         if self.codes < 0:
-            raise C2GError(f"generator.codes={self.codes} is negative", "give codes per class, or 0 for none")
+            raise UserError(f"generator.codes={self.codes} is negative", "give codes per class, or 0 for none")
         if self.embedding < 1:
-            raise C2GError(f"generator.embedding={self.embedding} is too small", "give at least 1")
+            raise UserError(f"generator.embedding={self.embedding} is too small", "give at least 1")
         if not self.multiplier_widths or min(self.multiplier_widths) < 1:
-            raise C2GError(f"generator.multiplier_widths={self.multiplier_widths}", "give widths >= 1")
+            raise UserError(f"generator.multiplier_widths={self.multiplier_widths}", "give widths >= 1")
         if not (self.gain > 0 and self.output_scale > 0):
-            raise C2GError(
+            raise UserError(
                 f"generator.gain={self.gain}, generator.output_scale={self.output_scale}", "both must be positive"
             )
 
@@ -53,7 +53,7 @@ class MLPGeneratorConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.widths or min(self.widths) < 1:
-            raise C2GError(f"generator.widths={self.widths}", "give one or more widths >= 1")
+            raise UserError(f"generator.widths={self.widths}", "give one or more widths >= 1")
 
 
 @dataclass
@@ -67,9 +67,9 @@ class ConvGeneratorConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 8 or self.channels % 8:
-            raise C2GError(f"generator.channels={self.channels}", "give a multiple of 8")
+            raise UserError(f"generator.channels={self.channels}", "give a multiple of 8")
         if self.coarsest < 1:
-            raise C2GError(f"generator.coarsest={self.coarsest}", "give at least 1")
+            raise UserError(f"generator.coarsest={self.coarsest}", "give at least 1")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class FreeImagesConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.start > 0:
-            raise C2GError(f"generator.start={self.start}", "give a positive standard deviation")
+            raise UserError(f"generator.start={self.start}", "give a positive standard deviation")
 
 
 GENERATORS: dict[str, type[GeneratorConfig]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 SCHEMES = ("stratified", "sobol", "normal")
 
@@ -68,11 +68,11 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         if self.dimensions < 1:
-            raise C2GError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
+            raise UserError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
         if self.scheme not in SCHEMES:
-            raise C2GError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
+            raise UserError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
         if not 0 <= self.bank_fraction <= 1:
-            raise C2GError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
+            raise UserError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
 
 
 class LatentSampler:

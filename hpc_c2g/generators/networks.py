@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.kkt.duality import neutral_logit
@@ -25,24 +25,24 @@ def _of(table: Tensor, classifier: Tensor) -> Tensor:
 
 
 class Box(nn.Module):
-    """Maps an unbounded ``t`` into the box of the classifier's normalised input space: centre + half tanh(t + offset)."""
+    """Maps an unbounded ``t`` into the box of the classifier's normalized input space: center + half tanh(t + offset)."""
 
-    centre: Tensor
+    center: Tensor
     half_range: Tensor
     offset: Tensor
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         super().__init__()
-        centre, half = (lower + upper) / 2, (upper - lower) / 2
-        self.register_buffer("centre", centre)
+        center, half = (lower + upper) / 2, (upper - lower) / 2
+        self.register_buffer("center", center)
         self.register_buffer("half_range", half)
-        # t = 0 is x = 0, the mean of the normalised space, unless that lies at the edge, where tanh has no slope
-        self.register_buffer("offset", torch.atanh((-centre / half).clamp(-0.8, 0.8)))
+        # t = 0 is x = 0, the mean of the normalized space, unless that lies at the edge, where tanh has no slope
+        self.register_buffer("offset", torch.atanh((-center / half).clamp(-0.8, 0.8)))
 
     def forward(self, t: Tensor, classifier: Tensor) -> Tensor:
-        """Inputs ``[B, *S]``, each in the normalised space of its classifier."""
-        centre, half_range, offset = (_of(b, classifier) for b in (self.centre, self.half_range, self.offset))
-        x: Tensor = centre + half_range * torch.tanh(t + offset)
+        """Inputs ``[B, *S]``, each in the normalized space of its classifier."""
+        center, half_range, offset = (_of(b, classifier) for b in (self.center, self.half_range, self.offset))
+        x: Tensor = center + half_range * torch.tanh(t + offset)
         return x
 
 
@@ -63,7 +63,7 @@ class ConvImage(nn.Module):
     def __init__(self, features: int, shape: tuple[int, ...], config: ConvGeneratorConfig) -> None:
         super().__init__()
         if len(shape) != 3:
-            raise C2GError(
+            raise UserError(
                 f"generator=conv makes images, the classifier takes inputs of shape {list(shape)}", "use generator=mlp"
             )
         self.shape = shape
@@ -138,8 +138,8 @@ class Generator(nn.Module):
         config: which and how large.
         dimensions: of the latents.
         classes: C_k of each classifier.
-        lower: of the normalised boxes, ``[K, *S]``.
-        upper: of the normalised boxes, ``[K, *S]``.
+        lower: of the normalized boxes, ``[K, *S]``.
+        upper: of the normalized boxes, ``[K, *S]``.
     """
 
     neutral: Tensor
@@ -175,7 +175,7 @@ class Generator(nn.Module):
             self.multiplier = perceptron([features, *config.multiplier_widths, max(classes)], 1.0)
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
-        """x ``[B, *S]`` in each classifier's normalised space, and the multiplier logits h ``[B, max C_k]``."""
+        """x ``[B, *S]`` in each classifier's normalized space, and the multiplier logits h ``[B, max C_k]``."""
         rows = self.condition.rows(latents)
         features = self.condition(latents, rows)
         h = self.multiplier(rows if self.condition.codes else features)
@@ -206,7 +206,7 @@ class FreeImages(nn.Module):
         shape: ``[*S]``.
 
     Raises:
-        C2GError: fewer images than classes.
+        UserError: fewer images than classes.
     """
 
     first: Tensor
@@ -219,7 +219,7 @@ class FreeImages(nn.Module):
         super().__init__()
         for count, most in zip(counts, classes, strict=True):
             if count < most:
-                raise C2GError(
+                raise UserError(
                     f"global_batch={sum(counts)} is too small for generator=free: {count} images for {most} classes",
                     "give an image per class of every classifier",
                 )
@@ -253,15 +253,15 @@ def build_generator(
     upper: Tensor,
     seed: int,
 ) -> Generator | FreeImages:
-    """The network that ``config`` names, initialised from ``seed`` without touching the global generator.
+    """The network that ``config`` names, initialized from ``seed`` without touching the global generator.
 
     Args:
         config: which and how large.
         dimensions: of the latents.
         classes: C_k of each classifier.
         counts: number of free images of each.
-        lower: of the normalised boxes, ``[K, *S]``.
-        upper: of the normalised boxes, ``[K, *S]``.
+        lower: of the normalized boxes, ``[K, *S]``.
+        upper: of the normalized boxes, ``[K, *S]``.
         seed: of the initial weights.
     """
     with torch.random.fork_rng(devices=[]):
@@ -270,4 +270,4 @@ def build_generator(
             return FreeImages(config, counts, classes, lower.shape[1:])
         if isinstance(config, (MLPGeneratorConfig, ConvGeneratorConfig)):
             return Generator(config, dimensions, classes, lower, upper)
-    raise C2GError(f"generator.name={config.name!r} is unknown", "choose generator=mlp, conv or free")
+    raise UserError(f"generator.name={config.name!r} is unknown", "choose generator=mlp, conv or free")

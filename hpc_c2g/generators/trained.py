@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.classifiers.normalisation import Normalisation
-from hpc_c2g.errors import C2GError
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.latents import Latents, fresh_latents
 from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.kkt.margins import other_classes
@@ -35,13 +35,13 @@ class Member:
         index: of the member within the generator.
         classifier: which one it is a solution of.
         classes: names.
-        normalisation: maps the generator's outputs for it to raw values.
+        normalization: maps the generator's outputs for it to raw values.
     """
 
     index: int
     classifier: int
     classes: list[str]
-    normalisation: Normalisation
+    normalization: Normalization
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainedGenerator:
         cls, bundles: Sequence[Bundle], solutions: int, module: Generator | FreeImages, dimensions: int
     ) -> TrainedGenerator:
         """For a generator in training whose members have ``bundles``, each classifier's ``solutions`` in turn."""
-        members = [Member(i, i // solutions, b.classes, b.normalisation) for i, b in enumerate(bundles)]
+        members = [Member(i, i // solutions, b.classes, b.normalization) for i, b in enumerate(bundles)]
         return cls(module, dimensions, members)
 
     def only(self, classifier: int) -> TrainedGenerator:
@@ -78,7 +78,7 @@ class TrainedGenerator:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """``[*S]`` of one sample."""
-        return tuple(self.members[0].normalisation.mean.shape)
+        return tuple(self.members[0].normalization.mean.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
@@ -87,7 +87,7 @@ class TrainedGenerator:
             {
                 "classifier": m.classifier,
                 "classes": list(m.classes),
-                "normalisation": {k: getattr(m.normalisation, k) for k in names},
+                "normalization": {k: getattr(m.normalization, k) for k in names},
             }
             for m in self.members
         ]
@@ -99,11 +99,11 @@ class TrainedGenerator:
         device = next(self.module.parameters()).device
         images, weights = [], []
         for start in range(0, len(latents.labels), CHUNK):
-            piece = latents[start : start + CHUNK].to(device)
-            x, h = self.module(piece)
+            micro_batch = latents[start : start + CHUNK].to(device)
+            x, h = self.module(micro_batch)
             h = h[:, : len(member.classes)].float()
-            mu = F.softplus(h) * other_classes(piece.labels, h.shape[1])
-            images.append(member.normalisation.denormalise(x.float().cpu()))
+            mu = F.softplus(h) * other_classes(micro_batch.labels, h.shape[1])
+            images.append(member.normalization.denormalize(x.float().cpu()))
             weights.append(mu.sum(1).cpu())
         return torch.cat(images), torch.cat(weights)
 
@@ -164,10 +164,10 @@ def check_drawing(drawing: str) -> None:
     """Refuse an unknown way to draw.
 
     Raises:
-        C2GError: it is none of ``DRAWINGS``.
+        UserError: it is none of ``DRAWINGS``.
     """
     if drawing not in DRAWINGS:
-        raise C2GError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")
+        raise UserError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")
 
 
 def _chances(weights: Tensor, drawing: str) -> Tensor:
@@ -190,6 +190,6 @@ def members_from(state: Mapping[str, Any]) -> list[Member]:
     """The members that ``TrainedGenerator.state_dict`` kept."""
     return [
         # a run from before there were solutions has one of each classifier
-        Member(i, kept.get("classifier", i), kept["classes"], Normalisation(**kept["normalisation"]))
+        Member(i, kept.get("classifier", i), kept["classes"], Normalization(**kept["normalization"]))
         for i, kept in enumerate(state["members"])
     ]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.kkt.margins import pairwise_margins
-from hpc_c2g.kkt.normalisation import Moments, Reduction, channels_last
+from hpc_c2g.kkt.normalization import Moments, Reduction, channels_last
 
-Piece = tuple[Tensor, Tensor, Tensor]
+MicroBatch = tuple[Tensor, Tensor, Tensor]
 """x ``[b, *S]``, labels ``[b]`` and mu ``[b, C]`` of a micro-batch."""
 Losses = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(margins, mu, x, labels) of a micro-batch -> a scalar that is a plain sum over samples."""
@@ -37,12 +37,12 @@ class _Reached(Exception):  # noqa: N818 - no error
 
 
 @dataclass
-class Given:
+class PartialStats:
     """What is known of the batch's statistics while a micro-batch goes through the classifier.
 
     Attributes:
-        values: s_l ``[2, channels]`` of the first layers: the mean, and the second moment about the constant ``centres``.
-        centres: the mean's value, so that the second moment is the variance, without cancellation.
+        values: s_l ``[2, channels]`` of the first layers: the mean, and the second moment about the constant ``centers``.
+        centers: the mean's value, so that the second moment is the variance, without cancellation.
         counts: N_l, positions of the whole batch.
         until: the layer at which to stop; the others must be given.
         parts: c_l ``[2, channels]`` of this micro-batch.
@@ -51,7 +51,7 @@ class Given:
     """
 
     values: list[Tensor]
-    centres: list[Tensor]
+    centers: list[Tensor]
     counts: list[Tensor]
     until: int = -1
     parts: list[Tensor] = field(default_factory=list)
@@ -64,12 +64,12 @@ class Given:
         if layer == len(self.values):
             self.own = positions
             raise _Reached
-        centred = positions - self.centres[layer]
-        self.parts.append(torch.stack([positions.sum(0), centred.square().sum(0)]) / self.counts[layer])
+        centered = positions - self.centers[layer]
+        self.parts.append(torch.stack([positions.sum(0), centered.square().sum(0)]) / self.counts[layer])
         if layer == self.until:
             raise _Reached
         mean, second = self.values[layer]
-        variance = second - (mean - self.centres[layer]).square()
+        variance = second - (mean - self.centers[layer]).square()
         self.moments.append(Moments(mean, variance, running_mean, running_variance, eps))
         return mean, variance
 
@@ -89,15 +89,15 @@ class CoupledSum:
 
     def __init__(
         self,
-        phi: Callable[[Mapping[str, Tensor], Tensor, Given], Tensor],
+        phi: Callable[[Mapping[str, Tensor], Tensor, PartialStats], Tensor],
         theta: Mapping[str, Tensor],
-        pieces: Callable[[], Iterator[Piece]],
+        micro_batches: Callable[[], Iterator[MicroBatch]],
         reduce: Reduction,
     ) -> None:
-        self.phi, self.pieces, self.reduce = phi, pieces, reduce
+        self.phi, self.micro_batches, self.reduce = phi, micro_batches, reduce
         self.theta = {k: t.detach() for k, t in theta.items()}
         self.values: list[Tensor] = []
-        self.centres: list[Tensor] = []
+        self.centers: list[Tensor] = []
         self.counts: list[Tensor] = []
         self.moments: list[Moments] = []
         self.losses: Losses | None = None
@@ -105,7 +105,7 @@ class CoupledSum:
             pass
         self.adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.adjoints[layer] = self._total(lambda piece, layer=layer: self._adjoint(piece, layer))  # type: ignore[misc]
+            self.adjoints[layer] = self._total(lambda micro_batch, layer=layer: self._adjoint(micro_batch, layer))  # type: ignore[misc]
 
     def kkt_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Margins and G of one micro-batch, without a graph."""
@@ -115,25 +115,25 @@ class CoupledSum:
             grads = torch.autograd.grad(lagrangian, list(leaves.values()), materialize_grads=True)
         return margins.detach(), dict(zip(leaves, grads, strict=True))
 
-    def towards(self, v: Mapping[str, Tensor], losses: Losses) -> None:
+    def set_direction(self, v: Mapping[str, Tensor], losses: Losses) -> None:
         """Prepare ``directional_sum``: q and p of the direction ``v`` and of ``losses``."""
         self.v, self.losses = v, losses
         self.changes: list[Tensor] = []
         for layer in range(len(self.values)):
-            self.changes.append(self._total(lambda piece, layer=layer: self._change(piece, layer)))  # type: ignore[misc]
+            self.changes.append(self._total(lambda micro_batch, layer=layer: self._change(micro_batch, layer)))  # type: ignore[misc]
         self.pulls = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.pulls[layer] = self._total(lambda piece, layer=layer: self._pull(piece, layer))  # type: ignore[misc]
+            self.pulls[layer] = self._total(lambda micro_batch, layer=layer: self._pull(micro_batch, layer))  # type: ignore[misc]
 
     def directional_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Margins of one micro-batch and R without the losses, with their graph with respect to x and mu."""
         with torch.enable_grad():
             return self._products([s.detach().requires_grad_() for s in self.values], (x, labels, multipliers))
 
-    def _total(self, part: Callable[[Piece], Tensor]) -> Tensor:
+    def _total(self, part: Callable[[MicroBatch], Tensor]) -> Tensor:
         """The sum over micro-batches and ranks."""
         with torch.enable_grad():
-            parts = [part(piece).detach() for piece in self.pieces()]
+            parts = [part(micro_batch).detach() for micro_batch in self.micro_batches()]
         return self.reduce(torch.stack(parts).sum(0)).detach()
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -142,8 +142,8 @@ class CoupledSum:
     def _measure(self) -> bool:
         """s of the next layer; False where there is none."""
         found: list[tuple[int, Tensor, Tensor]] = []
-        for x, _, _ in self.pieces():
-            given = Given(self.values, self.centres, self.counts)
+        for x, _, _ in self.micro_batches():
+            given = PartialStats(self.values, self.centers, self.counts)
             with torch.no_grad():
                 try:
                     self.phi(self.theta, x, given)
@@ -157,33 +157,33 @@ class CoupledSum:
         mean, count = sums[:-1] / sums[-1], sums[-1]
         spread = torch.stack([squares + n * (own - mean).square() for n, own, squares in found]).sum(0)
         self.values.append(torch.stack([mean, self.reduce(spread) / count]))
-        self.centres.append(mean)
+        self.centers.append(mean)
         self.counts.append(count)
         return True
 
     def _lagrangian(
-        self, theta: Mapping[str, Tensor], values: list[Tensor], piece: Piece
+        self, theta: Mapping[str, Tensor], values: list[Tensor], micro_batch: MicroBatch
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Margins, L without the constant <lambda, s>, and c."""
-        x, labels, multipliers = piece
-        given = Given(values, self.centres, self.counts)
+        x, labels, multipliers = micro_batch
+        given = PartialStats(values, self.centers, self.counts)
         margins = pairwise_margins(self.phi(theta, x, given), labels)
         self.moments = given.moments
         terms = [(a * c).sum() for a, c in zip(self.adjoints, given.parts, strict=True)]
         return margins, torch.stack([(multipliers * margins).sum(), *terms]).sum(), given.parts
 
-    def _adjoint(self, piece: Piece, layer: int) -> Tensor:
+    def _adjoint(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of lambda_l."""
         values = [s.requires_grad_(i == layer) for i, s in enumerate(t.detach() for t in self.values)]
-        lagrangian = self._lagrangian(self.theta, values, piece)[1]
+        lagrangian = self._lagrangian(self.theta, values, micro_batch)[1]
         return torch.autograd.grad(lagrangian, values[layer], materialize_grads=True)[0]
 
-    def _change(self, piece: Piece, layer: int) -> Tensor:
+    def _change(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of q_l, by differentiating twice: d/dw <(v, q), d<w, c_l>/d(theta, s)>."""
         leaves, before = self._leaves(), [s.detach().requires_grad_() for s in self.values[:layer]]
-        given = Given([*before, self.values[layer]], self.centres, self.counts, until=layer)
+        given = PartialStats([*before, self.values[layer]], self.centers, self.counts, until=layer)
         with contextlib.suppress(_Reached):
-            self.phi(leaves, piece[0], given)
+            self.phi(leaves, micro_batch[0], given)
         w = torch.zeros_like(self.values[layer]).requires_grad_()
         grads = torch.autograd.grad(
             (w * given.parts[layer]).sum(), [*leaves.values(), *before], create_graph=True, allow_unused=True
@@ -192,20 +192,20 @@ class CoupledSum:
         moved = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
         return torch.autograd.grad(torch.stack(moved).sum(), w)[0] if moved else torch.zeros_like(w)
 
-    def _products(self, values: list[Tensor], piece: Piece) -> tuple[Tensor, Tensor]:
+    def _products(self, values: list[Tensor], micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Margins, and R without the losses."""
         leaves = self._leaves()
-        margins, lagrangian, parts = self._lagrangian(leaves, values, piece)
+        margins, lagrangian, parts = self._lagrangian(leaves, values, micro_batch)
         grads = torch.autograd.grad(lagrangian, [*leaves.values(), *values], create_graph=True, allow_unused=True)
         seeds = [*(self.v[k] for k in leaves), *self.changes]
         terms = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
         terms += [(p * c).sum() for p, c in zip(self.pulls, parts, strict=True)]
         return margins, torch.stack(terms).sum()
 
-    def _pull(self, piece: Piece, layer: int) -> Tensor:
+    def _pull(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of p_l."""
         assert self.losses is not None
         values = [s.detach().requires_grad_() for s in self.values]
-        margins, product = self._products(values, piece)
-        total = product + self.losses(margins, piece[2], piece[0], piece[1])
+        margins, product = self._products(values, micro_batch)
+        total = product + self.losses(margins, micro_batch[2], micro_batch[0], micro_batch[1])
         return torch.autograd.grad(total, values[layer], materialize_grads=True)[0]

@@ -6,7 +6,7 @@ with delta = d(sum mu m)/dy_l, so that
     <V_l, G_W> + <v_l, G_b> = sum_i <delta_i, V_l a_i + v_l>.
 
 That spares one of the seven matrix products per layer that differentiating <v, G> through G takes. Parameters of anything else than
-linear maps and convolutions (the affine part of a normalisation) go through their G as ever.
+linear maps and convolutions (the affine part of a normalization) go through their G as ever.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def directional_sum(
         phi: the classifier with smooth gates.
         theta: parameters, any ``requires_grad``.
         v: a direction per parameter.
-        x: normalised inputs ``[B, *S]``, requires grad.
+        x: normalized inputs ``[B, *S]``, requires grad.
         labels: ``[B]``.
         multipliers: mu ``[B, C]``, zero at j = y_i.
 

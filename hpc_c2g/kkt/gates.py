@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from hpc_c2g.errors import C2GError
-from hpc_c2g.kkt.normalisation import Statistics, replace_norms, using
+from hpc_c2g.errors import UserError
+from hpc_c2g.kkt.normalization import Statistics, replace_norms, using
 
 _RELU_CALLS = {F.relu, torch.relu, torch.relu_, F.relu_}
 _LEAKY_CALLS = {F.leaky_relu, F.leaky_relu_}
@@ -65,14 +65,14 @@ class GatedClassifier:
         model: an ``nn.Module`` that ``torch.fx`` can trace; it is not changed.
 
     Raises:
-        C2GError: the module cannot be traced, or it has a BatchNorm without running statistics.
+        UserError: the module cannot be traced, or it has a BatchNorm without running statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
         try:
             graph = fx.symbolic_trace(copy.deepcopy(model).eval())
         except Exception as error:
-            raise C2GError(
+            raise UserError(
                 f"the classifier cannot be traced by torch.fx: {str(error).splitlines()[0]}",
                 "avoid control flow that depends on the input in its forward",
             ) from error
@@ -94,7 +94,7 @@ class GatedClassifier:
         Args:
             theta: parameters.
             widths: one positive number per gate.
-            x: normalised inputs ``[B, *S]``.
+            x: normalized inputs ``[B, *S]``.
             statistics: of this batch, which every BatchNorm then takes instead of its frozen ones, and notes here.
         """
         used = {k: t for k, t in theta.items() if k in self.known}

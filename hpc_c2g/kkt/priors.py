@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hpc_c2g.kkt.normalisation import Moments
+from hpc_c2g.kkt.normalization import Moments
 
 
 def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Tensor:
@@ -18,7 +18,7 @@ def box_excess(x: Tensor, lower: Tensor, upper: Tensor, global_batch: int) -> Te
 
 
 def total_variation(x: Tensor, global_batch: int) -> Tensor:
-    """1/B sum over samples of the mean absolute difference of neighbouring pixels; x ``[B, channels, H, W]``."""
+    """1/B sum over samples of the mean absolute difference of neighboring pixels; x ``[B, channels, H, W]``."""
     rows, columns = (x[..., 1:, :] - x[..., :-1, :]).abs(), (x[..., 1:] - x[..., :-1]).abs()
     # an image one pixel wide has no columns to compare
     return (
@@ -76,7 +76,7 @@ def standard_distance(moments: Tensor, mean_weight: float, deviation_weight: flo
     """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: how far a batch is from standardised inputs.
 
     A classifier that subtracts its training mean has E x = 0 over what it was trained on, one that divides by the deviation E x_d^2 = 1:
-    its normalisation says so, no data are needed. The second fixes the scale of samples, which a large box leaves open.
+    its normalization says so, no data are needed. The second fixes the scale of samples, which a large box leaves open.
 
     Args:
         moments: E x and E x^2 over the whole batch, ``[2, *S]``.

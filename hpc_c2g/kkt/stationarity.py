@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.kkt.margins import pairwise_margins
 
 LEFT_SIDES = ("identity", "rates", "top_rate")
@@ -34,7 +34,7 @@ Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
     """``auto`` resolved: ``identity``, or ``rates`` where some rate is 0.
 
-    A tensor that the function does not scale with (all that is before a normalisation) has <theta_k, G_k> = 0 by Euler, so a left side
+    A tensor that the function does not scale with (all that is before a normalization) has <theta_k, G_k> = 0 by Euler, so a left side
     c_k theta_k != 0 can never be met. Among the others a bias of the last layer alone has the largest rate, and next to no weight at any
     margin that is reached: ``top_rate`` would leave only it (digits, three layers with BatchNorm: 0.73, ``rates`` 0.03).
     """
@@ -52,7 +52,7 @@ def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
             tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias), ``auto`` as ``form_of`` says.
 
     Raises:
-        C2GError: an unknown form.
+        UserError: an unknown form.
     """
     top, form = max(rates.values()), form_of(rates, form)
     if form == "identity":
@@ -61,7 +61,7 @@ def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
         return dict(rates)
     if form == "top_rate":
         return {k: rate if math.isclose(rate, top, rel_tol=1e-9) else 0.0 for k, rate in rates.items()}
-    raise C2GError(f"stationarity.left_side={form!r} is unknown", f"choose one of auto, {', '.join(LEFT_SIDES)}")
+    raise UserError(f"stationarity.left_side={form!r} is unknown", f"choose one of auto, {', '.join(LEFT_SIDES)}")
 
 
 def scaled(tensors: Mapping[str, Tensor], alpha: float, powers: Mapping[str, float]) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def kkt_sum(
     Args:
         phi: the classifier with smooth gates.
         theta: parameters, any ``requires_grad``.
-        x: normalised inputs ``[B, *S]``.
+        x: normalized inputs ``[B, *S]``.
         labels: ``[B]``.
         multipliers: mu ``[B, C]``, zero at j = y_i.
         keep_graph: keep the graph of both results with respect to x and mu (one pass), else they are detached.
@@ -144,13 +144,13 @@ def residual_weights(
 
     ``relative`` is 1 / L, ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over K tensors. A tensor without a left side (c_k = 0) has no scale
     of its own there and takes 1 / L. ``scale_free`` is 1 / L too, but for those: (||theta_k(a)||^2 / L)^p / L with p = ``own_scale``, 1
-    unless training is still on its way there. What is before a normalisation can be scaled at will, G_k with the inverse: only
+    unless training is still on its way there. What is before a normalization can be scaled at will, G_k with the inverse: only
     ||theta_k|| ||G_k|| means something, and it is comparable to L, since by Euler sum_k <theta_k, G_k> is.
     """
     norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
     total = sum(norms.values())
     if total <= 0:
-        raise C2GError("the left side of the stationarity condition is zero", "choose stationarity.left_side=identity")
+        raise UserError("the left side of the stationarity condition is zero", "choose stationarity.left_side=identity")
     if weighting == "relative":
         return dict.fromkeys(norms, 1 / total)
     if weighting == "scale_free":
@@ -158,7 +158,7 @@ def residual_weights(
         return {k: 1 / total if norm > 0 else own[k] ** own_scale / total for k, norm in norms.items()}
     if weighting == "per_tensor":
         return {k: 1 / (len(norms) * norm) if norm > 0 else 1 / total for k, norm in norms.items()}
-    raise C2GError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
+    raise UserError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
 
 
 def terms_and_direction(

@@ -27,7 +27,7 @@ def log_evaluation(
         texts: in markdown, by name.
 
     Raises:
-        C2GError: it cannot be written.
+        UserError: it cannot be written.
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 

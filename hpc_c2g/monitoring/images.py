@@ -16,7 +16,7 @@ SIDE = 2048
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
-    """Whether samples of ``shape`` are grey or colour images."""
+    """Whether samples of ``shape`` are gray or color images."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
@@ -31,7 +31,7 @@ def bounded(images: Tensor, columns: int) -> tuple[Tensor, int]:
 
 
 def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
-    """One picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on grey."""
+    """One picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on gray."""
     n, channels, h, w = images.shape
     rows = -(-n // columns)
     cells = torch.full((rows * columns, channels, h + padding, w + padding), 0.5)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically, writing
 from hpc_c2g.monitoring.images import bounded, grid
 from hpc_c2g.monitoring.layout import layout
@@ -26,7 +26,7 @@ from hpc_c2g.monitoring.signatures import BY_NAME
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from hpc_c2g.training.config import LogConfig
+    from hpc_c2g.training.config.train import LogConfig
 
 BOARD, SESSION = "tensorboard", "hparams"
 """Folders of a run: its curves, and its hyper-parameters beside its final metrics, apart: a study shows sessions of its own."""
@@ -85,7 +85,7 @@ class RunLog:
 
         self.run_dir, self.config, self.steps, self.global_batch = run_dir, config, steps, global_batch
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", resumed_step)
-        self.begun = resumed_step
+        self.newly_firing = resumed_step
         purge = resumed_step + 1  # also at 0: a start that left no checkpoint may have left events
         self.board = SummaryWriter(str(run_dir / BOARD), purge_step=purge)
         self.session = SummaryWriter(str(run_dir / SESSION), purge_step=0)
@@ -116,7 +116,7 @@ class RunLog:
                 self.metrics.close()
                 self.board.close()
                 self.session.close()
-        except C2GError:
+        except UserError:
             if kind is None:  # else the first failure is the one to tell
                 raise
 
@@ -124,7 +124,9 @@ class RunLog:
         """Whether scalars are written at ``step``."""
         return due(step, self.config.every, self.steps)
 
-    def introduce(self, texts: Mapping[str, str], hyperparameters: Mapping[str, Any], prefixes: Sequence[str]) -> None:
+    def log_run_summary(
+        self, texts: Mapping[str, str], hyperparameters: Mapping[str, Any], prefixes: Sequence[str]
+    ) -> None:
         """Write what a run is, before its first step: texts (markdown by name), hyper-parameters, the layout of its charts.
 
         Args:
@@ -134,7 +136,7 @@ class RunLog:
         """
         with writing(self.run_dir / BOARD):
             for name, text in texts.items():
-                self.board.add_text(name, text, self.begun)
+                self.board.add_text(name, text, self.newly_firing)
             self.board.add_custom_scalars(layout(prefixes))
             self.board.flush()
             write_session(self.session, hyperparameters)

@@ -85,7 +85,7 @@ SIGNATURES = (
         0.2,
         above=False,
         reason="the latents explain less than 4 % of the samples' variance (0.2 squared), the labels all the rest",
-        advice="raise generator.codes or generator.gain, lower optimiser.rate, or add prior.repulsion",
+        advice="raise generator.codes or generator.gain, lower optimizer.lr, or add prior.repulsion",
     ),
     Signature(
         "mode_invention",
@@ -94,7 +94,7 @@ SIGNATURES = (
         above=True,
         reason="most samples lack multipliers or lie off the margin band by a factor 2, or together they explain the weights worse than"
         " none would (relative residual above 1): they satisfy no condition",
-        advice="let alpha find its scale (scale.start=null, scale.rate > 0), or raise duality.slackness",
+        advice="let alpha find its scale (alpha.init=null, alpha.max_change > 0), or raise duality.slackness",
     ),
     Signature(
         "instability",
@@ -102,14 +102,14 @@ SIGNATURES = (
         10.0,
         above=True,
         reason="the residual or the gradient is ten times what it was a few logged steps ago; it should fall",
-        advice="lower optimiser.rate, or give optimiser.gradient_clipping and optimiser.warmup_fraction",
+        advice="lower optimizer.lr, or give optimizer.max_grad_norm and optimizer.warmup_fraction",
     ),
     Signature(
         "poor_quality",
         lambda lines: max(_worst("roughness", max)(lines) / 0.8, _worst("saturation", max)(lines) / 0.95),
         1.0,
         above=True,
-        reason="neighbouring pixels correlate by less than 0.2 (roughness 0.8; noise has 1), or 95 % of the values are at an end of"
+        reason="neighboring pixels correlate by less than 0.2 (roughness 0.8; noise has 1), or 95 % of the values are at an end of"
         " the box",
         advice="raise global_batch, add prior.total_variation, or try generator=conv",
     ),
@@ -119,7 +119,7 @@ SIGNATURES = (
         0.05,
         above=False,
         reason="a class gets less than a twentieth of its even share of the multipliers: the sum leaves it out",
-        advice="lower optimiser.multiplier_rate, look at that class's margins in the certificate, or raise its classifier's part of shares",
+        advice="lower optimizer.lr_multipliers, look at that class's margins in the certificate, or raise its classifier's part of shares",
     ),
 )
 BY_NAME = {s.name: s for s in SIGNATURES}

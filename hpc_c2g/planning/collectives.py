@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hpc_c2g.planning.profile import ClusterProfile
+from hpc_c2g.planning.hardware import HardwareSpec
 
 
 def ring_seconds(nbytes: float, members: int, bandwidth: float, latency: float) -> float:
@@ -21,33 +21,33 @@ def tree_seconds(nbytes: float, members: int, bandwidth: float, latency: float) 
     return 2 * nbytes / bandwidth + 2 * math.ceil(math.log2(members)) * latency
 
 
-def all_reduce_seconds(nbytes: float, nodes: int, profile: ClusterProfile) -> float:
+def all_reduce_seconds(nbytes: float, nodes: int, hardware: HardwareSpec) -> float:
     """Hierarchical all-reduce of b bytes over ``nodes`` nodes of g ranks.
 
     Within a node a ring over the g ranks (its reduce-scatter before, its all-gather after the exchange between nodes):
     ring(b, g, B_intra, l_intra). Between nodes each rank exchanges its b / g bytes at its g-th part of the node's bandwidth, which
     is b bytes at all of it, by the faster of two algorithms: min(ring, tree)(b, N, B_inter, l_inter).
     """
-    inside = ring_seconds(nbytes, profile.ranks_per_node, profile.intra_gb_per_s * 1e9, profile.intra_us * 1e-6)
-    link = (profile.inter_gb_per_s * 1e9, profile.inter_us * 1e-6)
+    inside = ring_seconds(nbytes, hardware.ranks_per_node, hardware.intra_gb_per_s * 1e9, hardware.intra_us * 1e-6)
+    link = (hardware.inter_gb_per_s * 1e9, hardware.inter_us * 1e-6)
     return inside + min(ring_seconds(nbytes, nodes, *link), tree_seconds(nbytes, nodes, *link))
 
 
-def algorithm(nbytes: float, nodes: int, profile: ClusterProfile) -> str:
+def algorithm(nbytes: float, nodes: int, hardware: HardwareSpec) -> str:
     """Which of the two all-reduces between nodes is the faster."""
-    link = (profile.inter_gb_per_s * 1e9, profile.inter_us * 1e-6)
+    link = (hardware.inter_gb_per_s * 1e9, hardware.inter_us * 1e-6)
     return "ring" if ring_seconds(nbytes, nodes, *link) <= tree_seconds(nbytes, nodes, *link) else "tree"
 
 
 def generator_seconds(
-    nbytes: float, stage: int, micro_batches: int, forwards: int, nodes: int, profile: ClusterProfile
+    nbytes: float, stage: int, micro_batches: int, forwards: int, nodes: int, hardware: HardwareSpec
 ) -> float:
     """Communication of the generator per step, with a the all-reduce of its b bytes; scattering or gathering alone takes a / 2.
 
     Stages 0 and 1: a (stage 1 scatters gradients and gathers weights). Stage 2 scatters at every one of m backwards:
     (m + 1) a / 2. Stage 3 also gathers the weights in every forward and backward: (f + 2 m) a / 2, f forwards.
     """
-    a = all_reduce_seconds(nbytes, nodes, profile)
+    a = all_reduce_seconds(nbytes, nodes, hardware)
     if stage < 2:
         return a
     return (micro_batches + 1) * a / 2 if stage == 2 else (forwards + 2 * micro_batches) * a / 2

@@ -1,8 +1,8 @@
-"""The profile of the machine that runs this, measured in some seconds: operators, operator calls and all-reduces.
+"""The hardware of the machine that runs this, measured in some seconds: operators, operator calls and all-reduces.
 
-Nothing here trains: operators run one by one on numbers of their own, so that the profile is independent of the step that it
+Nothing here trains: operators run one by one on numbers of their own, so that the hardware is independent of the step that it
 predicts. Their sizes are the step's, because rates depend on them. As many processes compute at once as there are cores, since
-neighbours share caches and memory.
+neighbors share caches and memory.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.func import functional_call
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
-from hpc_c2g.planning.profile import GIB, ClusterProfile, Here
-from hpc_c2g.training.dry_run import MicroBatchCost
-from hpc_c2g.training.meter import Meter, Operator, TensorShape
+from hpc_c2g.errors import UserError
+from hpc_c2g.planning.hardware import GIB, HardwareSpec, LocalHardware
+from hpc_c2g.training.cost.dry_run import MicroBatchCost
+from hpc_c2g.training.cost.op_counter import Op, OpCounter, TensorShape
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Rates:
     runtime: float
 
 
-def measure(choice: Here, cost: MicroBatchCost) -> ClusterProfile:
-    """The profile of this machine at the sizes of ``cost``.
+def measure(choice: LocalHardware, cost: MicroBatchCost) -> HardwareSpec:
+    """The hardware of this machine at the sizes of ``cost``.
 
     Raises:
-        C2GError: a process died or did not answer in time.
+        UserError: a process died or did not answer in time.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
@@ -70,22 +70,22 @@ def measure(choice: Here, cost: MicroBatchCost) -> ClusterProfile:
     device = pick_device("auto").type
     try:
         rates = on_local_ranks(count, measure_rates, cost, active, threads, choice.seconds, device=device)
-    except C2GError as error:
-        raise C2GError(
-            f"cluster=here cannot be measured: {error.what}", "give profile=FILE, or cluster=h100"
+    except UserError as error:
+        raise UserError(
+            f"hardware=here cannot be measured: {error.problem}", "give hardware_file=FILE, or hardware=h100"
         ) from error
-    return profile_of(rates, ranks)
+    return hardware_of(rates, ranks)
 
 
-def profile_of(rates: Sequence[Rates], ranks: int) -> ClusterProfile:
-    """The profile of a machine from what its processes measured; ``ranks`` of them will train."""
+def hardware_of(rates: Sequence[Rates], ranks: int) -> HardwareSpec:
+    """The hardware of a machine from what its processes measured; ``ranks`` of them will train."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores, count = len(os.sched_getaffinity(0)), len(rates)
     computing = [r for r in rates if r.moved]
     latency, bandwidth = fit_ring(rates[0].sums, count) if count > 1 else (0.0, 1e15)
     memory = torch.cuda.mem_get_info()[1] if gpus else _available_memory()
     link = {"gb_per_s": bandwidth / 1e9, "us": latency * 1e6}
-    return ClusterProfile(
+    return HardwareSpec(
         name="here",
         ranks_per_node=ranks,
         memory_gib=memory / GIB,
@@ -131,7 +131,7 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
         import hpc_c2g.training.loop  # noqa: F401
     torch.set_num_threads(threads)
     torch.ones(8, 8, device=world.device) @ torch.ones(8, 8, device=world.device)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimiser imports a compiler, which stays
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports a compiler, which stays
     runtime = _runtime_bytes(world.device)
     sums = _sums(world, cost, seconds)
     measured = {"products": 0.0, "flops": 0.0, "moves": 0.0, "moved": 0.0, "call": 0.0}
@@ -152,7 +152,7 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
     return Rates(**measured, sums=sums, runtime=runtime)
 
 
-def _most_of(operators: Sequence[tuple[Operator, int]], part: float = 0.9) -> list[tuple[Operator, int]]:
+def _most_of(operators: Sequence[tuple[Op, int]], part: float = 0.9) -> list[tuple[Op, int]]:
     """Those that move ``part`` of all the bytes, the largest movers first."""
     ordered = sorted(operators, key=lambda pair: -pair[0].nbytes * pair[1])
     wanted, moved, kept = part * sum(o.nbytes * n for o, n in operators), 0.0, []
@@ -163,7 +163,7 @@ def _most_of(operators: Sequence[tuple[Operator, int]], part: float = 0.9) -> li
     return kept
 
 
-def _replay(operators: Sequence[tuple[Operator, int]], device: torch.device, memory: int, seconds: float) -> float:
+def _replay(operators: Sequence[tuple[Op, int]], device: torch.device, memory: int, seconds: float) -> float:
     """Seconds of all the calls, in memory used as a step uses it.
 
     Operands take turns, and results stay, until they fill as much memory as a step works in; then all results are freed at once.
@@ -184,7 +184,7 @@ def _replay(operators: Sequence[tuple[Operator, int]], device: torch.device, mem
     return result
 
 
-def _operands(operator: Operator, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+def _operands(operator: Op, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
     """Ones (which stay normal numbers under repeated in-place changes), and zeros for indices."""
 
     def real(value: Any) -> Any:
@@ -214,7 +214,7 @@ def _call_seconds(device: torch.device, seconds: float) -> float:
         grads = torch.autograd.grad((y * y).sum(), list(weights.values()), create_graph=True)
         return torch.autograd.grad(torch.stack([(g * g).sum() for g in grads]).sum(), x)[0]
 
-    with Meter() as meter:
+    with OpCounter() as meter:
         program()
     return _seconds(program, device, seconds) / float(meter.work.calls)
 
@@ -251,7 +251,7 @@ def _sums(world: World, cost: MicroBatchCost, seconds: float) -> tuple[tuple[int
 def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Mean seconds of a call over about ``seconds``, after two calls to warm up.
 
-    A single thread is timed by its own clock, which stands still while other programs have the core: the profile is that of a
+    A single thread is timed by its own clock, which stands still while other programs have the core: the hardware is that of a
     machine without them.
     """
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
-from hpc_c2g.errors import C2GError, require
+from hpc_c2g.errors import UserError, require
+from hpc_c2g.planning.hardware import GIB, Hardware, HardwareSpec, LocalHardware, load_hardware
 from hpc_c2g.planning.measure import measure
 from hpc_c2g.planning.predict import (
     STAGES,
@@ -22,9 +23,8 @@ from hpc_c2g.planning.predict import (
     scaling,
     step_time,
 )
-from hpc_c2g.planning.profile import GIB, Cluster, ClusterProfile, Here, load_profile
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.dry_run import DryRun, MicroBatchCost, largest_micro_batch
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost, largest_micro_batch
 
 
 @dataclass
@@ -36,9 +36,9 @@ class PlanConfig(TrainConfig):
     Attributes:
         run_dir: not used.
         micro_batch: as for ``c2g train``; ``auto`` takes the largest that fits, split evenly.
-        cluster: which; ``here`` is measured.
-        profile: file of a saved profile, instead of ``cluster``.
-        save_profile: where to write the profile that was used.
+        hardware: which; ``here`` is measured.
+        hardware_file: file of saved numbers, instead of ``hardware``.
+        save_hardware: where to write the numbers that was used.
         nodes: N.
         zero_stage: of DeepSpeed; None takes the lowest that fits.
         overlap: DeepSpeed's overlap_comm, from stage 1 on.
@@ -49,9 +49,9 @@ class PlanConfig(TrainConfig):
 
     run_dir: str = ""
     micro_batch: int | str | None = "auto"
-    cluster: Cluster = field(default_factory=Here)
-    profile: str | None = None
-    save_profile: str | None = None
+    hardware: Hardware = field(default_factory=LocalHardware)
+    hardware_file: str | None = None
+    save_hardware: str | None = None
     nodes: int = 1
     zero_stage: int | None = None  # type: ignore[assignment]
     overlap: bool = False
@@ -64,18 +64,18 @@ class PlanConfig(TrainConfig):
         super().__post_init__()
         self.zero_stage = wanted
         if len(self.classifiers) > 1:
-            raise C2GError(
+            raise UserError(
                 f"classifier={self.classifier} names {len(self.classifiers)}", "plan one classifier at a time"
             )
         if self.solutions > 1:
-            raise C2GError(
+            raise UserError(
                 f"solutions={self.solutions} is not planned for",
                 "plan one, with its part of global_batch; n take n times as long",
             )
         require(self.nodes >= 1, "nodes", self.nodes, "give at least one node")
         require(self.max_nodes >= 1, "max_nodes", self.max_nodes, "give at least one node")
         if not 0 <= self.margin < 1:
-            raise C2GError(f"margin={self.margin} is no share", "give a share in [0, 1)")
+            raise UserError(f"margin={self.margin} is no share", "give a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Plan:
     """What ``make_plan`` found; bytes and seconds of one rank.
 
     Attributes:
-        profile: of the cluster.
+        hardware: of the cluster.
         nodes: N.
         share: samples of a rank.
         micro_batch: samples whose graph is held.
@@ -98,7 +98,7 @@ class Plan:
         weak: a batch that grows with the nodes.
     """
 
-    profile: ClusterProfile
+    hardware: HardwareSpec
     nodes: int
     share: int
     micro_batch: int
@@ -124,22 +124,22 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Cost the step, profile the cluster, choose micro-batch and ZeRO stage, predict.
+    """Cost the step, measure the hardware, choose micro-batch and ZeRO stage, predict.
 
     Raises:
-        C2GError: no bundle, a batch that the ranks cannot share, a profile that cannot be had, or nothing that fits.
+        UserError: no bundle, a batch that the ranks cannot share, a hardware that cannot be had, or nothing that fits.
     """
     bundle = load_bundle(config.classifier)
     dry = DryRun(bundle, config)
-    profile = find_profile(config, dry)
-    ranks = config.nodes * profile.ranks_per_node
+    hardware = find_hardware(config, dry)
+    ranks = config.nodes * hardware.ranks_per_node
     if config.global_batch < ranks:
-        raise C2GError(
+        raise UserError(
             f"global_batch={config.global_batch} is too small for {ranks} ranks (nodes={config.nodes})",
             "give a sample per rank at least",
         )
     share = -(-config.global_batch // ranks)
-    stage, largest = choose(config, profile, dry, share, ranks, _file_bytes(bundle))
+    stage, largest = choose(config, hardware, dry, share, ranks, _file_bytes(bundle))
     if stage != config.zero_stage:  # a step at stage 3 keeps no micro-batch
         dry = DryRun(bundle, replace(config, zero_stage=stage))
     cost_of = functools.cache(dry.cost)
@@ -148,10 +148,10 @@ def make_plan(config: PlanConfig) -> Plan:
     counts = [2**i for i in range(config.max_nodes.bit_length())]
     per_node = config.global_batch // config.nodes
     table = functools.partial(
-        scaling, cost_of, profile, counts, largest=largest, dtype=config.dtype, stage=stage, overlap=config.overlap
+        scaling, cost_of, hardware, counts, largest=largest, dtype=config.dtype, stage=stage, overlap=config.overlap
     )
     return Plan(
-        profile,
+        hardware,
         config.nodes,
         share,
         micro,
@@ -159,36 +159,36 @@ def make_plan(config: PlanConfig) -> Plan:
         config.dtype,
         config.overlap,
         cost,
-        memory(cost, profile, config.dtype, stage, ranks, _file_bytes(bundle)),
-        profile.rank_memory * (1 - config.margin),
-        step_time(cost, profile, config.nodes, share, config.dtype, stage, config.overlap),
+        memory(cost, hardware, config.dtype, stage, ranks, _file_bytes(bundle)),
+        hardware.rank_memory * (1 - config.margin),
+        step_time(cost, hardware, config.nodes, share, config.dtype, stage, config.overlap),
         table(batch_of=lambda n: config.global_batch, strong=True),
         table(batch_of=lambda n: n * per_node, strong=False),
     )
 
 
-def find_profile(config: PlanConfig, dry: DryRun) -> ClusterProfile:
+def find_hardware(config: PlanConfig, dry: DryRun) -> HardwareSpec:
     """The saved one, the named one, or that of this machine."""
-    if config.profile is not None:
-        return load_profile(Path(config.profile))
-    if isinstance(config.cluster, ClusterProfile):
-        return config.cluster
-    assert isinstance(config.cluster, Here)
+    if config.hardware_file is not None:
+        return load_hardware(Path(config.hardware_file))
+    if isinstance(config.hardware, HardwareSpec):
+        return config.hardware
+    assert isinstance(config.hardware, LocalHardware)
     sample = min(config.micro_batch if isinstance(config.micro_batch, int) else 256, config.global_batch)
-    return measure(config.cluster, dry.cost(sample))
+    return measure(config.hardware, dry.cost(sample))
 
 
 def choose(
-    config: PlanConfig, profile: ClusterProfile, dry: DryRun, share: int, ranks: int, file_bytes: float
+    config: PlanConfig, hardware: HardwareSpec, dry: DryRun, share: int, ranks: int, file_bytes: float
 ) -> tuple[int, int]:
     """(ZeRO stage, largest micro-batch): the lowest stage at which one sample fits, then as many samples as fit.
 
     Raises:
-        C2GError: nothing fits; with the bytes that are needed at least.
+        UserError: nothing fits; with the bytes that are needed at least.
     """
-    room = profile.rank_memory * (1 - config.margin) - profile.runtime_gib * GIB
+    room = hardware.rank_memory * (1 - config.margin) - hardware.runtime_gib * GIB
     small = dry.cost(1)
-    room -= classifier_bytes(small.classifier_parameters, profile, file_bytes)
+    room -= classifier_bytes(small.classifier_parameters, hardware, file_bytes)
     limit = min(share, config.micro_batch) if isinstance(config.micro_batch, int) else share
     least = float("inf")
     for stage in STAGES if config.zero_stage is None else (config.zero_stage,):
@@ -202,10 +202,10 @@ def choose(
         if largest:
             return stage, largest
         least = min(least, state + needed)
-    have, short = profile.rank_memory * (1 - config.margin) / GIB, (least - room) / GIB
-    raise C2GError(
+    have, short = hardware.rank_memory * (1 - config.margin) / GIB, (least - room) / GIB
+    raise UserError(
         f"micro_batch={1 if config.micro_batch == 'auto' else limit} needs {have + short:.2f} GiB per rank, {have:.2f} GiB are there"
-        f" (cluster {profile.name}: {profile.rank_memory / GIB:.2f} GiB, margin={config.margin})",
+        f" (hardware {hardware.name}: {hardware.rank_memory / GIB:.2f} GiB, margin={config.margin})",
         "lower micro_batch, take more nodes for zero_stage=3, a smaller generator, or ranks with more memory",
     )
 

@@ -1,4 +1,4 @@
-"""Memory and time of a training step on a cluster (pure functions of a dry run's cost and a profile).
+"""Memory and time of a training step on a cluster (pure functions of a dry run's cost and the hardware's numbers).
 
 Symbols: P classifier parameters, Q generator parameters, n ranks, m micro-batches per rank and step; bytes and seconds.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from hpc_c2g.planning.collectives import all_reduce_seconds, generator_seconds
-from hpc_c2g.planning.profile import GIB, ClusterProfile
-from hpc_c2g.training.dry_run import MicroBatchCost
-from hpc_c2g.training.meter import Work
+from hpc_c2g.planning.hardware import GIB, HardwareSpec
+from hpc_c2g.training.cost.dry_run import MicroBatchCost
+from hpc_c2g.training.cost.op_counter import OpCost
 
 STAGES = (0, 1, 2, 3)
 CostOf = Callable[[int, bool], MicroBatchCost]
@@ -58,34 +58,34 @@ def generator_bytes(parameters: int, dtype: str, stage: int, ranks: int) -> tupl
     return weights, gradients, (8 + master) * parameters / (ranks if stage >= 1 else 1)
 
 
-def classifier_bytes(parameters: int, profile: ClusterProfile, file_bytes: float) -> float:
+def classifier_bytes(parameters: int, hardware: HardwareSpec, file_bytes: float) -> float:
     """8 P: theta and the weights in the traced graph, both float32; ranks on the CPU also hold the file's tensors and a copy."""
-    return 8 * parameters + (file_bytes if profile.cores else 0)
+    return 8 * parameters + (file_bytes if hardware.cores else 0)
 
 
 def memory(
-    cost: MicroBatchCost, profile: ClusterProfile, dtype: str, stage: int, ranks: int, file_bytes: float = 0.0
+    cost: MicroBatchCost, hardware: HardwareSpec, dtype: str, stage: int, ranks: int, file_bytes: float = 0.0
 ) -> Memory:
     """Bytes of one rank of ``ranks``; ``file_bytes`` are the bundle's own tensors."""
     return Memory(
-        profile.runtime_gib * GIB,
-        classifier_bytes(cost.classifier_parameters, profile, file_bytes),
+        hardware.runtime_gib * GIB,
+        classifier_bytes(cost.classifier_parameters, hardware, file_bytes),
         *generator_bytes(cost.generator_parameters, dtype, stage, ranks),
         cost.working_bytes,
     )
 
 
-def work_seconds(work: Work, profile: ClusterProfile) -> float:
+def work_seconds(work: OpCost, hardware: HardwareSpec) -> float:
     """Roofline of a rank: device max(F / R, b_F / W) + b / W, host c o; the longer where it is asynchronous, else their sum.
 
-    F operations and b_F bytes of matrix products, b bytes of the other operators, c calls; R, W, o the profile's matrix rate, memory
+    F operations and b_F bytes of matrix products, b bytes of the other operators, c calls; R, W, o the hardware's matrix rate, memory
     bandwidth and time per call. Ranks that share cores get their share of all of it.
     """
-    bandwidth = profile.memory_gb_per_s * 1e9
-    device = max(work.flops / (profile.matrix_tflops * 1e12), work.matrix_bytes / bandwidth)
+    bandwidth = hardware.memory_gb_per_s * 1e9
+    device = max(work.flops / (hardware.matrix_tflops * 1e12), work.matrix_bytes / bandwidth)
     device += work.moved_bytes / bandwidth
-    host = work.calls * profile.operation_us * 1e-6
-    return (max(device, host) if profile.asynchronous else device + host) / profile.share
+    host = work.calls * hardware.operation_us * 1e-6
+    return (max(device, host) if hardware.asynchronous else device + host) / hardware.share
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class StepTime:
 
 def step_time(
     cost: MicroBatchCost,
-    profile: ClusterProfile,
+    hardware: HardwareSpec,
     nodes: int,
     share: int,
     dtype: str = "float32",
@@ -145,7 +145,7 @@ def step_time(
 
     Args:
         cost: of the micro-batch.
-        profile: of the cluster.
+        hardware: of the cluster.
         nodes: N.
         share: samples of a rank.
         dtype: of the generator's weights.
@@ -153,21 +153,21 @@ def step_time(
         overlap: whether the generator's sum runs behind its backward.
     """
     m = share / cost.samples
-    ranks = nodes * profile.ranks_per_node
+    ranks = nodes * hardware.ranks_per_node
     alone = ranks == 1
     nbytes = {"float32": 4, "bfloat16": 2}[dtype] * cost.generator_parameters
-    sums = 0.0 if alone else sum(all_reduce_seconds(b, nodes, profile) for b in (*cost.sums, 4))
+    sums = 0.0 if alone else sum(all_reduce_seconds(b, nodes, hardware) for b in (*cost.sums, 4))
     forwards = math.ceil(m) * (1 if cost.one_pass else 2)
-    generator = 0.0 if alone else generator_seconds(nbytes, stage, math.ceil(m), forwards, nodes, profile)
+    generator = 0.0 if alone else generator_seconds(nbytes, stage, math.ceil(m), forwards, nodes, hardware)
     return StepTime(
-        first=work_seconds(cost.first, profile) * m,
-        second=work_seconds(cost.second, profile) * m,
-        saved=work_seconds(cost.saved, profile),
-        residual=work_seconds(cost.residual, profile),
-        update=work_seconds(cost.update, profile) / (ranks if stage else 1),
+        first=work_seconds(cost.first, hardware) * m,
+        second=work_seconds(cost.second, hardware) * m,
+        saved=work_seconds(cost.saved, hardware),
+        residual=work_seconds(cost.residual, hardware),
+        update=work_seconds(cost.update, hardware) / (ranks if stage else 1),
         residual_sum=sums,
         generator_sum=generator,
-        hidden=min(generator, work_seconds(cost.backward, profile)) if overlap and stage else 0.0,
+        hidden=min(generator, work_seconds(cost.backward, hardware)) if overlap and stage else 0.0,
     )
 
 
@@ -201,7 +201,7 @@ def balanced(share: int, largest: int) -> int:
 
 def scaling(
     cost_of: CostOf,
-    profile: ClusterProfile,
+    hardware: HardwareSpec,
     nodes: Sequence[int],
     batch_of: Callable[[int], int],
     largest: int,
@@ -214,7 +214,7 @@ def scaling(
 
     Args:
         cost_of: a micro-batch's cost.
-        profile: of the cluster.
+        hardware: of the cluster.
         nodes: increasing, from 1.
         batch_of: global batch on so many nodes.
         largest: micro-batch that fits into memory.
@@ -225,12 +225,12 @@ def scaling(
     """
     rows: list[ScalingRow] = []
     for n in nodes:
-        batch, ranks = batch_of(n), n * profile.ranks_per_node
+        batch, ranks = batch_of(n), n * hardware.ranks_per_node
         if batch % ranks:
             break
         share = batch // ranks
         micro = balanced(share, largest)
-        time = step_time(cost_of(micro, micro == share), profile, n, share, dtype, stage, overlap)
+        time = step_time(cost_of(micro, micro == share), hardware, n, share, dtype, stage, overlap)
         first, smallest = (rows[0].step.total, rows[0].global_batch) if rows else (time.total, batch)
         efficiency = first / time.total / (n if strong else 1)
         rows.append(ScalingRow(n, ranks, batch, micro, time, efficiency, math.sqrt(smallest / batch)))

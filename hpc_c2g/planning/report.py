@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from hpc_c2g.planning.collectives import algorithm
+from hpc_c2g.planning.hardware import GIB
 from hpc_c2g.planning.plan import Plan
 from hpc_c2g.planning.predict import ScalingRow
-from hpc_c2g.planning.profile import GIB
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -57,7 +57,7 @@ def memory_table(plan: Plan) -> Table:
 def step_table(plan: Plan) -> Table:
     """Seconds of a step by what they are spent on."""
     t = plan.step
-    ranks = plan.nodes * plan.profile.ranks_per_node
+    ranks = plan.nodes * plan.hardware.ranks_per_node
     table = _table(f"one step on {plan.nodes} node(s), {ranks} rank(s)", ("part", "time", "share"))
     for name, value in {
         "pass 1: KKT sum": t.first,
@@ -102,7 +102,7 @@ def scaling_table(plan: Plan, kind: str) -> Table:
 
 def formulas(plan: Plan) -> str:
     """What was computed, with this plan's numbers."""
-    p, c, t, n = plan.profile, plan.cost, plan.step, plan.nodes
+    p, c, t, n = plan.hardware, plan.cost, plan.step, plan.nodes
     m = plan.share / c.samples
     ranks, Q, G = n * p.ranks_per_node, c.generator_parameters, max(c.sums)
     passes = c.second if c.one_pass else c.first + c.second

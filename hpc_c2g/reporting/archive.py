@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting.curves import Curves
 from hpc_c2g.reporting.events import FileState, Reading, Stamp, complaints, event_files, read_events, stamp_of
@@ -52,10 +52,10 @@ class Archive:
         """The file of a run.
 
         Raises:
-            C2GError: the key is no safe name.
+            UserError: the key is no safe name.
         """
         if not KEY.fullmatch(key):
-            raise C2GError(f"{key!r} cannot name an archived run", "letters, digits, '.', '_' and '-', at most 100")
+            raise UserError(f"{key!r} cannot name an archived run", "letters, digits, '.', '_' and '-', at most 100")
         return self.folder / f"{key}.npz"
 
     def load(self, key: str) -> Reading | None:
@@ -71,7 +71,7 @@ class Archive:
             return None
 
     def save(self, key: str, reading: Reading) -> None:
-        """Keep a run's reading; raises C2GError where it cannot be written."""
+        """Keep a run's reading; raises UserError where it cannot be written."""
         self.enter({key: self.write(key, reading)})
 
     def write(self, key: str, reading: Reading) -> Entry:
@@ -128,7 +128,7 @@ def gather(archive: Archive, folders: Mapping[str, Path], processes: int) -> Gat
         processes: to read with, where many runs have changed.
 
     Raises:
-        C2GError: the archive cannot be written, or a key is no safe name.
+        UserError: the archive cannot be written, or a key is no safe name.
     """
     stale = {key: folder for key, folder in folders.items() if archive.stale(key, folder)}
     known, found = archive.index, dict(_bring_all(archive, stale, processes))

@@ -58,7 +58,7 @@ class Board:
             write: writes it.
 
         Raises:
-            C2GError: it cannot be written.
+            UserError: it cannot be written.
         """
         name = f"{STUDY}/{name}"
         self.parts[name] = digest = _digest(source)
@@ -143,7 +143,7 @@ def write_against(variable: str, rows: Sequence[Row]) -> Write:
 
     def write(board: SummaryWriter) -> None:
         for row in rows:
-            told = {f"final/{_labelled(name)}": row[name] for name in MEASURES if isinstance(row.get(name), float)}
+            told = {f"final/{_labeled(name)}": row[name] for name in MEASURES if isinstance(row.get(name), float)}
             add_scalars(board, told, int(row[variable]))
 
     return write
@@ -153,7 +153,7 @@ def write_hyperparameters(point: Row, row: Row) -> Write:
     """One run as a session of the HParams page: its point of the grid, and all its metrics."""
 
     def write(board: SummaryWriter) -> None:
-        metrics = {_labelled(name): float(row[name]) for name in MEASURES if isinstance(row.get(name), (int, float))}
+        metrics = {_labeled(name): float(row[name]) for name in MEASURES if isinstance(row.get(name), (int, float))}
         write_session(board, {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in point.items()})
         add_scalars(board, metrics, int(row.get("steps") or 0))
 
@@ -171,7 +171,7 @@ def write_columns(rows: Sequence[Row]) -> Write:
             points |= {
                 k: v if isinstance(v, (int, float, str)) else str(v) for k, v in row.items() if k not in NO_POINT
             }
-        metrics = {_labelled(name): 0.0 for name in COLUMNS if any(name in row for row in rows)}
+        metrics = {_labeled(name): 0.0 for name in COLUMNS if any(name in row for row in rows)}
         writer_of(board).add_summary(hparams(points, metrics)[0])  # type: ignore[no-untyped-call]
 
     return write
@@ -193,7 +193,7 @@ def write_pictures(figures: Sequence[Figure], mosaics: Sequence[Picture], tables
     return write
 
 
-def _labelled(name: str) -> str:
+def _labeled(name: str) -> str:
     return f"{name} (uses real data)" if name in METRICS else name
 
 

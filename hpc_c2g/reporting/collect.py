@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.evaluation_log import FOLDER as EVALUATION
 from hpc_c2g.monitoring.run_log import BOARD
 from hpc_c2g.reporting.archive import Archive, gather
@@ -83,14 +83,14 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         views: of all its tasks.
 
     Raises:
-        C2GError: a file cannot be written.
+        UserError: a file cannot be written.
     """
     found = results(study, views)
     runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
     prediction = None
     try:
         prediction = predicted(study, runs)
-    except C2GError as error:  # one file beside the study must not hold up all that is told of it
+    except UserError as error:  # one file beside the study must not hold up all that is told of it
         found.left_out.append(str(error))
     files = write_tables(study, name, found)
     archive = Archive(study / FOLDER / CACHE)
@@ -183,7 +183,7 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
     Weak scaling where the runs' batch grows with their nodes, else strong.
 
     Raises:
-        C2GError: the plan, or the description of a run, cannot be read.
+        UserError: the plan, or the description of a run, cannot be read.
     """
     file = study / PLAN
     if not file.exists():
@@ -195,8 +195,8 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
             for kind in ("strong", "weak")
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
-        mend = "make it anew with `c2g plan ... out=`, or remove it"
-        raise C2GError(f"{PLAN} of the study cannot be read: {error!r}", mend) from error
+        hint = "make it anew with `c2g plan ... out=`, or remove it"
+        raise UserError(f"{PLAN} of the study cannot be read: {error!r}", hint) from error
     batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config.get("global_batch") for v in runs.values()}
     return rows["weak" if len(set(batches.values())) > 1 else "strong"]
 

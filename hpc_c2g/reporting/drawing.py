@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-"""Of Okabe and Ito (2008), grey for their yellow, which white paper swallows."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+"""Of Okabe and Ito (2008), gray for their yellow, which white paper swallows."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (9, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4))
@@ -171,11 +171,11 @@ def short(text: Any, longest: int = LONGEST) -> str:
 
 
 def marks(k: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the k-th line: each tells it apart alone. From the ninth on all are faint."""
-    if k >= len(COLOURS):
+    """Color, marker and dashes of the k-th line: each tells it apart alone. From the ninth on all are faint."""
+    if k >= len(COLORS):
         return {"color": FAINT, "marker": ".", "linestyle": "-", "linewidth": 0.6, "markersize": 3, "zorder": 1}
-    face = COLOURS[k] if k % 2 == 0 else "white"
-    return {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": DASHES[k], "markerfacecolor": face, "zorder": 3}
+    face = COLORS[k] if k % 2 == 0 else "white"
+    return {"color": COLORS[k], "marker": MARKERS[k], "linestyle": DASHES[k], "markerfacecolor": face, "zorder": 3}
 
 
 def logarithmic(values: Sequence[float], least: float) -> bool:

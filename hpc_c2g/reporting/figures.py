@@ -77,7 +77,7 @@ def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequenc
         present = [t for t in tags if any(t in one for one in here.values())]
         of = f" ({page + 1} of {pages})" if pages > 1 else ""
         told = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
-        told += [_told(t, here) for t in present]
+        told += [_summary(t, here) for t in present]
         panels = [Panel(t, CURVES.get(t, "no data"), _curves(t, here)) for t in present]
         name = "learning_curves" if page == 0 else f"learning_curves-{page + 1}"
         found.append(figure(name, f"Learning curves{of}", " ".join(told), panels))
@@ -91,7 +91,7 @@ def _finite(a: Average) -> Average:
     return Average(a.steps[kept], a.mean[kept], a.low[kept], a.high[kept], a.runs[kept])
 
 
-def _told(tag: str, here: Mapping[str, Mapping[str, Average]]) -> str:
+def _summary(tag: str, here: Mapping[str, Mapping[str, Average]]) -> str:
     ends = [(label, one[tag]) for label, one in here.items() if tag in one]
     ends.sort(key=lambda pair: float(pair[1].mean[-1]))
     told = [

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g import markdown
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
-from hpc_c2g.reporting import memory
+from hpc_c2g.reporting import memorization
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
 from hpc_c2g.reporting.tables import cell
@@ -60,7 +60,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
     for label, rows in members(found.rows).items():
         runs: list[dict[str, Any]] = []
         baselines: dict[str, list[dict[str, float]]] = {}
-        recalled: list[list[memory.Part]] = []
+        recalled: list[list[memorization.Part]] = []
         efforts = _efforts(study / folders[rows[0]["id"]])
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
@@ -77,7 +77,7 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
             "mean": _mean(numbers),
             "sd": _deviation(numbers),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
-            "by_multiplier": memory.mean_parts(recalled) if all(recalled) else [],
+            "by_multiplier": memorization.mean_parts(recalled) if all(recalled) else [],
             "efforts": {who: steps for who, steps in efforts.items() if who in ("generator", *baselines)},
         }
     left_out = [PLACE.sub("PATH", text) for text in found.left_out]
@@ -99,12 +99,12 @@ def _efforts(folder: Path) -> dict[str, dict[str, int]]:
     """
     try:
         own = read_spec(folder / "train.task.json").config
-    except C2GError:
+    except UserError:
         return {}
     generator = {"steps": own["steps"], "solutions": own.get("solutions", 1)}
     try:
         judge = read_spec(folder / "evaluate.task.json").config
-    except C2GError:
+    except UserError:
         return {"generator": generator}
     return {
         "generator": generator,
@@ -113,10 +113,10 @@ def _efforts(folder: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[memory.Part]:
+def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[memorization.Part]:
     """Of one classifier of a run, whose folder is the study's wherever that lies now; empty where nothing tells."""
     folder = study / "classifiers" / Path(evaluation.get("classifier", "")).name
-    return memory.by_multiplier(evaluation.get("nearness", []), memory.shares_in(folder) or []) or []
+    return memorization.by_multiplier(evaluation.get("nearness", []), memorization.shares_in(folder) or []) or []
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -172,7 +172,7 @@ def readme(
                 "",
             ]
         if group["by_multiplier"]:
-            lines += [*markdown.table(*memory.rows(group["by_multiplier"])), ""]
+            lines += [*markdown.table(*memorization.rows(group["by_multiplier"])), ""]
     for file, title, seen in pictures:
         lines += [f"![{seen}]({file})", "", f"*{title}*", ""]
     if found["left_out"]:
@@ -201,7 +201,7 @@ def publish(
         data: name of each run's data, by id.
 
     Raises:
-        C2GError: it cannot be written.
+        UserError: it cannot be written.
     """
     pictures = []
     for figure in drawn:

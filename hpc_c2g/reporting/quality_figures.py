@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpc_c2g.reporting import laws
-from hpc_c2g.reporting.drawing import COLOURS, FAINT, Figure, Panel, decades, figure, logarithmic, marks, short, ticks
+from hpc_c2g.reporting.drawing import COLORS, FAINT, Figure, Panel, decades, figure, logarithmic, marks, short, ticks
 from hpc_c2g.reporting.laws import MEASURES, REST, Measure, Row, half_width, there, value
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _dots(m: Measure, field: str, names: Sequence[str], parts: Mapping[str, list
             rows = there(part, m.name)
             aside = 0.7 * ((k + 0.5) / drawn - 0.5) if k < drawn else 0.0
             at = [names.index(str(r[field])) + aside for r in rows]
-            look = marks(k if k < DOTS else len(COLOURS)) | {"linestyle": "none"}
+            look = marks(k if k < DOTS else len(COLORS)) | {"linestyle": "none"}
             if rows:
                 bars(axes, at, rows, m.name, True, label=legend_label(k, label, len(parts), DOTS), **look)
         axes.set_ylim(len(names) - 0.4, -0.6)

@@ -18,7 +18,7 @@ def write_tables(study: Path, name: str, found: Results) -> list[str]:
     """Write them into the study's folder; returns the files' names.
 
     Raises:
-        C2GError: a file cannot be written.
+        UserError: a file cannot be written.
     """
     content = {
         "study": name,

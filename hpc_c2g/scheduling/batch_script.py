@@ -12,7 +12,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import check_ids, check_name
 
@@ -35,7 +35,7 @@ class Shape:
         for name in ("nodes", "tasks_per_node"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise C2GError(f"{name}={value!r} is not possible", "give a whole number >= 1")
+                raise UserError(f"{name}={value!r} is not possible", "give a whole number >= 1")
 
     @property
     def tasks(self) -> int:
@@ -49,7 +49,7 @@ def python_command(profile: SlurmProfile) -> str:
 
 
 def submitit_parameters(
-    profile: SlurmProfile, shape: Shape, job_name: str, after: Sequence[str] = (), aftermath: str = ""
+    profile: SlurmProfile, shape: Shape, job_name: str, after: Sequence[str] = (), epilog: str = ""
 ) -> dict[str, Any]:
     """Arguments of ``submitit.SlurmExecutor.update_parameters``.
 
@@ -58,16 +58,16 @@ def submitit_parameters(
         shape: of one run.
         job_name: of the job or array.
         after: ids of jobs that must have ended, well or not, before this one starts.
-        aftermath: command, already quoted for bash, that is run with the exit code of the ranks as its last argument once
+        epilog: command, already quoted for bash, that is run with the exit code of the ranks as its last argument once
             they have ended, whatever ended them but SIGKILL. The job's exit code is its exit code.
 
     Raises:
-        C2GError: a name, an id or a command that would not arrive as it was written.
+        UserError: a name, an id or a command that would not arrive as it was written.
     """
     check_name(job_name)
     check_ids(after)
-    if not aftermath.isprintable():
-        raise C2GError(f"the command {aftermath!r} has a control character", "give one line")
+    if not epilog.isprintable():
+        raise UserError(f"the command {epilog!r} has a control character", "give one line")
     extra = {name: value for name, value in profile.extra.items() if value is not False}
     return {
         "job_name": job_name,
@@ -92,7 +92,7 @@ def submitit_parameters(
         "additional_parameters": {"requeue": True, "signal": f"USR2@{profile.signal_seconds}", **extra},
         "setup": _setup(profile, shape),
         "srun_args": _srun_arguments(profile),
-        "teardown": _teardown(aftermath),
+        "teardown": _teardown(epilog),
     }
 
 
@@ -103,21 +103,21 @@ def sbatch_text(
     folder: Path,
     elements: int = 1,
     after: Sequence[str] = (),
-    aftermath: str = "",
+    epilog: str = "",
 ) -> str:
     """The text that submitit gives to sbatch for an array of ``elements`` runs, one of which is no array.
 
     Raises:
-        C2GError: as ``submitit_parameters`` and ``check_folder``.
+        UserError: as ``submitit_parameters`` and ``check_folder``.
     """
     if elements < 1:
-        raise C2GError(f"an array of {elements} elements is not possible", "give at least one run")
+        raise UserError(f"an array of {elements} elements is not possible", "give at least one run")
     place = check_folder(folder)
     text: str = _make_sbatch_string(
         command=f"{python_command(profile)} -u -m submitit.core._submit {shlex.quote(str(place))}",
         folder=place,
         map_count=elements if elements > 1 else None,
-        **submitit_parameters(profile, shape, job_name, after, aftermath),
+        **submitit_parameters(profile, shape, job_name, after, epilog),
     )
     return text
 
@@ -126,23 +126,23 @@ def check_folder(path: str | Path) -> Path:
     """The absolute path of a folder for logs, which sbatch and srun read as a pattern.
 
     Raises:
-        C2GError: it has a character that one of them, or bash, would interpret.
+        UserError: it has a character that one of them, or bash, would interpret.
     """
     folder = Path(path)
     if folder.parts and folder.parts[0].startswith(("-", "~")):
-        raise C2GError(
+        raise UserError(
             f"the folder {str(path)!r} starts with {str(path)[0]!r}", "give another folder, or its full path"
         )
     absolute = folder.absolute()
     for character in str(absolute):
         if character in "%\"'\\$`" or not character.isprintable():
             what = f"the folder {str(absolute)!r} has the character {character!r}, which Slurm or the shell interprets"
-            raise C2GError(what, "choose a folder without it")
+            raise UserError(what, "choose a folder without it")
     return absolute
 
 
 def _gpus(profile: SlurmProfile, shape: Shape) -> str | int | None:
-    """Asked for by node: with --gpus-per-task a rank would not see its neighbours, which NCCL needs to reach them fast."""
+    """Asked for by node: with --gpus-per-task a rank would not see its neighbors, which NCCL needs to reach them fast."""
     if not profile.gpus_per_task:
         return None
     count = profile.gpus_per_task * shape.tasks_per_node
@@ -157,7 +157,7 @@ def _memory(profile: SlurmProfile, shape: Shape) -> str | None:
 
 def _setup(profile: SlurmProfile, shape: Shape) -> list[str]:
     lines = [
-        "# bash must outlive the SIGTERM of a cancelled, preempted or timed-out job: it has the aftermath to do.",
+        "# bash must outlive the SIGTERM of a cancelled, preempted or timed-out job: it has the epilog to do.",
         "# A trap does it, since the ranks start without traps; a signal that is ignored they would ignore too.",
         "trap : TERM USR2",
         "# srun does not inherit --cpus-per-task since 22.05",
@@ -180,7 +180,7 @@ def _setup(profile: SlurmProfile, shape: Shape) -> list[str]:
         )
         lines.append(f"{everywhere}mkdir -p -- {shlex.quote(profile.scratch)} || exit")
     if profile.setup:
-        lines += [*profile.setup, "set +e  # the aftermath comes also when the ranks fail"]
+        lines += [*profile.setup, "set +e  # the epilog comes also when the ranks fail"]
     return lines
 
 
@@ -195,8 +195,8 @@ def _srun_arguments(profile: SlurmProfile) -> list[str]:
     return arguments if profile.cpu_bind == "none" else [*arguments, f"--cpu-bind={profile.cpu_bind}"]
 
 
-def _teardown(aftermath: str) -> list[str]:
-    """Right behind the run, so that ``$?`` is its exit code; the job ends with the aftermath's, so that Slurm tells the truth."""
-    if not aftermath:
+def _teardown(epilog: str) -> list[str]:
+    """Right behind the run, so that ``$?`` is its exit code; the job ends with the epilog's, so that Slurm tells the truth."""
+    if not epilog:
         return ["exit"]
-    return ["code=$?", f'{aftermath} "$code"', "exit"]
+    return ["code=$?", f'{epilog} "$code"', "exit"]

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import hpc_c2g
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _NAMES = rf"{_NAME}(,{_NAME})*"
@@ -121,11 +121,11 @@ class SlurmProfile:
     extra: dict[str, str | int | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, (pattern, mend) in _PATTERNS.items():
+        for name, (pattern, hint) in _PATTERNS.items():
             value = getattr(self, name)
             optional = name not in ("name", "cpu_bind")
             if not (value is None and optional) and not (isinstance(value, str) and re.fullmatch(pattern, value)):
-                raise self._wrong(name, value, mend)
+                raise self._wrong(name, value, hint)
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -142,14 +142,14 @@ class SlurmProfile:
         self._check_environment()
         self._check_extra()
 
-    def _wrong(self, name: str, value: object, mend: str) -> C2GError:
-        return C2GError(f"{name}={value!r} is not possible in the Slurm profile {self.name!r}", mend)
+    def _wrong(self, name: str, value: object, hint: str) -> UserError:
+        return UserError(f"{name}={value!r} is not possible in the Slurm profile {self.name!r}", hint)
 
     def _check_signal(self) -> None:
         longest = min(60 * self.time_minutes - 1, _LONGEST_SIGNAL)
         if self.signal_seconds > longest:
-            mend = f"time_minutes={self.time_minutes} leaves at most {longest}"
-            raise self._wrong("signal_seconds", self.signal_seconds, mend)
+            hint = f"time_minutes={self.time_minutes} leaves at most {longest}"
+            raise self._wrong("signal_seconds", self.signal_seconds, hint)
 
     def _check_shell(self) -> None:
         if type(self.purge_modules) is not bool:
@@ -175,8 +175,8 @@ class SlurmProfile:
         if self.container and self.python is None:
             raise self._wrong("python", self.python, "name the interpreter inside the container, such as python3")
         if self.scratch is not None and not (_is_program(self.scratch) and self.scratch.startswith("/")):
-            mend = "give an absolute folder; variables are not expanded (export TMPDIR in setup for that)"
-            raise self._wrong("scratch", self.scratch, mend)
+            hint = "give an absolute folder; variables are not expanded (export TMPDIR in setup for that)"
+            raise self._wrong("scratch", self.scratch, hint)
 
     def _check_environment(self) -> None:
         if not isinstance(self.environment, dict):
@@ -187,8 +187,8 @@ class SlurmProfile:
             if re.fullmatch(_OF_BASH, name):
                 raise self._wrong("environment", name, "bash uses this variable itself: export it in setup")
             if not (type(value) is int or (isinstance(value, str) and value.isprintable())):
-                mend = "give a whole number or printable text in quotes"
-                raise self._wrong(f"environment.{name}", value, mend)
+                hint = "give a whole number or printable text in quotes"
+                raise self._wrong(f"environment.{name}", value, hint)
 
     def _check_extra(self) -> None:
         if not isinstance(self.extra, dict):
@@ -197,8 +197,8 @@ class SlurmProfile:
             if not (isinstance(name, str) and re.fullmatch(_OPTION, name)):
                 raise self._wrong("extra", name, "give a long option of sbatch without its dashes, such as reservation")
             for owned in (option for option in _OWNED if option.startswith(name)):  # sbatch takes beginnings too
-                mend = f"set {_OWNED[owned]} instead" if _OWNED[owned] else "drop it: submission needs it itself"
-                raise self._wrong("extra", name, mend)
+                hint = f"set {_OWNED[owned]} instead" if _OWNED[owned] else "drop it: submission needs it itself"
+                raise self._wrong("extra", name, hint)
             if isinstance(value, str):
                 if not value or not value.isascii() or not value.isprintable() or re.search(r"[\"'\\$`#]", value):
                     raise self._wrong(f"extra.{name}", value, "give printable ASCII without quotes, \\, $, ` and #")
@@ -228,7 +228,7 @@ def load_profile(name_or_path: str, overrides: Mapping[str, Any] | None = None) 
         overrides: field -> value; dicts are merged, lists replaced.
 
     Raises:
-        C2GError: no such profile, a name that is no field, or a value that is not possible.
+        UserError: no such profile, a name that is no field, or a value that is not possible.
     """
     if name_or_path.endswith(".yaml"):
         path = Path(name_or_path).expanduser()
@@ -238,7 +238,7 @@ def load_profile(name_or_path: str, overrides: Mapping[str, Any] | None = None) 
             close = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)
             meant = f"did you mean {' or '.join(close)}? " if close else ""
             known = f"there are {', '.join(names)}, or give a path that ends in .yaml"
-            raise C2GError(f"there is no Slurm profile {name_or_path!r}", meant + known)
+            raise UserError(f"there is no Slurm profile {name_or_path!r}", meant + known)
         path = profiles_folder() / f"{name_or_path}.yaml"
     values = {"name": path.stem, **_read(path)}
     merged = OmegaConf.structured(SlurmProfile)
@@ -259,10 +259,10 @@ def _read(path: Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _MASK)))
     except Exception as error:  # of the file system, of YAML, of OmegaConf
         reason = " ".join(str(error).split())
-        mend = "copy slurm/profiles/example_cpu.yaml"
-        raise C2GError(f"the Slurm profile {path} cannot be read: {reason}", mend) from error
+        hint = "copy slurm/profiles/example_cpu.yaml"
+        raise UserError(f"the Slurm profile {path} cannot be read: {reason}", hint) from error
     if not isinstance(values, dict):
-        raise C2GError(f"the Slurm profile {path} holds no fields", "write field: value, one per line")
+        raise UserError(f"the Slurm profile {path} holds no fields", "write field: value, one per line")
     return {str(key): value for key, value in values.items()}
 
 
@@ -270,15 +270,15 @@ def _with(config: Any, source: str, key: str, value: object) -> Any:
     known = [item.name for item in fields(SlurmProfile)]
     if key not in known:
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        mend = f"did you mean {' or '.join(close)}?" if close else f"the fields are {', '.join(known)}"
-        raise C2GError(f"{source}: a Slurm profile has no field {key!r}", mend)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the fields are {', '.join(known)}"
+        raise UserError(f"{source}: a Slurm profile has no field {key!r}", hint)
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
     try:
         return OmegaConf.merge(config, {key: _replaced(value, "${", _MASK)})
     except Exception as error:  # of OmegaConf: a wrong type
         reason = str(error).splitlines()[0].replace(_MASK, "${")
-        raise C2GError(f"{source}: {key}={value!r}: {reason}", f"give {key} a value of the right type") from error
+        raise UserError(f"{source}: {key}={value!r}: {reason}", f"give {key} a value of the right type") from error
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:

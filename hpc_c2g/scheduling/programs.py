@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 PATIENCE = 20.0
 """Seconds after which a command counts as not answered."""
-HABITS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
+USER_FORMAT_VARS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
 """Variables of the user's own output formats, which would change an answer."""
 Record = Mapping[str, str]
 
@@ -24,13 +24,13 @@ class Answer(NamedTuple):
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program without a shell, without input and without ``HABITS``, with further ``variables`` of its environment.
+    """Run a program without a shell, without input and without ``USER_FORMAT_VARS``, with further ``variables`` of its environment.
 
     Raises:
         OSError: it is missing.
         subprocess.TimeoutExpired: it did not end in time.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(HABITS)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARS)}
     return subprocess.run(
         command,
         env=environment | variables,

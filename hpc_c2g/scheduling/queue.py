@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.scheduling.programs import run
 
 JOB_ID = r"\d+(?:_\d+)?"
@@ -25,7 +25,7 @@ _FINAL = r"Invalid job id|denied|presently disabled|already finished|Not support
 """Refusals that another try does not change."""
 
 
-class NoAnswerError(C2GError):
+class NoAnswerError(UserError):
     """Slurm's controller is away or too busy: worth another try."""
 
 
@@ -69,7 +69,7 @@ class Queue:
         """The user's jobs that wait, run or end just now, by id, in one question.
 
         Raises:
-            C2GError: Slurm does not answer. (Where it does, a job that is missing is not in the queue.)
+            UserError: Slurm does not answer. (Where it does, a job that is missing is not in the queue.)
         """
         columns = ",".join(f"{name}:|" for name in _COLUMNS)  # each as long as it is, with a bar behind it
         text = self._run(["squeue", "--me", "-h", "-r", "-O", columns])
@@ -79,7 +79,9 @@ class Queue:
         ):  # a name may have several lines
             parts = re.fullmatch(_ENTRY, record)
             if not parts:
-                raise C2GError(f"squeue answered {record!r}, which cannot be read", "this Slurm is too old, or too new")
+                raise UserError(
+                    f"squeue answered {record!r}, which cannot be read", "this Slurm is too old, or too new"
+                )
             job, element, raw, state, reason, nodes, start, restarts, name = parts.groups()
             id = job if element == "N/A" else f"{job}_{element}"
             entries[id] = Entry(id, raw, state, reason, nodes, _seconds(start), int(restarts), name)
@@ -93,7 +95,7 @@ class Queue:
             days: how far back accounting is searched, where there is any.
 
         Raises:
-            C2GError: Slurm does not answer. (No answer of accounting is no error: not every cluster has it.)
+            UserError: Slurm does not answer. (No answer of accounting is no error: not every cluster has it.)
         """
         check_name(job_name)
         found = self._run(["squeue", "--me", "-h", "--states=all", f"--name={job_name}", "-o", "%F|%j"]).splitlines()
@@ -106,7 +108,7 @@ class Queue:
         """Cancel jobs, elements or whole arrays; what has ended already stays as it is.
 
         Raises:
-            C2GError: Slurm does not answer, or refuses.
+            UserError: Slurm does not answer, or refuses.
         """
         check_ids(ids)
         for begin in range(0, len(ids), _AT_ONCE):
@@ -119,14 +121,14 @@ class Queue:
         again as well, as long as Slurm remembers it.
 
         Raises:
-            C2GError: Slurm refuses, or did not answer ``attempts`` times.
+            UserError: Slurm refuses, or did not answer ``attempts`` times.
         """
         check_ids([id])
         for attempt in range(1, attempts + 1):
             try:
                 self._run(["scontrol", "requeue", id])
             except NoAnswerError as error:
-                if "Job is pending" in error.what:  # an earlier try got through, its answer did not
+                if "Job is pending" in error.problem:  # an earlier try got through, its answer did not
                     return
                 if attempt == attempts:
                     raise
@@ -151,7 +153,7 @@ class Queue:
     def _account(self, command: list[str]) -> list[str]:
         try:
             return self._run(command).splitlines()
-        except C2GError:
+        except UserError:
             return []
 
     def _run(self, command: list[str]) -> str:
@@ -161,13 +163,13 @@ class Queue:
         except subprocess.TimeoutExpired as error:
             raise _no_answer(f"{command[0]} took more than {self.timeout:g} s") from error
         except OSError as error:
-            mend = "run this where Slurm is installed"
-            raise C2GError(f"Slurm does not answer: {command[0]}: {error.strerror}", mend) from error
+            hint = "run this where Slurm is installed"
+            raise UserError(f"Slurm does not answer: {command[0]}: {error.strerror}", hint) from error
         if done.returncode == 0:
             return done.stdout
         problem = " ".join(done.stderr.split()) or f"{command[0]} ended with {done.returncode}"
         if re.search(_FINAL, problem):
-            raise C2GError(f"Slurm refuses: {problem}", f"see {command[0]}'s manual")
+            raise UserError(f"Slurm refuses: {problem}", f"see {command[0]}'s manual")
         raise _no_answer(problem)
 
 
@@ -175,13 +177,13 @@ def check_ids(ids: Sequence[str]) -> None:
     """Raise unless each is ``123`` or ``123_4``."""
     for job in ids:
         if not re.fullmatch(JOB_ID, job, re.ASCII):
-            raise C2GError(f"{job!r} is no id of a Slurm job", "give ids such as 123 or 123_4")
+            raise UserError(f"{job!r} is no id of a Slurm job", "give ids such as 123 or 123_4")
 
 
 def check_name(job_name: str) -> None:
     """Raise unless the name has one meaning for sbatch, squeue and the shell."""
     if not re.fullmatch(JOB_NAME, job_name):
-        raise C2GError(f"job name {job_name!r} is not possible", "use letters, digits and . _ + -")
+        raise UserError(f"job name {job_name!r} is not possible", "use letters, digits and . _ + -")
 
 
 def _no_answer(problem: str) -> NoAnswerError:

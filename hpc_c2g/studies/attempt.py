@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import last_line
 from hpc_c2g.monitoring.signatures import firing
 from hpc_c2g.studies.config import NEEDS
@@ -77,7 +77,7 @@ def attempt(study: Path, spec: str, job: str | None = None) -> int:
     except Preempted as stop:
         print(f"c2g: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except C2GError as error:
+    except UserError as error:
         print(f"c2g: error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -118,7 +118,7 @@ def _lead(study: Path, task: Task, place: Allocation, imported: float) -> int:
             raise
         except BaseException as error:
             report.end("failed", _cause(error))
-            if not isinstance(error, C2GError):
+            if not isinstance(error, UserError):
                 traceback.print_exc()
             print(f"c2g: error: {report.cause}", file=sys.stderr)
             return 1
@@ -144,16 +144,16 @@ def _follow(study: Path, task: Task, place: Allocation) -> int:
                 return EXIT_BLOCKED if report.state == "blocked" else 1
             try:
                 _work(study, task, {})
-            except C2GError as error:
+            except UserError as error:
                 print(f"c2g: error: rank {place.rank}: {error}", file=sys.stderr)
                 return 1
             return 0
         time.sleep(0.1)
-    raise C2GError(f"rank 0 did not begin {task.stage} {task.id} within {MEETING_SECONDS:.0f} s", "look at its log")
+    raise UserError(f"rank 0 did not begin {task.stage} {task.id} within {MEETING_SECONDS:.0f} s", "look at its log")
 
 
 def _work(study: Path, task: Task, seconds: dict[str, float]) -> None:
-    from hpc_c2g.studies.work import prepared
+    from hpc_c2g.studies.stages import prepared
 
     began = time.monotonic()
     work = prepared(task.stage)
@@ -182,7 +182,7 @@ def _missing(study: Path, task: Task) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, C2GError):
+    if isinstance(error, UserError):
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 
 STAGES = ("classifier", "certify", "train", "evaluate", "bound")
 """In the order in which they run; each but the first builds on results of an earlier one."""
@@ -69,16 +69,16 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if self.name != "???" and not re.fullmatch(NAME, self.name):
-            raise C2GError(f"study.name={self.name!r} cannot name a job", "use letters, digits, dots and dashes")
+            raise UserError(f"study.name={self.name!r} cannot name a job", "use letters, digits, dots and dashes")
         for stage in self.stages:
             if stage not in STAGES:
-                raise C2GError(f"study.stages names {stage!r}", f"choose from {', '.join(STAGES)}")
+                raise UserError(f"study.stages names {stage!r}", f"choose from {', '.join(STAGES)}")
             needed = NEEDS[stage]
             if needed and needed not in self.stages:
-                raise C2GError(f"study.stages={self.stages} has {stage} without {needed}", f"add {needed}")
+                raise UserError(f"study.stages={self.stages} has {stage} without {needed}", f"add {needed}")
         if len(set(self.stages)) < len(self.stages) or not self.stages:
-            raise C2GError(f"study.stages={self.stages} is no set of stages", "name each once")
+            raise UserError(f"study.stages={self.stages} is no set of stages", "name each once")
         self.stages = [stage for stage in STAGES if stage in self.stages]
         for name in ("nodes", "tasks_per_node"):
             if getattr(self, name) < 1:
-                raise C2GError(f"study.{name}={getattr(self, name)} is too small", f"give {name} >= 1")
+                raise UserError(f"study.{name}={getattr(self, name)} is too small", f"give {name} >= 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.studies.view import View
 
 
@@ -13,7 +13,7 @@ def chosen(views: Sequence[View], names: Sequence[str]) -> list[View]:
     """The tasks that ``names`` mean: ids, beginnings of ids, or folders; a run's folder means all stages in it. All without names.
 
     Raises:
-        C2GError: a name that means nothing, or ids of several runs.
+        UserError: a name that means nothing, or ids of several runs.
     """
     if not names:
         return list(views)
@@ -26,9 +26,9 @@ def chosen(views: Sequence[View], names: Sequence[str]) -> list[View]:
         exact = [v for v in hits if word in (v.row.id, Path(v.row.folder).name)]
         folders = {v.row.folder for v in exact or hits}
         if not hits:
-            raise C2GError(f"{name!r} is no run of the study", "see `c2g status DIR --all` for their ids")
+            raise UserError(f"{name!r} is no run of the study", "see `c2g status DIR --all` for their ids")
         if len(folders) > 1:
-            raise C2GError(f"{name!r} means {len(folders)} runs", "write more of the id")
+            raise UserError(f"{name!r} means {len(folders)} runs", "write more of the id")
         found += [v for v in exact or hits if v not in found]
     return found
 
@@ -37,10 +37,10 @@ def study_of(run: str) -> tuple[Path, str]:
     """(the study's folder, the run's name) of a run's folder such as ``DIR/runs/3fa2``.
 
     Raises:
-        C2GError: no study around it.
+        UserError: no study around it.
     """
     path = Path(run)
     for above in (path.parent.parent, *path.resolve().parents):
         if (above / "study.yaml").is_file():
             return above, path.name
-    raise C2GError(f"{run} is in no study", "name the study too: c2g logs RUN study_dir=DIR")
+    raise UserError(f"{run} is in no study", "name the study too: c2g logs RUN study_dir=DIR")

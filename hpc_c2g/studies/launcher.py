@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.lease import Lease
 from hpc_c2g.scheduling.queue import Entry
-from hpc_c2g.studies.aftermath import cancel_mark
 from hpc_c2g.studies.config import STAGES
+from hpc_c2g.studies.epilog import cancel_mark
 from hpc_c2g.studies.ledger import Ledger, Row
 from hpc_c2g.studies.reports import read_report
 from hpc_c2g.studies.tasks import Task
@@ -25,7 +25,7 @@ def launching(study: Path, wait: float = HOLD_SECONDS) -> Iterator[None]:
     """Hold the study: within, this process is its launcher.
 
     Raises:
-        C2GError: another launcher is at work (it is named), or the folder cannot be written.
+        UserError: another launcher is at work (it is named), or the folder cannot be written.
     """
     with Lease(study).acquire(wait):
         yield
@@ -88,14 +88,14 @@ class Launcher:
         """Tasks that are handed out again are no longer cancelled.
 
         Raises:
-            C2GError: a mark cannot be removed.
+            UserError: a mark cannot be removed.
         """
         for view in views:
             mark = cancel_mark(self.study, self.tasks[view.row.id])
             try:
                 mark.unlink(missing_ok=True)
             except OSError as error:
-                raise C2GError(f"{mark} cannot be removed: {error.strerror}", "remove it by hand") from error
+                raise UserError(f"{mark} cannot be removed: {error.strerror}", "remove it by hand") from error
 
     def ready(self, view: View, views: Mapping[str, View]) -> bool:
         """Whether all that the task builds on is done."""

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.studies.config import STAGES
 from hpc_c2g.studies.reports import Report
 from hpc_c2g.studies.submissions import Submission
@@ -87,7 +87,7 @@ class Ledger:
         self.path = study / FILE
         self.write = write
         if not write and not self.path.is_file():
-            raise C2GError(f"{study} is no study: it has no {FILE}", "name the study_dir of a `c2g sweep`")
+            raise UserError(f"{study} is no study: it has no {FILE}", "name the study_dir of a `c2g sweep`")
         with self._open() as connection:
             if write:
                 connection.executescript(SCHEMA)
@@ -106,7 +106,7 @@ class Ledger:
                 with connection:
                     yield connection
         except sqlite3.Error as error:
-            raise C2GError(
+            raise UserError(
                 f"the ledger {self.path} cannot be used: {error}",
                 "make room, or remove the file: the next `c2g sweep` builds it again from the runs",
             ) from error

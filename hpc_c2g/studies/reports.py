@@ -97,6 +97,6 @@ def write_report(study: Path, task: Placed, report: Report) -> None:
     """Publish it.
 
     Raises:
-        C2GError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     write_atomically(report_file(study, task), json.dumps(asdict(report), indent=1).encode())

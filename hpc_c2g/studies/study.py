@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.settings import from_plain, read_plain
 from hpc_c2g.studies.config import StudyConfig
@@ -47,7 +47,7 @@ def read_study(folder: Path) -> StudyFile:
     """What the study in ``folder`` is.
 
     Raises:
-        C2GError: no study there, or its file is damaged.
+        UserError: no study there, or its file is damaged.
     """
     absent, restore = f"study_dir={folder} is no study", "restore it, or choose another study_dir"
     return from_plain(StudyFile, read_plain(folder / FILE, absent, "begin one: `c2g sweep study=NAME`", restore))
@@ -57,7 +57,7 @@ def joined(folder: Path, new: StudyFile, extend: bool, accept_code: bool) -> Stu
     """``new`` as it goes on in ``folder``: with the grids that are there already.
 
     Raises:
-        C2GError: another study is there, the grid is new and nobody asked to extend, or the code has changed.
+        UserError: another study is there, the grid is new and nobody asked to extend, or the code has changed.
     """
     code = {stage: code_version(stage) for stage in new.study.stages}
     if not (folder / FILE).exists():
@@ -65,27 +65,27 @@ def joined(folder: Path, new: StudyFile, extend: bool, accept_code: bool) -> Stu
     old = read_study(folder)
     if asdict(old.study) != asdict(new.study):
         key = next(k for k, v in asdict(new.study).items() if asdict(old.study)[k] != v)
-        raise C2GError(
+        raise UserError(
             f"study_dir={folder} holds another study: {key} is {getattr(old.study, key)} there, {getattr(new.study, key)} now",
             "choose another study_dir",
         )
     changed = [stage for stage, version in code.items() if old.code.get(stage) != version]
     if changed and not accept_code:
-        raise C2GError(
+        raise UserError(
             f"the code of {', '.join(changed)} has changed since study_dir={folder} began:"
             " its runs would no longer be comparable",
             "use the code of then, choose another study_dir, or go on all the same with accept_code=true",
         )
     grids = [*old.grids, *(g for g in new.grids if g not in old.grids)]
     if len(grids) > len(old.grids) and not extend:
-        raise C2GError(
-            f"study_dir={folder} has the grid {_told(old.grids[-1])}, not {_told(new.grids[0])}",
+        raise UserError(
+            f"study_dir={folder} has the grid {_summary(old.grids[-1])}, not {_summary(new.grids[0])}",
             "add these runs with --extend, or choose another study_dir",
         )
     return replace(new, grids=grids, code=old.code)
 
 
-def _told(grid: Sequence[str]) -> str:
+def _summary(grid: Sequence[str]) -> str:
     return " ".join(grid) or "of its settings alone"
 
 
@@ -93,7 +93,7 @@ def save_study(folder: Path, study: StudyFile, tasks: Mapping[str, Task]) -> Led
     """Write ``study.yaml``, every task's description and the ledger; the caller holds the study's lease.
 
     Raises:
-        C2GError: it cannot be written.
+        UserError: it cannot be written.
     """
     write_atomically(folder / FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(study))).encode())
     for task in tasks.values():

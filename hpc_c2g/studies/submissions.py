@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.studies.tasks import Task, spec_name
 
@@ -66,7 +66,7 @@ class Submission:
         """Make the folder, for the owner's eyes alone, and describe the submission there.
 
         Raises:
-            C2GError: it cannot be written.
+            UserError: it cannot be written.
         """
         folder = self.folder(study)
         try:
@@ -81,7 +81,7 @@ def read_submission(study: Path, token: str) -> Submission:
     """A submission from its folder.
 
     Raises:
-        C2GError: it is not there, or damaged.
+        UserError: it is not there, or damaged.
     """
     file = study / FOLDER / token / MANIFEST
     try:
@@ -89,4 +89,4 @@ def read_submission(study: Path, token: str) -> Submission:
         elements = tuple(Element(**e) for e in values["elements"])
         return Submission(values["token"], values["name"], values["stage"], elements)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise C2GError(f"{file} describes no submission: {error}", "run the `c2g sweep` of the study again") from error
+        raise UserError(f"{file} describes no submission: {error}", "run the `c2g sweep` of the study again") from error

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.studies.config import STAGES
 
@@ -94,7 +94,7 @@ def write_spec(study: Path, task: Task) -> None:
     """Describe the task in its folder, if that does not stand there already.
 
     Raises:
-        C2GError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     file, content = spec_file(study, task), json.dumps(asdict(task), indent=1).encode()
     if not file.is_file() or file.read_bytes() != content:
@@ -105,7 +105,7 @@ def read_spec(file: Path) -> Task:
     """A task from its description.
 
     Raises:
-        C2GError: no such file, or it is damaged.
+        UserError: no such file, or it is damaged.
     """
     try:
         values = json.loads(file.read_text())
@@ -114,7 +114,7 @@ def read_spec(file: Path) -> Task:
         values["overrides"] = tuple(values.get("overrides", ()))  # of a study of before there were any
         return Task(**values)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise C2GError(f"{file} describes no task: {error}", "run the `c2g sweep` of the study again") from error
+        raise UserError(f"{file} describes no task: {error}", "run the `c2g sweep` of the study again") from error
 
 
 def find_specs(study: Path) -> list[Task]:
@@ -124,6 +124,6 @@ def find_specs(study: Path) -> list[Task]:
         for file in sorted(study.glob(f"{folder}/*/*.task.json")):
             try:
                 tasks.append(read_spec(file))
-            except C2GError:
+            except UserError:
                 continue
     return sorted(tasks, key=lambda task: STAGES.index(task.stage))

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, sync_folder
-from hpc_c2g.training.config import CheckpointConfig
+from hpc_c2g.training.config.train import CheckpointConfig
 
 STATE, META = "state.pt", "meta.json"
 
@@ -60,7 +60,7 @@ class Checkpoints:
     ) -> None:
         try:
             self.finish()
-        except C2GError:
+        except UserError:
             if kind is None:  # else the first failure is the one to tell
                 raise
 
@@ -72,7 +72,7 @@ class Checkpoints:
         """Write ``state``, and return when it is there; a failure leaves every earlier checkpoint as it was.
 
         Raises:
-            C2GError: the file system refused, now or what ``publish_later`` began.
+            UserError: the file system refused, now or what ``publish_later`` began.
         """
         self.finish()
         self._write(step, state)
@@ -83,7 +83,7 @@ class Checkpoints:
         Waits for the checkpoint before this one.
 
         Raises:
-            C2GError: the file system refused the one before; what happens to this one, the next call tells.
+            UserError: the file system refused the one before; what happens to this one, the next call tells.
         """
         self.finish()
         self._under_way = self._thread.submit(self._write, step, snapshot(state))
@@ -92,7 +92,7 @@ class Checkpoints:
         """Wait until what ``publish_later`` began is there.
 
         Raises:
-            C2GError: the file system refused it.
+            UserError: the file system refused it.
         """
         if self._under_way is not None:
             wait([self._under_way])
@@ -154,7 +154,7 @@ class Checkpoints:
         """The newest checkpoint that is whole; a damaged one is passed over with a warning.
 
         Raises:
-            C2GError: there are checkpoints, and all of them are damaged.
+            UserError: there are checkpoints, and all of them are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -166,7 +166,7 @@ class Checkpoints:
                     f"checkpoint {self._path(step)} is damaged ({reason}); trying the one before", stacklevel=2
                 )
         if steps:
-            raise C2GError(f"every checkpoint in {self.folder} is damaged", "train again in another run_dir")
+            raise UserError(f"every checkpoint in {self.folder} is damaged", "train again in another run_dir")
         return None
 
     def at(self, step: int) -> Checkpoint:

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle
-from hpc_c2g.denormals import flushed_denormals
+from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
 from hpc_c2g.monitoring.run_log import RunLog, due
-from hpc_c2g.training.assembly import Assembly, Parts, lay_out
-from hpc_c2g.training.bundles import class_counts, load_bundles
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
-from hpc_c2g.training.config import TrainConfig
-from hpc_c2g.training.engine import import_deepspeed
-from hpc_c2g.training.introduction import hyperparameters, introduction
-from hpc_c2g.training.phases import shares
+from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.engines.deepspeed_engine import import_deepspeed
+from hpc_c2g.training.failure_monitor import FailureMonitor, sample_scalars, stop_error
 from hpc_c2g.training.pilot import pilot_alphas
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
-from hpc_c2g.training.watch import Watch, of_samples, stopped
+from hpc_c2g.training.run_summary import hyperparameters, run_summary
+from hpc_c2g.training.step.bundles import class_counts, load_bundles
+from hpc_c2g.training.step.phases import shares
+from hpc_c2g.training.trainer import Trainer, TrainerSetup, build_mesh
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RunResult:
     steps_made: int
 
 
-@flushed_denormals()
+@flush_denormals()
 def train(config: TrainConfig, world: World | None = None) -> RunResult:
     """Train, or go on from the newest checkpoint in ``config.run_dir``.
 
@@ -48,32 +48,32 @@ def train(config: TrainConfig, world: World | None = None) -> RunResult:
         world: the ranks; None reads the launch environment.
 
     Raises:
-        C2GError: bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
+        UserError: bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
         Preempted: a signal asked to stop; a checkpoint was published.
     """
     if not config.deterministic:
         import_deepspeed()  # before the process group is made
     world = world or World.start(config.device, config.deterministic)
-    bundles = world.agreed(lambda: load_bundles(config.members))
+    bundles = world.raise_on_all_ranks(lambda: load_bundles(config.members))
     # before signals become a flag: where a rank dies while groups are made, the launcher's SIGTERM must end the others at once
-    mesh = lay_out(config, world)
+    mesh = build_mesh(config, world)
     with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
 
         def hold() -> None:
             held.enter_context(RunDirectory(config))
 
-        world.from_first(hold)
+        world.broadcast_from_rank0(hold)
         return _train(config, bundles, mesh, preemption)
 
 
 def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: PreemptionFlag) -> RunResult:
     world, run_dir = mesh.world, Path(config.run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
-    resumed = world.from_first(lambda: getattr(checkpoints.latest(), "step", 0))
-    checkpoint = world.agreed(lambda: checkpoints.at(resumed)) if resumed else None
+    resumed = world.broadcast_from_rank0(lambda: getattr(checkpoints.latest(), "step", 0))
+    checkpoint = world.raise_on_all_ranks(lambda: checkpoints.at(resumed)) if resumed else None
     fingerprints = [bundle.fingerprint for bundle in bundles]
     if checkpoint and checkpoint.state.get("classifiers") != fingerprints:
-        raise C2GError(
+        raise UserError(
             f"run_dir={run_dir} holds a run of another classifier than classifier={config.classifier}",
             "choose another run_dir, or the classifier that the run began with",
         )
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
         return RunResult(run_dir, 0)
 
     def asked_to_stop() -> str | None:
-        return world.any(preemption.signal_name)  # read once: a signal may come at any moment, to any rank
+        return world.any_rank(preemption.signal_name)  # read once: a signal may come at any moment, to any rank
 
     def boundary() -> None:
         if stop := asked_to_stop():
@@ -90,71 +90,77 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
     layout = {"world_size": world.size, "asked": str(config.micro_batch), "groups": str(config.distributed.groups)}
     before = checkpoint.state["layout"] if checkpoint else {}
     same = all(before.get(name) == value for name, value in layout.items())
-    assembly = Assembly.of(config, bundles, mesh, before.get("micro_batch") if same else None)
-    parts = _started(assembly, checkpoint, boundary)
-    watch = Watch(config.alarms, config.steps, checkpoint.state.get("watch") if checkpoint else None)
+    setup = TrainerSetup.create(config, bundles, mesh, before.get("micro_batch") if same else None)
+    trainer = _started(setup, checkpoint, boundary)
+    monitor = FailureMonitor(config.alarms, config.steps, checkpoint.state.get("watch") if checkpoint else None)
     del checkpoint  # of the size of the generator and its moments
 
     def state() -> dict[str, Any]:
-        kept = {**layout, "micro_batch": assembly.micro_batch}
-        own = {"classifiers": fingerprints, "layout": kept, "watch": watch.state_dict()}
-        return {**parts.state_dict(), **own}
+        kept = {**layout, "micro_batch": setup.micro_batch}
+        own = {"classifiers": fingerprints, "layout": kept, "watch": monitor.state_dict()}
+        return {**trainer.state_dict(), **own}
 
     classes = class_counts(bundles)
     with contextlib.ExitStack() as open_files, checkpoints:
-        log = open_files.enter_context(_log(config, resumed, assembly)) if world.is_first else None
-        phases, verdict = parts.step.phases, watch.verdict
+        log = open_files.enter_context(_log(config, resumed, setup)) if world.is_rank0 else None
+        phases, monitor_state = trainer.step.phases, monitor.state
         phases.start()
         for step in range(resumed + 1, config.steps + 1):
             watched = due(step, config.log.every, config.steps)
-            result = parts.step(step, watched, verdict.ease)
+            result = trainer.step(step, watched, monitor_state.lr_scale)
             scalars = result.scalars
             if watched:
                 scalars = {**scalars, **shares(phases.take(), world)}
                 if log:  # rank 0 looks for all
-                    scalars |= of_samples(result.bands, classes, config.prefixes)
-                verdict = world.from_first(functools.partial(watch.look, step, scalars))
+                    scalars |= sample_scalars(result.sample_stats, classes, config.prefixes)
+                monitor_state = world.broadcast_from_rank0(functools.partial(monitor.update, step, scalars))
             if log:
-                log.step(step, {**scalars, **verdict.scalars} if watched else scalars, verdict.begun if watched else ())
+                log.step(
+                    step,
+                    {**scalars, **monitor_state.scalars} if watched else scalars,
+                    monitor_state.newly_firing if watched else (),
+                )
             if due(step, config.log.images_every, config.steps):
-                _draw(parts, log, step, config)
+                _draw(trainer, log, step, config)
             phases.mark("log")
-            failing = watched and verdict.firing and config.alarms.policy == "stop"
+            failing = watched and monitor_state.firing and config.alarms.policy == "stop"
             stop = asked_to_stop()
             if checkpoints.due(step, config.steps) or stop or failing:
                 publish = checkpoints.publish if stop or failing else checkpoints.publish_later
-                world.from_first(functools.partial(publish, step, state()))  # every rank has its part in the state
+                world.broadcast_from_rank0(
+                    functools.partial(publish, step, state())
+                )  # every rank has its part in the state
             phases.mark("checkpoint")
             if failing:
-                raise stopped(step, verdict)
+                raise stop_error(step, monitor_state)
             if stop and step < config.steps:
                 raise Preempted(stop, step)
-        world.from_first(checkpoints.finish)
+        world.broadcast_from_rank0(checkpoints.finish)
     return RunResult(run_dir, config.steps - resumed)
 
 
-def _started(assembly: Assembly, checkpoint: Checkpoint | None, boundary: Callable[[], None]) -> Parts:
-    """The parts at the checkpoint, or at the beginning."""
+def _started(setup: TrainerSetup, checkpoint: Checkpoint | None, boundary: Callable[[], None]) -> Trainer:
+    """The trainer at the checkpoint, or at the beginning."""
     if checkpoint is None:
-        solutions = assembly.config.solutions  # of one classifier start at one alpha
-        alphas = pilot_alphas(assembly.bundles[::solutions], assembly.config, assembly.world, boundary)
-        return assembly.parts([alpha for alpha in alphas for _ in range(solutions)])
-    parts = assembly.parts([0.0] * len(assembly.bundles))
-    parts.load_state_dict(checkpoint.state)
-    return parts
+        solutions = setup.config.solutions  # of one classifier start at one alpha
+        alphas = pilot_alphas(setup.bundles[::solutions], setup.config, setup.world, boundary)
+        return setup.build([alpha for alpha in alphas for _ in range(solutions)])
+    trainer = setup.build([0.0] * len(setup.bundles))
+    trainer.load_state_dict(checkpoint.state)
+    return trainer
 
 
-def _log(config: TrainConfig, resumed: int, assembly: Assembly) -> RunLog:
+def _log(config: TrainConfig, resumed: int, setup: TrainerSetup) -> RunLog:
     log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
-    log.introduce(introduction(assembly), hyperparameters(config), config.prefixes)
-    for advice in assembly.advice() if config.log.progress and not resumed else ():
+    log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes)
+    for advice in setup.advice() if config.log.progress and not resumed else ():
         log.say(advice)
     return log
 
 
-def _draw(parts: Parts, log: RunLog | None, step: int, config: TrainConfig) -> None:
+def _draw(trainer: Trainer, log: RunLog | None, step: int, config: TrainConfig) -> None:
     """Grids of samples; at the last step samples.png too, before the last checkpoint: complete means all."""
-    trained = parts.trained()
+    trained = trainer.trained()
     if log is None or trained is None:
         return
     count = len(config.classifiers)

@@ -15,26 +15,26 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.latents import LatentConfig, LatentSampler
 from hpc_c2g.generators.networks import FreeImages
-from hpc_c2g.training.account import Account
-from hpc_c2g.training.adam_engine import AdamEngine
-from hpc_c2g.training.config import OptimiserConfig, TrainConfig
-from hpc_c2g.training.objective import Objective, loss_terms
-from hpc_c2g.training.objective_config import PriorConfig
-from hpc_c2g.training.sharding import shard
-from hpc_c2g.training.step import TrainStep
+from hpc_c2g.training.config.objective import PriorConfig
+from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
+from hpc_c2g.training.engines.adam_engine import AdamEngine
+from hpc_c2g.training.step.objective import Objective, loss_terms
+from hpc_c2g.training.step.sharding import shard
+from hpc_c2g.training.step.step_metrics import MetricAccumulator
+from hpc_c2g.training.step.train_step import TrainStep
 
 IMAGES_PER_CLASS = 20
-RATE = 0.01
+LR = 0.01
 
 
 def pilot_alphas(
     bundles: Sequence[Bundle], config: TrainConfig, world: World, boundary: Callable[[], None]
 ) -> list[float]:
-    """Where each classifier's alpha starts: ``scale.start`` if given, else after a pilot, each run by one rank for all; collective.
+    """Where each classifier's alpha starts: ``alpha.init`` if given, else after a pilot, each run by one rank for all; collective.
 
     Args:
         bundles: all classifiers.
@@ -43,32 +43,32 @@ def pilot_alphas(
         boundary: called by every rank equally often, between steps; may raise on all of them.
 
     Raises:
-        C2GError: a classifier has no rates or no margin, or its pilot came to numbers that are not finite; on every rank.
+        UserError: a classifier has no rates or no margin, or its pilot came to numbers that are not finite; on every rank.
     """
-    if config.scale.start is not None:
-        return [config.scale.start] * len(bundles)
+    if config.alpha.init is not None:
+        return [config.alpha.init] * len(bundles)
     alphas = torch.zeros(len(bundles), dtype=torch.float64, device=world.device)
     rounds = -(-len(bundles) // world.size)
     for number in range(rounds):
         k = number * world.size + world.rank
         bundle = bundles[k] if k < len(bundles) else None
-        pilot = world.agreed(lambda bundle=bundle: bundle and _Pilot(bundle, config, world.device))  # type: ignore[misc]
-        fault: C2GError | None = None
-        for step in range(1, config.scale.pilot_steps + 1):
+        pilot = world.raise_on_all_ranks(lambda bundle=bundle: bundle and _Pilot(bundle, config, world.device))  # type: ignore[misc]
+        fault: UserError | None = None
+        for step in range(1, config.alpha.pilot_steps + 1):
             boundary()
             if pilot is not None and fault is None:
                 try:
                     pilot.step(step)
-                except C2GError as error:  # told when all ranks can hear it
+                except UserError as error:  # told when all ranks can hear it
                     fault = error
-        world.agreed(lambda fault=fault: _raise(fault))  # type: ignore[misc]
+        world.raise_on_all_ranks(lambda fault=fault: _raise(fault))  # type: ignore[misc]
         if pilot is not None:
             alphas[k] = pilot.step.alpha[0]
     world.sum([alphas])
     return [float(alpha) for alpha in alphas]
 
 
-def _raise(fault: C2GError | None) -> None:
+def _raise(fault: UserError | None) -> None:
     if fault is not None:
         raise fault
 
@@ -80,7 +80,7 @@ class _Pilot:
         objective = Objective(bundle, config, config.global_batch, device, torch.float32)
         classes = objective.classes
         count = IMAGES_PER_CLASS * classes
-        steps = max(1, config.scale.pilot_steps)
+        steps = max(1, config.alpha.pilot_steps)
         pilot = replace(
             config,
             steps=steps,
@@ -91,10 +91,10 @@ class _Pilot:
             latents=LatentConfig(dimensions=1),
             stationarity=replace(config.stationarity, weight=1.0),
             prior=replace(config.prior, repulsion=PriorConfig.repulsion),
-            optimiser=OptimiserConfig(rate=RATE, multiplier_rate=RATE),
+            optimizer=OptimizerConfig(lr=LR, lr_multipliers=LR),
             deterministic=False,
         )
-        alone = World.alone(device)
+        alone = World.single_process(device)
         mesh = Mesh.over(alone, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -105,8 +105,8 @@ class _Pilot:
             {0: objective.under(pilot, count)},
             {0: LatentSampler(pilot.latents, classes, count, steps, config.seed)},
             [classes],
-            Account([list(objective.theta)], [terms], RunningSum(alone), device),
-            AdamEngine(images, pilot.optimiser, RunningSum(alone)),
+            MetricAccumulator([list(objective.theta)], [terms], RunningSum(alone), device),
+            AdamEngine(images, pilot.optimizer, RunningSum(alone)),
             mesh,
             shard(pilot, [classes], mesh, None),
             [objective.initial_alpha()],

@@ -6,15 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.generators.trained import TrainedGenerator, members_from
-from hpc_c2g.training.bundles import boxes, class_counts
 from hpc_c2g.training.checkpoints import Checkpoints
-from hpc_c2g.training.config import TrainConfig, config_from
-from hpc_c2g.training.engine_state import check_fit
+from hpc_c2g.training.config.train import TrainConfig, config_from
+from hpc_c2g.training.engines.engine_state import check_fit
 from hpc_c2g.training.run_directory import read_config
-from hpc_c2g.training.sharding import batch_shares
+from hpc_c2g.training.step.bundles import boxes, class_counts
+from hpc_c2g.training.step.sharding import batch_shares
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     """Read a run; needs neither the classifier nor data.
 
     Raises:
-        C2GError: no run there, no checkpoint yet, or all damaged.
+        UserError: no run there, no checkpoint yet, or all damaged.
     """
     folder = Path(run_dir)
     config = config_from(read_config(folder / "config.yaml"))
     checkpoint = Checkpoints(folder / "checkpoints", config.checkpoint).latest()
     if checkpoint is None:
-        raise C2GError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
+        raise UserError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
     kept = checkpoint.state["trained"]
     members = members_from(kept)
     classes, (lower, upper) = class_counts(members), boxes(members)

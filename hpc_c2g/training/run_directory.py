@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hpc_c2g.errors import C2GError
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, write_atomically
 from hpc_c2g.lease import live_holder
 from hpc_c2g.settings import read_plain
-from hpc_c2g.training.config import TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # what may differ when a run is resumed: it does not change the result
@@ -34,7 +34,7 @@ FREE_TO_CHANGE = (
     "log",
     "checkpoint",
 )
-EASING = "lower_rate"
+EASING = "lower_lr"
 """With this policy the result depends on when the run is looked at."""
 
 
@@ -42,7 +42,7 @@ class RunDirectory:
     """Context that holds ``config.run_dir`` by a lock; the kernel drops it with the process, however that ends.
 
     Raises:
-        C2GError: another process holds it, it belongs to another configuration, or it cannot be written.
+        UserError: another process holds it, it belongs to another configuration, or it cannot be written.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -57,7 +57,7 @@ class RunDirectory:
             raise cannot_write(self.path, error) from error
         if holder := self._held_elsewhere():
             self._lock.close()
-            raise C2GError(f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir")
+            raise UserError(f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -102,7 +102,7 @@ class RunDirectory:
                 if not any(name == free or name.startswith(f"{free}.") for free in free_names)
             ]
             if differences:
-                raise C2GError(
+                raise UserError(
                     f"run_dir={self.path} holds a run with other settings: {'; '.join(differences[:4])}",
                     "choose another run_dir, or the same settings to resume",
                 )
@@ -133,7 +133,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """A run's ``config.yaml``.
 
     Raises:
-        C2GError: missing or no yaml mapping.
+        UserError: missing or no yaml mapping.
     """
     return read_plain(
         file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SECONDS = 30.0
 STOP_SECONDS = 10.0  # after which a server is killed
-COLOURED = 250  # pixels: more than the marks of values that are not finite, less than a curve has
+COLORED = 250  # pixels: more than the marks of values that are not finite, less than a curve has
 RELOAD = 12.0  # a page shows the runs that were known when it was loaded
 
 
@@ -223,7 +223,7 @@ def _see(
 
 
 RUNS = """
-const colours = Object.fromEntries(deep('tf-multi-checkbox').flatMap(box =>
+const colors = Object.fromEntries(deep('tf-multi-checkbox').flatMap(box =>
   [...box.shadowRoot.querySelectorAll('.name-row')].filter(shown).map(row => [
     row.querySelector('.item-label-container').textContent.trim(),
     getComputedStyle(row.querySelector('.isolator')).color])));
@@ -232,7 +232,7 @@ CHARTS = """
 function title(card) {
   return card.shadowRoot.querySelector('tf-card-heading').shadowRoot.querySelector('.heading-label.name').textContent.trim();
 }
-function drawn(card) {  // the colour of every curve that is on the screen: it has a length, or the marker of a lone point
+function drawn(card) {  // the color of every curve that is on the screen: it has a length, or the marker of a lone point
   const chart = deep('vz-line-chart2', card.shadowRoot)[0];
   if (!chart || !shown(chart)) return [];
   const at = new Set(deep('path.symbol', chart.shadowRoot).map(s => s.getAttribute('transform')));
@@ -252,7 +252,7 @@ def assert_scalars_drawn(
     seconds: float = SECONDS,
     select: str = "",
 ) -> None:
-    """The scalars tab lists every run, and draws for every tag a curve in the colour of each run that has it.
+    """The scalars tab lists every run, and draws for every tag a curve in the color of each run that has it.
 
     Args:
         browser: that looks.
@@ -269,12 +269,12 @@ def assert_scalars_drawn(
             for tag in has.keys() & known.keys():
                 if re.search(select, name):
                     known[tag].append(name)
-        colours: dict[str, str] = run(browser, RUNS + "return colours")
+        colors: dict[str, str] = run(browser, RUNS + "return colors")
         cards = run(
             browser, CHARTS + "return deep('tf-scalar-card').filter(shown).map(card => [card.tag, drawn(card)])"
         )
         curves: dict[str, list[str]] = dict(cards)
-        lacking = [f"run {name}: not listed" for name in runs if name not in colours]
+        lacking = [f"run {name}: not listed" for name in runs if name not in colors]
         for tag in tags:
             if tag not in curves:
                 lacking.append(f"tag {tag}: no chart; there are {sorted(curves)}")
@@ -284,10 +284,10 @@ def assert_scalars_drawn(
                 lacking.append(f"tag {tag}: no run has it")
             left = Counter(curves[tag])
             for name in sorted(expected):
-                colour = colours.get(name, "no colour")
-                if left[colour] == 0:
+                color = colors.get(name, "no color")
+                if left[color] == 0:
                     lacking.append(f"tag {tag}: no curve for run {name} among {len(curves[tag])}")
-                left[colour] -= 1
+                left[color] -= 1
         return lacking
 
     _see(browser, url, "scalars", missing, seconds, tags, select)
@@ -296,14 +296,14 @@ def assert_scalars_drawn(
 def assert_time_series_drawn(
     browser: WebDriver, url: str, tags: Sequence[str], seconds: float = SECONDS, select: str = ""
 ) -> None:
-    """The time series tab, which TensorBoard opens first, has a card per tag with a curve in colour on its canvas."""
+    """The time series tab, which TensorBoard opens first, has a card per tag with a curve in color on its canvas."""
 
     def missing() -> list[str]:
         for card in run(browser, "return deep('card-view').filter(shown)"):
             run(browser, "arguments[0].scrollIntoView({block: 'center'})", card)  # out of sight it has no contents
             with contextlib.suppress(AssertionError):
                 title, chart = wait_until(lambda card=card: _title_and_chart(browser, card), 0.5, "contents")
-                if title not in seen and _coloured(chart.screenshot_as_png) > COLOURED:
+                if title not in seen and _colored(chart.screenshot_as_png) > COLORED:
                     seen.add(title)
         return [f"tag {tag}: nothing drawn" for tag in page if tag not in seen]
 
@@ -323,8 +323,8 @@ def _title_and_chart(browser: WebDriver, card: WebElement) -> tuple[str, WebElem
     )
 
 
-def _coloured(png: bytes) -> int:
-    """How many pixels of a screenshot are not grey; the dullest colour of a run is #425066."""
+def _colored(png: bytes) -> int:
+    """How many pixels of a screenshot are not gray; the dullest color of a run is #425066."""
     import io
 
     import numpy as np

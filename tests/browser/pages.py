@@ -127,7 +127,7 @@ def page_faults(browser: WebDriver, url: str) -> list[str]:
         return faults;
         """,
     )
-    # Chrome's own computation of the name: aria-labelledby, aria-label, title
+    # Chrome's own computation of the name: aria-labeledby, aria-label, title
     for figure in run(
         browser, "return deep('svg').filter(s => !s.parentElement.closest('svg') && s.ariaHidden !== 'true')"
     ):

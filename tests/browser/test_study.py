@@ -16,9 +16,8 @@ from board import (
     assert_scalars_drawn,
     assert_text,
 )
+from helpers.studies import ROOT, c2g, sweep
 from pages import assert_page_clean, sort_by
-
-from tests.studies import ROOT, c2g, sweep
 
 if TYPE_CHECKING:
     from selenium.webdriver.remote.webdriver import WebDriver

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, why_not
+from helpers.slurm_cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster
+from helpers.slurm_cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster
-from studies import assert_same_runs, c2g, report, rows, states, status, steps, sweep, wait_for
+from helpers.slurm_cluster import Cluster
+from helpers.studies import assert_same_runs, c2g, report, rows, states, status, steps, sweep, wait_for
 
 from hpc_c2g.studies.ledger import FILE
 
 pytestmark = pytest.mark.slurm
 ON_SLURM = ("cluster=local_slurm", "profile.signal_seconds=30")
-SLOW = ("steps=1500", "checkpoint.every=100", "log.every=25", "virtual_shards=1")
+SLOW = ("steps=1500", "checkpoint.every=100", "log.every=25", "deterministic_shards=1")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,199 @@
+"""The error of the KKT sum against the batch size, beside the law and the bound it is compared with. Needs no data.
+
+The loss takes G(B), a mean over a batch, for its expectation G. All norms here are those of the loss: ||u||^2 =
+sum_k w_k e^(2 a (1 - lambda_k)) ||u_k||^2, where the left side has norm 1 (``stationarity.weighting=relative``), so that
+
+    E L_stat(G(B)) = L_stat(G) + E||G(B) - E G(B)||^2 + ||d||^2 - 2 <left - G, d>,    d = E G(B) - G
+
+and the squared error is what the batch adds to the residual where every class has its share (d = 0). Law and bound are those of
+independent samples (``kkt/concentration.py``); for the lattices they are the yardstick. The bound's M is the largest deviation among
+``reference_batch`` samples: a batch of B holds a larger one with probability B / (reference_batch + B) at most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hpc_c2g.bound import concentration
+from hpc_c2g.bound.moments import Moments, measure
+from hpc_c2g.bound.summands import DRAWS, Summands, drawing
+from hpc_c2g.distributed.environment import pick_device
+from hpc_c2g.errors import UserError, require
+from hpc_c2g.files import write_atomically
+from hpc_c2g.training.results import load_run
+from hpc_c2g.training.step.bundles import class_counts, load_bundles
+from hpc_c2g.training.step.sharding import batch_shares
+
+CONFIDENCE = 0.95
+"""Of the bound, and the quantile of the measured errors that it is held against."""
+
+
+@dataclass
+class BoundConfig:
+    """What to measure.
+
+    Attributes:
+        run_dir: of the generator; sampling_error.json is written into it.
+        batches: B, samples in one classifier's KKT sum; the run's own B is measured too.
+        repeats: batches drawn of each size.
+        reference_batch: samples behind the expectation (in lattices), and as many independent ones behind covariance and bound.
+        seed: of all draws.
+        schemes: ``independent`` labels and latents, or with labels in turn ``normal``, ``sobol`` or ``stratified`` latents.
+        micro_batch: samples of a backward; the result does not depend on it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    run_dir: str = "???"
+    batches: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048, 4096])
+    repeats: int = 64
+    reference_batch: int = 65536
+    seed: int = 0
+    schemes: list[str] = field(default_factory=lambda: list(DRAWS))
+    micro_batch: int = 1024
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        batches = bool(self.batches) and min(self.batches) >= 1
+        require(batches, "batches", self.batches, "give one or more batch sizes >= 1")
+        if self.repeats < 2:
+            raise UserError(f"repeats={self.repeats} is too small", "give at least 2, better 64")
+        if self.reference_batch < max(self.batches):
+            raise UserError(
+                f"reference_batch={self.reference_batch} is smaller than the largest of batches={self.batches}",
+                "give a reference_batch several times as large as every batch",
+            )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        known = bool(self.schemes) and all(scheme in DRAWS for scheme in self.schemes)
+        require(known, "schemes", self.schemes, f"choose from {', '.join(DRAWS)}")
+        if self.micro_batch < 1:
+            raise UserError(f"micro_batch={self.micro_batch} is too small", "give at least 1")
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+
+
+def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure every classifier of the run and write ``sampling_error.json`` into it; plain JSON, a function of the settings alone.
+
+    Of several solutions of a classifier the first is measured.
+
+    Raises:
+        UserError: no run, free images, a classifier that is gone, or a ``reference_batch`` too small for the run.
+    """
+    device, run = pick_device(config.device), load_run(config.run_dir)
+    bundles = load_bundles(run.config.members)
+    batches = batch_shares(run.config, class_counts(bundles))
+    results = []
+    for k, folder in enumerate(run.config.classifiers):
+        member = k * run.config.solutions
+        bundle, own = bundles[member], batches[member]
+        least = max(own, 2 * len(bundle.classes))
+        if config.reference_batch < least:
+            raise UserError(
+                f"reference_batch={config.reference_batch} is too small for the run's batch of {own} samples and"
+                f" {len(bundle.classes)} classes",
+                f"give at least {least}, better a hundred times as much",
+            )
+        summands = Summands(run, bundle, member, device, config.micro_batch)
+        results.append({"classifier": folder, **_measure(config, summands, own, f"classifier {k}", log_fn)})
+    content = {
+        "uses_real_data": False,
+        "run_dir": config.run_dir,
+        "step": run.step,
+        "scheme": run.config.latents.scheme,
+        "confidence": CONFIDENCE,
+        "settings": asdict(config),
+        "classifiers": results,
+    }
+    write_atomically(Path(config.run_dir) / "sampling_error.json", json.dumps(content, indent=2).encode())
+    return content
+
+
+def _measure(
+    config: BoundConfig, summands: Summands, own: int, name: str, log_fn: Callable[[str], None]
+) -> dict[str, Any]:
+    """One classifier."""
+    log_fn(f"{name}: expectation and covariance from {config.reference_batch} samples each")
+    moments = measure(summands, config.reference_batch, config.seed)
+    center = moments.center
+    residual = float((summands.left - center).square().sum()) - moments.center_variance
+    rows, schemes = [], list(dict.fromkeys(config.schemes))
+    for scheme in schemes:
+        for batch in sorted({*config.batches, own}):
+            log_fn(f"{name}: {scheme}, {config.repeats} batches of {batch}")
+            draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, summands.classifier)
+            means = (summands.mean(draw(i)) for i in range(config.repeats))
+            row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == summands.latents.scheme}
+            rows.append(row | row_of(means, moments, summands.left, residual, scheme, batch))
+    listed = [row for row in rows if row["batch"] in config.batches]
+    return {
+        "alpha": summands.alpha,
+        "gate_width": summands.gamma,
+        "period": summands.period,
+        "reference": {
+            "norm": float(center.norm()),
+            "residual": residual,
+            "error": math.sqrt(moments.center_variance),
+            "deviation": math.sqrt(moments.within),
+            "deviation_overall": math.sqrt(moments.overall),
+            "reach": moments.reach,
+            "reach_overall": moments.reach_overall,
+            "batch_that_doubles_the_residual": moments.within / residual if residual > 0 else None,
+        },
+        "rows": rows,
+        "exponents": {s: _exponents([r for r in listed if r["scheme"] == s]) for s in schemes},
+    }
+
+
+def row_of(
+    means: Iterable[Tensor], moments: Moments, left: Tensor, residual: float, scheme: str, batch: int
+) -> dict[str, Any]:
+    """What the KKT sums of some batches tell, beside what independent samples promise.
+
+    The reference's own squared error is taken off; an error of 0 is one that the reference is too small to show.
+
+    Args:
+        means: G(B) ``[P]`` of two batches at least.
+        moments: what they are held against.
+        left: the left side ``[P]``.
+        residual: L_stat(G).
+        scheme: how the batches were drawn.
+        batch: B.
+    """
+    center, (variance, reach, shift) = moments.center, moments.law(scheme, batch)
+    squares, residuals = [], []
+    for G in means:
+        squares.append(float((G - center).square().sum()))
+        residuals.append(float((left - G).square().sum()))
+    error = math.sqrt(max(0.0, statistics.fmean(squares) - moments.center_variance))
+    noise = math.hypot(statistics.stdev(squares) / math.sqrt(len(squares)), moments.center_variance)
+    off = float(shift.square().sum())
+    return {
+        "error": error,
+        "standard_error": noise / (2 * error) if error else 0.0,
+        "relative_error": error / float(center.norm()),
+        "predicted": math.sqrt(variance + off),
+        "imbalance": math.sqrt(off),
+        "quantile": math.sqrt(float(np.quantile(squares, CONFIDENCE))),
+        "bound": concentration.bernstein_radius(variance, reach, batch, CONFIDENCE) + math.sqrt(off),
+        "residual": statistics.fmean(residuals),
+        "residual_bias": statistics.fmean(residuals) - residual,
+        "residual_bias_predicted": variance + off - 2 * float((left - center) @ shift),
+    }
+
+
+def _exponents(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Of one scheme: of the measured error, and of the independent samples' predicted one; None with a single size or no error."""
+    if len(rows) < 2 or not all(row["error"] for row in rows):
+        return None
+    batches, errors = [row["batch"] for row in rows], [row["error"] for row in rows]
+    measured, noise = concentration.exponent(batches, errors, [row["standard_error"] for row in rows])
+    predicted, _ = concentration.exponent(batches, [row["predicted"] for row in rows], [0.0] * len(rows))
+    return {"measured": measured, "standard_error": noise, "predicted": predicted}

@@ -1,0 +1,40 @@
+"""The certificates of a bundle in every form of the left side, from the data it was fitted to: *uses real data*."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from hpc_c2g.classifiers.bundle import CERTIFICATE, load_bundle
+from hpc_c2g.classifiers.rates import find_rates
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.data.load import load_split
+from hpc_c2g.files import write_atomically
+from hpc_c2g.fitting.certificate import Certificate, certify
+from hpc_c2g.fitting.record import fitted_data
+from hpc_c2g.kkt.stationarity import LEFT_SIDES
+
+
+def certify_bundle(folder: str, data: DataConfig | None = None) -> tuple[dict[str, float], list[Certificate]]:
+    """Solve for every form and write ``certificate.json`` into the bundle's folder.
+
+    Args:
+        folder: of the bundle.
+        data: its own training data; None takes what its record names.
+
+    Returns:
+        The rates, and a certificate per form: one where all forms agree, as they do where the rates are uniform.
+
+    Raises:
+        UserError: no bundle, no data, or data that do not fit.
+    """
+    bundle = load_bundle(folder)
+    train = load_split(fitted_data(folder, data)).train
+    rates = find_rates(bundle.model).parameters
+    x = bundle.normalization.normalize(train.samples.double())
+    forms = LEFT_SIDES if len(set(rates.values())) > 1 else LEFT_SIDES[:1]
+    certificates = [certify(bundle, x, train.labels, rates, form) for form in forms]
+    content = [{k: v for k, v in asdict(c).items() if k != "multipliers"} | {"shares": c.shares} for c in certificates]
+    write_atomically(Path(folder) / CERTIFICATE, json.dumps(content, indent=2).encode())
+    return rates, certificates

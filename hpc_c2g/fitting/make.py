@@ -1,0 +1,230 @@
+"""From a data set or a user's weights to a classifier bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.classifiers.bundle import (
+    CERTIFICATE,
+    META,
+    Bundle,
+    build_model,
+    load_bundle,
+    load_state_dict_file,
+    load_weights,
+    save_bundle,
+)
+from hpc_c2g.classifiers.models import ARCHITECTURES
+from hpc_c2g.classifiers.normalization import Normalization
+from hpc_c2g.data.config import DataConfig
+from hpc_c2g.data.dataset import Dataset, Split
+from hpc_c2g.data.load import load_split
+from hpc_c2g.denormals import flush_denormals
+from hpc_c2g.errors import UserError, require
+from hpc_c2g.files import write_atomically
+from hpc_c2g.fitting.fit import (
+    FitConfig,
+    ImportFitConfig,
+    InitConfig,
+    MarginFitConfig,
+    OrdinaryFitConfig,
+    fit_margin,
+    fit_ordinary,
+    initialize,
+)
+from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
+
+KINDS = ("mean_image", "standard", "constant")
+RECORD = "fit.json"
+"""What a fit measured, beside the bundle: for people and for evaluation, never read by generator training."""
+
+
+@dataclass
+class NormalizationConfig:
+    """What the classifier subtracts.
+
+    Attributes:
+        kind: ``mean_image`` subtracts the mean of the training part, ``standard`` also divides each entry by its deviation (1 where it
+            is constant), ``constant`` takes ``mean`` and ``scale``.
+        mean: a number, one per channel, or the full shape.
+        scale: likewise, what it is divided by.
+        value_range: smallest and largest raw value; None takes the data set's.
+    """
+
+    kind: str = "mean_image"
+    mean: Any = 0.0
+    scale: Any = 1.0
+    value_range: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"normalization.kind={self.kind!r} is unknown", f"choose {', '.join(KINDS)}")
+        if self.value_range is not None and len(self.value_range) != 2:
+            raise UserError(f"normalization.value_range={self.value_range}", "give two numbers, such as [0, 1]")
+
+
+@dataclass
+class ClassifierConfig:
+    """A classifier bundle to make.
+
+    Attributes:
+        out: its folder.
+        seed: of the initial weights and minibatches.
+        data: what it is fitted to; not read by ``fit=import``.
+        model: ``_target_`` (built-in name or import path of an nn.Module; mlp) and its keyword arguments.
+        init: initial weights.
+        fit: to the margin, ordinary, or imported weights.
+        normalization: of the input.
+        input_shape: only for ``fit=import``: of one sample.
+        classes: only for ``fit=import``: the number or the names.
+        overwrite: replace another classifier in ``out``.
+    """
+
+    out: str = "???"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    init: InitConfig = field(default_factory=InitConfig)
+    fit: FitConfig = field(default_factory=MarginFitConfig)
+    normalization: NormalizationConfig = field(default_factory=NormalizationConfig)
+    input_shape: list[int] | None = None
+    classes: Any = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        self.model = {
+            "_target_": "mlp",
+            **self.model,
+        }  # as a field's default it would stand in for model=custom's missing one
+
+
+def make_classifier(
+    config: ClassifierConfig, report: Callable[[int, float], None] | None = None
+) -> tuple[Bundle, dict[str, Any]]:
+    """Make the bundle in ``config.out``, or take the one there if it came from the same settings.
+
+    Returns:
+        the bundle and its record (accuracies, margin, steps, seconds).
+
+    Raises:
+        UserError: another classifier is in ``out``, or any fault of data, architecture, weights or fit.
+    """
+    folder = Path(config.out)
+    settings = asdict(config)
+    del settings["out"], settings["overwrite"]
+    settings = json.loads(json.dumps(settings))
+    if (
+        isinstance(config.fit, ImportFitConfig) and Path(config.fit.state_dict).is_file()
+    ):  # the file may change under its name
+        settings["fit"]["sha256"] = hashlib.sha256(Path(config.fit.state_dict).read_bytes()).hexdigest()
+    if (folder / META).exists() and not config.overwrite:
+        record = read_record(folder)
+        if record.get("settings") == settings:
+            return load_bundle(folder), record
+        raise UserError(f"out={folder} holds another classifier", "choose another out, or overwrite=true to replace it")
+    bundle, record = _imported(config) if isinstance(config.fit, ImportFitConfig) else _fitted(config, report)
+    save_bundle(bundle, folder)
+    (folder / CERTIFICATE).unlink(missing_ok=True)  # it tells of the classifier that was here before
+    record = {"settings": settings, "weights_sha256": bundle.fingerprint, **record}
+    write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
+    return bundle, record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The fit's record beside a bundle, empty where there is none."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        same = record["weights_sha256"] == json.loads((folder / META).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return record if same else {}  # else it tells of the classifier that was here before
+
+
+@flush_denormals()
+def _fitted(config: ClassifierConfig, report: Callable[[int, float], None] | None) -> tuple[Bundle, dict[str, Any]]:
+    split = load_split(config.data)
+    shape = tuple(split.train.samples.shape[1:])
+    normalization = _normalization(config.normalization, shape, split.train)
+    architecture = _architecture(config.model, shape, len(split.train.classes))
+    model = build_model(architecture)
+    initialize(model, config.init, config.seed)
+    x = normalization.normalize(split.train.samples.double())
+    began = time.perf_counter()
+    if isinstance(config.fit, MarginFitConfig):
+        steps = fit_margin(model, x, split.train.labels, config.fit, report)
+    elif isinstance(config.fit, OrdinaryFitConfig):
+        steps = fit_ordinary(model, x, split.train.labels, config.fit, config.seed, report)
+    else:
+        raise UserError(f"fit.name={config.fit.name!r} is unknown", "choose fit=margin, fit=ordinary or fit=import")
+    seconds = time.perf_counter() - began
+    bundle = Bundle(model, architecture, split.train.classes, shape, normalization)
+    return bundle, {"steps": steps, "seconds": round(seconds, 2), **describe(bundle, split)}
+
+
+def _imported(config: ClassifierConfig) -> tuple[Bundle, dict[str, Any]]:
+    assert isinstance(config.fit, ImportFitConfig)
+    if config.input_shape is None or config.classes is None:
+        raise UserError(
+            f"fit=import needs input_shape (now {config.input_shape}) and classes (now {config.classes})",
+            "give for example input_shape=[1,28,28] classes=10",
+        )
+    names = (
+        [str(i) for i in range(config.classes)] if isinstance(config.classes, int) else [str(c) for c in config.classes]
+    )
+    if config.normalization.kind != "constant":
+        raise UserError(
+            f"fit=import cannot use normalization.kind={config.normalization.kind}",
+            "give normalization.kind=constant with the mean and scale that the classifier was trained with",
+        )
+    shape = tuple(config.input_shape)
+    architecture = _architecture(config.model, shape, len(names))
+    model = build_model(architecture)
+    load_weights(model, load_state_dict_file(Path(config.fit.state_dict)), f"fit.state_dict={config.fit.state_dict}")
+    return Bundle(model, architecture, names, shape, _normalization(config.normalization, shape, None)), {}
+
+
+def _architecture(model: dict[str, Any], shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    target = model.get("_target_")
+    own = {k: v for k, v in model.items() if k != "_target_"}
+    implied = {"input_shape": list(shape), "classes": classes} if target in ARCHITECTURES else {}
+    return {"target": target, **implied, **own}
+
+
+def _normalization(config: NormalizationConfig, shape: tuple[int, ...], train: Dataset | None) -> Normalization:
+    low, high = config.value_range or (train.value_range if train is not None else (0.0, 1.0))
+    mean: Any = config.mean
+    scale: Any = config.scale
+    if config.kind != "constant" and train is not None:
+        mean = train.samples.double().mean(0)
+    if config.kind == "standard" and train is not None:
+        deviation = train.samples.double().std(0, correction=0)
+        scale = torch.where(deviation > 0, deviation, 1.0)
+    return Normalization.constant(shape, mean, scale, (low, high))
+
+
+@torch.no_grad()
+def describe(bundle: Bundle, split: Split) -> dict[str, float]:
+    """Accuracies on both parts and the smallest training margin."""
+
+    def logits(part: Dataset) -> Tensor:
+        x = bundle.normalization.normalize(part.samples.to(bundle.dtype))
+        out: Tensor = torch.cat([bundle.model(micro_batch) for micro_batch in torch.split(x, 1000)])
+        return out
+
+    train, held_out = logits(split.train), logits(split.held_out)
+    margins = smallest_margins(pairwise_margins(train, split.train.labels), split.train.labels)
+    return {
+        "train_accuracy": float((train.argmax(1) == split.train.labels).double().mean()),
+        "held_out_accuracy": float((held_out.argmax(1) == split.held_out.labels).double().mean()),
+        "smallest_margin": float(margins.min()),
+    }

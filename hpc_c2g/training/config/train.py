@@ -1,0 +1,274 @@
+"""Typed settings of a training run; every default was chosen without data of the classifier at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_c2g.distributed.bucket_sum import COMM_DTYPES
+from hpc_c2g.errors import require
+from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, MLPGeneratorConfig
+from hpc_c2g.generators.latents import LatentConfig
+from hpc_c2g.kkt.closed_form import PRECISIONS
+from hpc_c2g.settings import from_plain
+from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, GateConfig, PriorConfig, StationarityConfig
+
+DTYPES = ("float32", "bfloat16")
+POLICIES = ("continue", "stop", "lower_lr")
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate.
+
+    Attributes:
+        lr: of the decoder.
+        lr_codes: of the codes.
+        lr_multipliers: of the multipliers.
+        lr_canvases: of the canvases; faster ones cover more where alpha stays on the high side, and pull it down where it does not.
+        betas: Adam's.
+        warmup_fraction: of the steps.
+        final_fraction: of the rates, at the last step.
+        gradient_clipping: largest norm of the whole gradient; 0 for none.
+    """
+
+    lr: float = 1e-3
+    lr_codes: float = 0.02
+    lr_multipliers: float = 0.01
+    lr_canvases: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_fraction: float = 0.0
+    final_fraction: float = 0.05
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_codes", "lr_multipliers", "lr_canvases"):
+            # beyond, float32 overflows within the optimizer
+            require(
+                0 < getattr(self, name) <= 1e30, f"optimizer.{name}", getattr(self, name), "give a rate in (0, 1e30]"
+            )
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        require(two, "optimizer.betas", self.betas, "give two numbers in [0, 1)")
+        self.betas = (self.betas[0], self.betas[1])  # OmegaConf brings a list
+        require(
+            0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
+        )
+        require(
+            0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "give a share in [0, 1]"
+        )
+        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "give 0 for none")
+
+
+@dataclass
+class LogConfig:
+    """How often (in steps) a line of metrics is written, and image grids are drawn."""
+
+    every: int = 20
+    images_every: int = 200
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
+        require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
+
+
+@dataclass
+class AlarmConfig:
+    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
+
+    Attributes:
+        policy: ``continue`` and tell of it; ``stop`` after a checkpoint; ``lower_lr``: all learning rates times ``factor``, each time that
+            a signature begins to fire.
+        factor: in (0, 1).
+    """
+
+    policy: str = "continue"
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
+        require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
+
+
+@dataclass
+class CheckpointConfig:
+    """How often (in steps) a checkpoint is published, and how many are kept."""
+
+    every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+
+
+@dataclass
+class DistributedConfig:
+    """How several processes share the work; none of it changes the result beyond rounding, ``comm_dtype: bfloat16`` excepted.
+
+    Attributes:
+        groups: of processes, each with its own part of the classifiers and solutions; None takes as many as divide both.
+        hierarchical: G is summed inside each node first, then across nodes.
+        wire: what G travels as, ``float32`` or ``bfloat16`` (half the bytes, its rounding errors fed back).
+        bucket_mib: a bucket of G leaves when it holds as much, while the backward goes on.
+    """
+
+    groups: int | None = None
+    hierarchical: bool = False
+    comm_dtype: str = "float32"
+    bucket_mib: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.groups is None or self.groups >= 1, "distributed.groups", self.groups, "give >= 1, or null")
+        require(
+            self.comm_dtype in COMM_DTYPES,
+            "distributed.comm_dtype",
+            self.comm_dtype,
+            f"choose {' or '.join(COMM_DTYPES)}",
+        )
+        require(self.bucket_mib > 0, "distributed.bucket_mib", self.bucket_mib, "give a size > 0")
+
+
+@dataclass
+class TrainConfig:
+    """A generator from one classifier bundle or from several.
+
+    Attributes:
+        classifier: folder of the bundle, or a list of folders.
+        run_dir: where everything is written; the same folder resumes.
+        steps: optimizer steps.
+        solutions: independent solutions of each classifier's conditions that the generator holds, each with codes, multipliers, an alpha
+            and an equal part of the batch of its own; the decoder is shared.
+        global_batch: B, samples of a step over all classifiers, solutions and processes.
+        micro_batch: samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
+        shares: of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
+        seed: of weights, latents and probes.
+        dtype: of the generator's weights; KKT sums are float32 at least.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        kkt_backend: ``auto`` takes the closed form of G and its cotangents where the classifier is a flatten(1) and a chain of nn.Linear and
+            (leaky) ReLU (hpc_c2g/kkt/closed_form.py), ``autograd`` always goes through autograd. The result is the same to rounding.
+        matmul_precision: of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds their sides and sums in float32
+            (on the closed form alone).
+        deterministic: the same bits on every number of ranks that divides ``deterministic_shards``: these are the micro-batches
+            then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs; ``micro_batch``,
+            ``deepspeed`` and the rest of ``distributed`` have no say in it.
+        deterministic_shards: a power of two, at most ``global_batch``.
+        zero_stage: what DeepSpeed shares out among the ranks: 0 nothing, 1 Adam's state, 2 gradients too, 3 weights too. The result
+            is the same to rounding.
+        deepspeed: settings laid over those that the engine makes for DeepSpeed.
+    """
+
+    classifier: Any = "???"
+    run_dir: str = "???"
+    steps: int = 3000
+    solutions: int = 1
+    global_batch: int = 200
+    micro_batch: int | str | None = None
+    shares: list[float] = field(default_factory=list)
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    kkt_backend: str = "auto"
+    matmul_precision: str = "float32"
+    deterministic: bool = False
+    deterministic_shards: int = 8
+    generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    stationarity: StationarityConfig = field(default_factory=StationarityConfig)
+    duality: DualityConfig = field(default_factory=DualityConfig)
+    alpha: AlphaConfig = field(default_factory=AlphaConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    zero_stage: int = 0
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "give at least one step")
+        require(
+            self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
+        )
+        require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        size = self.micro_batch
+        require(
+            size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),
+            "micro_batch",
+            size,
+            f"give a number from 1 to global_batch={self.global_batch}, auto, or null for the whole batch",
+        )
+        folders = self.classifiers
+        require(
+            bool(folders) and all(isinstance(f, str) and f for f in folders),
+            "classifier",
+            self.classifier,
+            "give the folder of a bundle, or a list of them such as 'classifier=[a,b]'",
+        )
+        require(len(set(folders)) == len(folders), "classifier", self.classifier, "name each bundle once")
+        require(all(s > 0 for s in self.shares), "shares", self.shares, "give positive shares")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
+        shards = self.deterministic_shards
+        require(shards >= 1 and shards & (shards - 1) == 0, "deterministic_shards", shards, "give a power of two")
+        require(
+            not self.deterministic or shards <= self.global_batch,
+            "deterministic_shards",
+            shards,
+            f"deterministic=true needs at most global_batch={self.global_batch} shards",
+        )
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"choose {' or '.join(DTYPES)}")
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        require(self.kkt_backend in ("auto", "autograd"), "kkt_backend", self.kkt_backend, "choose auto or autograd")
+        require(
+            self.matmul_precision in PRECISIONS,
+            "matmul_precision",
+            self.matmul_precision,
+            f"choose {' or '.join(PRECISIONS)}",
+        )
+        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        require(
+            not (self.deterministic and self.zero_stage),
+            "zero_stage",
+            self.zero_stage,
+            "deterministic=true runs without DeepSpeed: give zero_stage=0, or deterministic=false",
+        )
+        zero = self.deepspeed.get("zero_optimization")
+        stage = zero.get("stage", self.zero_stage) if isinstance(zero, Mapping) else self.zero_stage
+        require(
+            stage == self.zero_stage,
+            "deepspeed.zero_optimization.stage",
+            stage,
+            f"it contradicts zero_stage={self.zero_stage}: give the stage by zero_stage alone",
+        )
+
+    @property
+    def classifiers(self) -> list[str]:
+        """Folders of the bundles."""
+        return list(self.classifier) if isinstance(self.classifier, (list, tuple)) else [self.classifier]
+
+    @property
+    def members(self) -> list[str]:
+        """The folder of each member of the run: of every solution of every classifier, classifier by classifier."""
+        return [folder for folder in self.classifiers for _ in range(self.solutions)]
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What the names of each member's curves begin with: nothing where there is but one."""
+        several, more = len(self.classifiers) > 1, self.solutions > 1
+        return [
+            (f"classifier{k}/" if several else "") + (f"solution{s}/" if more else "")
+            for k in range(len(self.classifiers))
+            for s in range(self.solutions)
+        ]
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """The typed configuration of plain values, such as a run's ``config.yaml``.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type or out of range.
+    """
+    return from_plain(TrainConfig, values, {"generator": GENERATORS})

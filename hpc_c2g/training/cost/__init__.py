@@ -1,0 +1,1 @@
+"""What a training run costs: operators counted on the meta device, and the micro-batch that fits."""

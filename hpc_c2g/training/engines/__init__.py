@@ -1,0 +1,1 @@
+"""Engines that own the generator's weights and optimizer: DeepSpeed and plain Adam."""

@@ -1,0 +1,98 @@
+"""What a whole step says of its samples, put together by sample index, for what is logged of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.distributed.world import World
+from hpc_c2g.kkt.margins import other_classes, smallest_margins
+
+ENTRIES = 2**17
+"""Of the samples that are kept: enough for every statistic that is logged, little for a wire."""
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """Of one classifier.
+
+    Attributes:
+        margins: scaled runner-up margins e^a min_j m_ij, ``[B_k]``.
+        multipliers: mu_ij B_k / S, j != y_i, ``[B_k, C_k - 1]``.
+        labels: y_i, ``[B_k]``.
+        samples: the first of them, in 0..1 within the box, ``[n, *S]``.
+    """
+
+    margins: Tensor
+    multipliers: Tensor
+    labels: Tensor
+    samples: Tensor
+
+
+def samples_kept(batch: int, classes: int, entries: int) -> int:
+    """How many samples of a batch are kept: ``ENTRIES`` at most, but eight of each class, where there are as many."""
+    return min(batch, max(8 * classes, ENTRIES // max(1, entries)))
+
+
+class SampleStatsCollector:
+    """Collects one step's bands of every classifier; they do not depend on ranks or micro-batches.
+
+    Args:
+        batches: B_k.
+        classes: C_k.
+        shape: of a sample.
+        world: all ranks.
+    """
+
+    def __init__(self, batches: Sequence[int], classes: Sequence[int], shape: torch.Size, world: World) -> None:
+        self.world = world
+        device = world.device
+        # row i holds sample i's multipliers, and its margin in the place of its own class
+        self.rows = [torch.zeros(B, C, device=device) for B, C in zip(batches, classes, strict=True)]
+        self.labels = [torch.arange(B, device=device) % C for B, C in zip(batches, classes, strict=True)]
+        self.samples = [
+            torch.zeros(samples_kept(B, C, shape.numel()), *shape, device=device)
+            for B, C in zip(batches, classes, strict=True)
+        ]
+
+    def record(
+        self,
+        classifier: int,
+        start: int,
+        x: Tensor,
+        margins: Tensor,
+        multipliers: Tensor,
+        alpha: float,
+        per_scale: float,
+    ) -> None:
+        """One micro-batch from sample ``start`` on.
+
+        Args:
+            classifier: its index.
+            start: index of the first sample.
+            x: samples in 0..1 within the box, ``[b, *S]``.
+            margins: ``[b, C]``.
+            multipliers: ``[b, C]``.
+            alpha: the scale.
+            per_scale: B_k / S.
+        """
+        part = slice(start, start + len(margins))
+        labels = self.labels[classifier][part]
+        smallest = math.exp(alpha) * smallest_margins(margins.detach(), labels)
+        rows = (multipliers.detach() * per_scale).scatter(1, labels[:, None], smallest[:, None])
+        self.rows[classifier][part] = rows.to(self.rows[classifier])
+        kept = self.samples[classifier][part]
+        kept.copy_(x.detach()[: len(kept)])
+
+    def gather(self) -> list[SampleStats]:
+        """All samples of all ranks; collective."""
+        self.world.sum([*self.rows, *self.samples])
+        found = []
+        for rows, labels, samples in zip(self.rows, self.labels, self.samples, strict=True):
+            others = other_classes(labels, rows.shape[1])
+            found.append(SampleStats(rows[~others], rows[others].reshape(len(rows), -1), labels, samples))
+        return found

@@ -1,0 +1,143 @@
+"""The scalars of a step: every classifier's terms summed over its samples, wherever they were computed, and what is summary of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hpc_c2g.distributed.reduction import Summation
+from hpc_c2g.errors import UserError
+from hpc_c2g.kkt import duality
+from hpc_c2g.training.step.objective import Residual
+
+BALANCE = ("sum_mu_m", "sum_mu", "gx", "gmu")
+"""sum mu m / S, sum mu / S, and the squared norms of the cotangents of x and mu."""
+
+
+class MetricAccumulator:
+    """Adds up every classifier's scalars over micro-batches and ranks.
+
+    Args:
+        tensors: names of each classifier's parameters.
+        losses: names of each classifier's weighted losses over samples.
+        summation: over all ranks.
+        device: of the sums, which are float64.
+        prefixes: of the classifiers' names in what is summary.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Sequence[str]],
+        losses: Sequence[Sequence[str]],
+        summation: Summation,
+        device: torch.device,
+        prefixes: Sequence[str] = ("",),
+    ) -> None:
+        self.names = [
+            [*(f"stationarity/{name}" for name in theta), *terms, *BALANCE]
+            for theta, terms in zip(tensors, losses, strict=True)
+        ]
+        self.losses, self.summation, self.prefixes = [list(terms) for terms in losses], summation, list(prefixes)
+        slots = [(k, name) for k, names in enumerate(self.names) for name in names]
+        self.slots = {slot: i for i, slot in enumerate(slots)}
+        self.empty = torch.zeros(len(slots), dtype=torch.float64, device=device)
+
+    def add(self, classifier: int, values: Mapping[str, Tensor]) -> None:
+        """One micro-batch's scalars of one classifier, by name."""
+        places = torch.tensor([self.slots[classifier, name] for name in values], device=self.empty.device)
+        scalars = torch.stack([v.detach().double() for v in values.values()])
+        self.summation.add({"scalars": self.empty.index_put((places,), scalars)})
+
+    def reduce(self, step: int, gradient_norm: Tensor) -> tuple[list[dict[str, float]], float]:
+        """The sums per classifier and the norm of the generator's gradient, brought to the host in one piece.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        sums = self.summation.total()["scalars"]
+        *numbers, norm = torch.cat([sums, gradient_norm.detach().to(sums).reshape(1)]).tolist()
+        figures: list[dict[str, float]] = [{} for _ in self.names]
+        for (k, name), value in zip(self.slots, numbers, strict=True):
+            figures[k][name] = value
+            _check(step, f"{self.prefixes[k]}{name}", value)
+        _check(step, "gradient/generator", norm)
+        return figures, norm
+
+    def summarize(
+        self, figures: Sequence[Mapping[str, float]], alphas: Sequence[float], norm: float, weight: float
+    ) -> dict[str, float]:
+        """What is logged: one classifier's figures under their own names; of several the means, and each one's under its prefix.
+
+        Args:
+            figures: of ``close``.
+            alphas: of the step.
+            norm: of the generator's gradient.
+            weight: of L_stat in the loss.
+        """
+        summary = [
+            _summary(f, terms, alpha, weight) for f, terms, alpha in zip(figures, self.losses, alphas, strict=True)
+        ]
+        if len(summary) == 1:
+            return {**summary[0], "gradient/generator": norm}
+        means = {
+            name: sum(one[name] for one in summary) / len(summary)
+            for name in ("loss", "stationarity", "duality", "alpha", "rho", "multiplier_sum")
+        }
+        each = {
+            f"{own}{name}": value
+            for own, one in zip(self.prefixes, summary, strict=True)
+            for name, value in one.items()
+        }
+        return {**means, "gradient/generator": norm, **each}
+
+
+def micro_batch_scalars(
+    micro_batch: tuple[int, int],
+    residual: Residual,
+    losses: Mapping[str, Tensor],
+    margins: Tensor,
+    multipliers: Tensor,
+    S: float,
+    gx: Tensor,
+    gmu: Tensor,
+) -> dict[str, Tensor]:
+    """What a micro-batch has for the account."""
+    once = residual.terms if micro_batch[0] == 0 else {}  # L_stat is known to every rank, and counts once
+    mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
+    balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
+    return {
+        **{f"stationarity/{name}": term for name, term in once.items()},
+        **losses,
+        **dict(zip(BALANCE, balance, strict=True)),
+    }
+
+
+def rho(figures: Mapping[str, float], alpha: float) -> float:
+    """sum mu e^a m / sum mu: 1 at a KKT point."""
+    return math.exp(alpha) * figures["sum_mu_m"] / max(figures["sum_mu"], 1e-300)
+
+
+def _summary(figures: Mapping[str, float], terms: Sequence[str], alpha: float, weight: float) -> dict[str, float]:
+    residual = sum(value for name, value in figures.items() if name.startswith("stationarity/"))
+    return {
+        "loss": weight * residual + sum(figures[name] for name in terms),
+        "stationarity": residual,
+        "duality": figures["feasibility"] + figures.get("slackness", 0.0),
+        "alpha": alpha,
+        "rho": rho(figures, alpha),
+        "multiplier_sum": figures["sum_mu"],
+        "gradient/x": math.sqrt(figures["gx"]),
+        "gradient/multipliers": math.sqrt(figures["gmu"]),
+        **{name: value for name, value in figures.items() if name not in BALANCE},
+    }
+
+
+def _check(step: int, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"step {step}: the term {name!r} is {value}; the generator was not updated",
+            "train in another run_dir with a lower optimizer.lr, or look at the classifier's weights",
+        )

@@ -1,0 +1,1 @@
+"""Command lines composed into typed settings; shared by the verbs."""

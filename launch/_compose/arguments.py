@@ -1,0 +1,84 @@
+"""Command lines as people type them (``c2g status DIR --json``), turned into Hydra's ``field=value``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import get_type_hints
+
+from hpc_c2g.errors import UserError
+
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", *WITH_VALUE)
+
+
+def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = ()) -> list[str]:
+    """``field=value`` for flags (``--dry-run``, ``--only failed``) and for words in order (``DIR``); Hydra's own flags come last.
+
+    Args:
+        argv: the command line after the verb.
+        schema: dataclass with the verb's fields.
+        positional: fields that words without ``=`` fill in turn; the last takes all further ones if it is a list.
+
+    Raises:
+        UserError: an unknown flag, a flag without its value, or more words than fields.
+    """
+    types, names = get_type_hints(schema), {f.name for f in fields(schema)}
+    words: dict[str, list[str]] = {}
+    result, hydra, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        field = name.replace("-", "_")
+        if word.split("=")[0] in HYDRA_FLAGS:
+            hydra.append(word)
+            if word in WITH_VALUE and rest:
+                hydra.append(rest.pop(0))
+        elif word.startswith("--") and field in names:
+            if not equals:
+                value = "true" if types[field] is bool else rest.pop(0) if rest else ""
+            if not value:
+                raise UserError(f"{word} has no value", f"write {word} VALUE")
+            result.append(f"{field}={quoted(value)}")
+        elif word.startswith("-"):
+            raise UserError(f"{word} is unknown", "see --help")
+        elif re.match(r"[+~]*[A-Za-z_][\w./@]*=", word) or word.startswith("~"):
+            result.append(word)
+        else:
+            fitting = next((p for p in positional if p not in words or types[p] == list[str]), None)
+            if fitting is None:
+                raise UserError(f"{word!r} is one word too many", "write field=value; see --help")
+            words.setdefault(fitting, []).append(word)
+    for name, values in words.items():
+        several = types[name] == list[str]
+        result.append(f"{name}=[{','.join(map(quoted, values))}]" if several else f"{name}={quoted(values[0])}")
+    return result + hydra  # argparse, which Hydra reads with, refuses overrides that flags split
+
+
+def quoted(value: str) -> str:
+    """A value as it is, whatever characters it has, in Hydra's syntax."""
+    if re.fullmatch(r"[A-Za-z0-9_./:-]+", value):
+        return value
+    # within quotes Hydra reads a backslash only before a quote
+    inner = re.sub(r'(\\*)"', lambda m: m[1] * 2 + '\\"', value)
+    inner = re.sub(r"(\\+)$", lambda m: m[1] * 2, inner)
+    return f'"{inner}"'
+
+
+def split_grid(overrides: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
+    """(the verb's own overrides, those of the grid): what names no field of ``schema`` is a field of some stage.
+
+    ``cluster=NAME`` is short for ``cluster.name=NAME`` (Hydra would take it for a choice of the group of `c2g plan`), and
+    ``profile.FIELD`` for ``cluster.profile.FIELD``, ``experiment=NAME`` for ``study=experiment/NAME``.
+    """
+    own: list[str] = []
+    grid: list[str] = []
+    names = {f.name for f in fields(schema)}
+    for word in overrides:
+        short = re.sub(r"^cluster=", "cluster.name=", re.sub(r"^profile\.", "+cluster.profile.", word))
+        short = re.sub(r"^experiment=", "study=experiment/", short)
+        top = re.split(r"[.@/=]", short.lstrip("+~"))[0]
+        mine = word.startswith("-") or top in names or (bool(own) and own[-1] in WITH_VALUE)
+        (own if mine else grid).append(short)
+    return own, grid

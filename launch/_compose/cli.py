@@ -1,0 +1,171 @@
+"""What every verb shares: Hydra composition into a typed configuration, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import hpc_c2g
+from hpc_c2g.errors import UserError
+from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
+
+T = TypeVar("T")
+EXIT_USER_ERROR = 2
+
+
+def config_folder() -> Path:
+    """The configs: inside the package in an installed wheel, beside it in a checkout."""
+    package = Path(hpc_c2g.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def run_verb(
+    verb: str,
+    schema: type[T],
+    main: Callable[[T], None],
+    groups: dict[str, dict[str, type]] | None = None,
+    overrides: list[str] | None = None,
+) -> None:
+    """Compose ``configs/<verb>.yaml`` with the overrides and call ``main`` with the typed configuration.
+
+    Args:
+        verb: name of the verb and of its config.
+        schema: dataclass of the whole configuration.
+        main: does the work.
+        groups: per Hydra group, the dataclass of each choice.
+        overrides: of the fields; None takes the command line's.
+    """
+    register(verb, schema, groups or {})
+    sys.argv = [f"c2g {verb}", *(sys.argv[1:] if overrides is None else overrides)]
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing a user can mend
+    with user_errors(verb):
+        _check_overrides(verb, sys.argv[1:])
+
+    def task(config: DictConfig) -> None:
+        with user_errors(verb):
+            main(typed(config, schema))
+
+    hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(task)()
+
+
+@contextlib.contextmanager
+def user_errors(verb: str) -> Iterator[None]:
+    """Within, a user's mistake ends the process with one line, and a signal that was heeded with a code of its own."""
+    try:
+        yield
+    except UserError as error:
+        print(f"c2g {verb}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Preempted as stop:
+        print(f"c2g {verb}: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT if stop.signal_name == "SIGINT" else EXIT_PREEMPTED)
+
+
+def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
+    """Make the dataclasses known to Hydra: ``<verb>_schema`` and ``<group>/<choice>_schema``."""
+    store = ConfigStore.instance()
+    whole = OmegaConf.structured(schema)
+    for group, choices in groups.items():
+        if len(set(choices.values())) > 1:  # another choice's dataclass is no kind of the default one
+            whole[group] = MISSING
+        for choice, node in choices.items():
+            store.store(group=group, name=f"{choice}_schema", node=node)
+    store.store(name=f"{verb}_schema", node=whole)
+
+
+def typed(config: DictConfig, schema: type[T]) -> T:
+    """The dataclass of a composed configuration, every ``__post_init__`` check passed.
+
+    Raises:
+        UserError: a mandatory value is missing, or a check failed.
+    """
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is not given", f"add {missing[0]}=VALUE to the command line")
+    try:
+        result = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise UserError(str(error).splitlines()[0], "give it on the command line") from error
+    assert isinstance(result, schema)
+    extra = set(keys(OmegaConf.to_container(config))) - set(keys(asdict(result)))  # type: ignore[call-overload]
+    if extra:  # Hydra's +key=value adds what no dataclass has
+        raise UserError(f"there is no setting {min(extra)!r}", "drop it; see --help for what can be set")
+    return result
+
+
+def composed(verb: str, overrides: list[str]) -> DictConfig:
+    """``configs/<verb>.yaml`` with overrides, also from inside another verb."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
+            return compose(verb, overrides=overrides)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _check_overrides(verb: str, argv: list[str]) -> None:
+    """Compose once before Hydra does, to turn its several lines into one that says how to mend it."""
+    args = get_args_parser().parse_args(argv)
+    if args.multirun or args.help or args.hydra_help or args.config_dir or args.config_path or args.config_name:
+        return
+    plain = OmegaConf.to_container(composed(verb, []))
+    assert isinstance(plain, dict)
+    known = list(keys(plain))
+    chosen = [override.partition("=")[0] for override in args.overrides]
+    for group in {name.partition(".")[0] for name in chosen if "." in name} - set(chosen):
+        if group in plain and plain[group] is None:
+            raise UserError(f"a field of {group} is set, but no {group} is chosen", f"add {group}=NAME")
+    try:
+        composed(verb, args.overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise readable(error, known) from error
+
+
+def readable(error: Exception, known: list[str]) -> UserError:
+    """Hydra's several lines as one that says how to mend it."""
+    if isinstance(error, OverrideParseException):
+        return UserError(f"{error.override!r} cannot be read", "write field=value, a list as 'field=[1,2]' in quotes")
+    text = f"{error}\n{error.__cause__ or ''}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and "append" in text:
+        close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see --help for what can be set"
+        return UserError(f"there is no setting {unknown[1]!r}", hint)
+    choice = re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", text)
+    if choice:
+        options = re.search(r"Available options in '[^']+':\s*((?:\s+\S+)+?)\n(?:\S|$)", text)
+        names = [n for n in options[1].split() if not n.endswith("_schema")] if options else []
+        group, _, name = choice[1].rpartition("/")
+        return UserError(f"{group}={name} is unknown", f"choose one of {', '.join(names)}" if names else "see --help")
+    wrong = re.search(r"Value '?(.+?)'? (?:of type '\w+' )?(could not be converted to \w+|is not .+)", text)
+    key = re.search(r"full_key: (\S+)", text)
+    if wrong and key:
+        return UserError(f"{key[1]}={wrong[1]} {wrong[2]}", f"give {key[1]} a value of the right type")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line.strip() != "None"]
+    return UserError(" ".join(lines[:2]), "see --help for what can be set")
+
+
+def keys(value: Any, prefix: str = "") -> Any:
+    """Dotted names of all fields of nested plain values."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{prefix}{key}"
+            yield from keys(item, f"{prefix}{key}.")
