@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.studies import sweep
 from PIL import Image
 from safetensors.torch import load_file, save
 
@@ -22,10 +23,11 @@ from hpc_c2g.classifiers.bundle import META, WEIGHTS
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
 from hpc_c2g.fitting import progress
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import RECORD, ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import RECORD, make_classifier
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.run_directory import RunDirectory
 from hpc_c2g.training.step.train_step import TrainStep
@@ -196,7 +198,7 @@ def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
     def refuse(_):
         raise UserError("first\nsecond", "mend")
 
-    monkeypatch.setattr("launch.sample.load_run", refuse)
+    monkeypatch.setattr("hpc_c2g.training.results.load_run", refuse)
     assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
 
 
@@ -310,3 +312,37 @@ def test_a_real_process_tells_a_mistake_in_one_line(tmp_path):
     child = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
     assert_one_line((child.returncode, child.stdout, child.stderr), "train", "'optimser.lr'", "optimizer.lr")
     assert list(tmp_path.iterdir()) == []
+
+
+HEAVY = ["torch", "deepspeed", "sklearn", "matplotlib"]
+"""Libraries that take seconds to import."""
+IN_A_CHILD = """
+import contextlib, io, json, sys
+from launch.__main__ import main
+
+lines, heavy = map(json.loads, sys.argv[1:])
+for line, wanted in lines:
+    sys.argv = ["c2g", *line]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    print(json.dumps([line, code == wanted, [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def test_nothing_heavy_is_imported_before_the_settings_are_right(tmp_path):
+    sweep(tmp_path / "study", "cluster=debug")
+    lines: list[tuple[list[str], int]] = [([verb, "--help"], 0) for verb in VERBS]
+    lines += [(["--help"], 0), (["--version"], 0), (["trian"], 2)]
+    lines += [([verb, "no_such_field=1"], 2) for verb in VERBS if verb not in ("doctor", "sweep")]
+    lines += [(["train", "classifier=c", "run_dir=r", "steps=0"], 2), (["bound", "run_dir=r", "device=tpu"], 2)]
+    lines += [(["status", "study"], 0), (["status", "--json", "study"], 0), (["status", "nowhere"], 2)]
+    command = [sys.executable, "-c", IN_A_CHILD, json.dumps(lines), json.dumps(HEAVY)]
+    child = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    assert child.returncode == 0, child.stderr
+    results = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(results) == len(lines)
+    assert [r for r in results if not r[1] or r[2]] == [], child.stderr
