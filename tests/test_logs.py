@@ -157,7 +157,7 @@ def test_a_run_logs_its_start_pilot_checkpoints_resumption_and_end(tmp_path, cap
         return [re.sub(r"\d+\.\d+ s|\d+ bytes", "#", record.getMessage()) for record in caplog.records]
 
     start, pilot, advice, *checkpoints, end = logged(4)
-    assert start.startswith("starting: 4 steps on 1 processes (single, no process group), device cpu, dtype float32")
+    assert start.startswith("starting: 4 steps on 1 process (single, no process group), device cpu, dtype float32")
     assert "micro-batch the whole share, G #" in start
     assert re.fullmatch(r"pilot: alpha starts at -?\d+\.\d{4} \(2 steps, #\)", pilot)
     assert advice.startswith("global_batch: 16 is no multiple of classes x codes")

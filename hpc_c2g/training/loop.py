@@ -17,6 +17,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
+from hpc_c2g.monitoring.profiler import StepProfiler
 from hpc_c2g.monitoring.run_log import RunLog, due
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config.train import TrainConfig
@@ -84,6 +85,8 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
     if resumed >= config.steps:
         return RunResult(run_dir, 0)
 
+    profiler = StepProfiler(config.profiler, run_dir, world.rank, world.size, world.device)
+
     def asked_to_stop() -> str | None:
         return world.any_rank(preemption.signal_name)  # read once: a signal may come at any moment, to any rank
 
@@ -106,14 +109,15 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
         return {**trainer.state_dict(), **own}
 
     classes = class_counts(bundles)
-    with contextlib.ExitStack() as open_files, checkpoints:
+    with contextlib.ExitStack() as open_files, checkpoints, profiler:
         log = open_files.enter_context(_log(config, resumed, setup)) if world.is_rank0 else None
         phases, monitor_state = trainer.step.phases, monitor.state
-        phases.start()
         began = time.perf_counter()
         for step in range(resumed + 1, config.steps + 1):
+            profiler.before_step(step)
             watched = due(step, config.log.every, config.steps)
             result = trainer.step(step, watched, monitor_state.lr_scale)
+            phases.enter("log")
             scalars = result.scalars
             if watched:
                 scalars = {**scalars, **shares(phases.take(), world)}
@@ -128,7 +132,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
                 )
             if due(step, config.log.images_every, config.steps):
                 _draw(trainer, log, step, config)
-            phases.mark("log")
+            phases.enter("checkpoint")
             failing = watched and monitor_state.firing and config.alarms.policy == "stop"
             stop = asked_to_stop()
             if checkpoints.due(step, config.steps) or stop or failing:
@@ -136,7 +140,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
                 world.broadcast_from_rank0(
                     functools.partial(publish, step, state())
                 )  # every rank has its part in the state
-            phases.mark("checkpoint")
+            phases.stop()
             if failing:
                 raise stop_error(step, monitor_state)
             if stop and step < config.steps:

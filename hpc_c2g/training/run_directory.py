@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "distributed.hierarchical",
     "distributed.bucket_mib",
     "log",
+    "profiler",
     "checkpoint",
 )
 EASING = "lower_lr"

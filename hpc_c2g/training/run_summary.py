@@ -19,7 +19,9 @@ from hpc_c2g.training.trainer import TrainerSetup
 
 PLAN = "plan.json"
 """In the run's folder, where ``c2g plan ... out=`` wrote one."""
-PLACES = ("classifier", "run_dir", "log.progress", "log.level", "log.all_ranks")
+PLACES = (
+    "classifier", "run_dir", "log.progress", "log.level", "log.all_ranks", "profiler.steps", "profiler.ranks", "profiler.memory"
+)  # fmt: skip
 """Settings that say nothing about a run."""
 
 
@@ -41,9 +43,10 @@ def start_message(setup: TrainerSetup) -> str:
     backend = torch.distributed.get_backend() if world.size > 1 else "no process group"
     numbers = sum(p.numel() for bundle in setup.bundles for p in bundle.parameters.values())
     size = getattr(torch, config.distributed.comm_dtype).itemsize
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
     micro_batch = setup.micro_batch or "the whole share"
     return (
-        f"starting: {config.steps} steps on {world.size} processes ({world.launch.launcher}, {backend}), device {world.device},"
+        f"starting: {config.steps} steps on {processes} ({world.launch.launcher}, {backend}), device {world.device},"
         f" dtype {config.dtype}, generator {config.generator.name}, global batch {config.global_batch},"
         f" micro-batch {micro_batch}, G {numbers * size} bytes"
     )

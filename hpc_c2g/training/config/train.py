@@ -12,6 +12,7 @@ from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, MLPGeneratorC
 from hpc_c2g.generators.latents import LatentConfig
 from hpc_c2g.kkt.closed_form import PRECISIONS
 from hpc_c2g.logs import LEVELS
+from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.settings import from_plain
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, GateConfig, PriorConfig, StationarityConfig
 
@@ -194,6 +195,7 @@ class TrainConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -206,6 +208,12 @@ class TrainConfig:
             self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
         )
         require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        require(
+            not self.profiler.steps or self.profiler.steps[1] <= self.steps,
+            "profiler.steps",
+            self.profiler.steps,
+            f"give steps from 1 to steps={self.steps}",
+        )
         size = self.micro_batch
         require(
             size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),
