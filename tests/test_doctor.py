@@ -337,7 +337,7 @@ def test_a_good_folder_is_told_so_and_left_as_it_was(tmp_path):
     folder = tmp_path / "a" / "study"
     found = check_study_folder(folder, slurm=True)
     assert [f.status for f in found if "study_dir" in f.message and "GiB free" not in f.message] == []
-    assert "written, linked, locked" in found[0].problem
+    assert "written, linked, locked" in found[0].message
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
     (folder / "study.yaml").touch()
@@ -450,7 +450,7 @@ def test_the_mount_of_a_path_is_the_deepest_and_latest():
 def test_this_machine_is_judged_by_its_python_torch_and_memory():
     assert host.check_python("3.11.2").status == "ok"
     the_only([host.check_python("3.9.1")], "error", "3.9.1", ">= 3.10")
-    assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).problem == "torch 2.9.0, 0 GPUs"
+    assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).message == "torch 2.9.0, 0 GPUs"
     broken = ask(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
     the_only([host.check_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
     the_only([host.check_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")

@@ -226,8 +226,10 @@ ENTRIES = {
     "evaluate": "hpc_c2g.evaluation.evaluate",
     "bound": "hpc_c2g.bound.sampling_error",
 }
-NO_RESULT = {f"hpc_c2g.{name}" for name in ("errors", "files", "lease", "settings", "markdown", "monitoring")}
-NO_RESULT |= {f"hpc_c2g.monitoring.{name}" for name in ("images", "layout", "provenance", "run_log", "evaluation_log")}
+NO_RESULT = {f"hpc_c2g.{name}" for name in ("errors", "files", "lease", "logs", "settings", "markdown", "monitoring")}
+NO_RESULT |= {
+    f"hpc_c2g.monitoring.{name}" for name in ("images", "layout", "provenance", "profiler", "run_log", "evaluation_log")
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)

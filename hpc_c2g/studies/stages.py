@@ -15,7 +15,18 @@ OpCost = Callable[[Path, Task], None]
 
 def prepared(stage: str) -> OpCost:
     """The stage's work, everything imported that it needs."""
-    return _PREPARE[stage]()
+    from hpc_c2g.distributed.environment import detect
+    from hpc_c2g.logs import run_logging
+    from hpc_c2g.training.config.train import LogConfig
+
+    work = _PREPARE[stage]()
+
+    def logged(study: Path, task: Task) -> None:
+        log = from_plain(LogConfig, task.config.get("log", {}))
+        with run_logging(log.level, detect().rank, study / task.folder if log.all_ranks else None):
+            work(study, task)
+
+    return logged
 
 
 def _classifier() -> OpCost:

@@ -9,6 +9,7 @@ from typing import Any
 from hpc_c2g.errors import require
 from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, LatentConfig, MLPGeneratorConfig
 from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
+from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.settings import from_plain
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, GateConfig, PriorConfig, StationarityConfig
 
@@ -150,6 +151,7 @@ class TrainConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -162,6 +164,12 @@ class TrainConfig:
             self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
         )
         require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        require(
+            not self.profiler.steps or self.profiler.steps[1] <= self.steps,
+            "profiler.steps",
+            self.profiler.steps,
+            f"give steps from 1 to steps={self.steps}",
+        )
         size = self.micro_batch
         require(
             size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),
