@@ -246,7 +246,7 @@ def test_a_graph_lets_go_of_activations_and_says_so(kept: str) -> None:
     else:
         margins, _ = s.chain.directional_sum(s.widths, s.v, s.x, s.labels, s.mu)
     torch.autograd.grad(margins.sum(), s.x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="make it anew"):
+    with pytest.raises(RuntimeError, match="evaluate the sum again"):
         torch.autograd.grad(margins.sum(), s.x)
 
 
