@@ -32,7 +32,7 @@ from hpc_c2g.fitting.coupled_product import coupled_product
 from hpc_c2g.fitting.equations import count_equations
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 from hpc_c2g.kkt.normalization import BatchStatistics, couples, replace_norms, use_statistics
-from hpc_c2g.kkt.stationarity import AUTO, resolve_form, kkt_sum, left_side, residual, residual_weights, squared_norms
+from hpc_c2g.kkt.stationarity import AUTO, kkt_sum, left_side, residual, residual_weights, resolve_form, squared_norms
 
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
