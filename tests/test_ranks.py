@@ -233,7 +233,7 @@ def test_the_tree_adds_neighbors() -> None:
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     alone = LaunchEnvironment("test", 0, 3, 0, 3, f"file://{tmp_path / 'meeting'}")
-    with pytest.raises(UserError, match="rank 1, 2 of 3 did not come within 1 s"):
+    with pytest.raises(UserError, match="rank 1, 2 of 3 did not join within 1 s"):
         World.start("cpu", deterministic=False, launch=alone, seconds=1)
 
 

@@ -17,7 +17,7 @@ def prepared(stage: str) -> OpCost:
     """The stage's work, everything imported that it needs."""
     from hpc_c2g.distributed.environment import detect
     from hpc_c2g.logs import run_logging
-    from hpc_c2g.training.config.train import LogConfig
+    from hpc_c2g.monitoring.config import LogConfig
 
     work = _PREPARE[stage]()
 
