@@ -13,9 +13,8 @@ from hpc_c2g.reporting.board import FOLDER
 from hpc_c2g.reporting.collect import Collected
 from hpc_c2g.reporting.collect import collect as bring_together
 from hpc_c2g.reporting.tables import shown
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import look
+from hpc_c2g.studies.task_status import read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 
@@ -39,7 +38,7 @@ class CollectConfig:
 def collected(folder: Path) -> Collected:
     """The study's tables and board, up to date."""
     study = read_study(folder)
-    return bring_together(folder, study.study.name, look(folder, Ledger(folder).rows(), None))
+    return bring_together(folder, study.study.name, read_statuses(folder, None))
 
 
 def collect(config: CollectConfig) -> None:

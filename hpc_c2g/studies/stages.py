@@ -1,4 +1,4 @@
-"""What each stage does, on settings and folders alone. Imports of the science wait until they are needed: they take seconds."""
+"""Work of each stage, on settings and folders alone. A stage's imports, which take seconds, are made when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from hpc_c2g.settings import from_plain
 from hpc_c2g.studies.tasks import Task
 
-OpCost = Callable[[Path, Task], None]
+StageFn = Callable[[Path, Task], None]
 """Called with the study's folder and the task; several processes at once where the task has several ranks."""
 
 
-def prepared(stage: str) -> OpCost:
-    """The stage's work, everything imported that it needs."""
-    return _PREPARE[stage]()
+def load_stage(stage: str) -> StageFn:
+    """Return the function that does the stage's work, with all its imports made."""
+    return _LOADERS[stage]()
 
 
-def _classifier() -> OpCost:
+def _classifier() -> StageFn:
     from hpc_c2g.fitting.fit import FITS
     from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
     from hpc_c2g.fitting.progress import LogLines
 
     def work(study: Path, task: Task) -> None:
-        # whatever an attempt that was cut off left there is replaced
+        # replaces what a killed attempt left there
         values = {**task.config, "out": str(study / task.folder), "overwrite": True}
         config = from_plain(ClassifierConfig, values, {"fit": FITS})
         make_classifier(config, LogLines(config.fit, functools.partial(print, flush=True)))
@@ -32,7 +32,7 @@ def _classifier() -> OpCost:
     return work
 
 
-def _certify() -> OpCost:
+def _certify() -> StageFn:
     from hpc_c2g.data.config import DataConfig
     from hpc_c2g.fitting.certify import certify_bundle
 
@@ -43,7 +43,7 @@ def _certify() -> OpCost:
     return work
 
 
-def _train() -> OpCost:
+def _train() -> StageFn:
     from hpc_c2g.training.config.train import config_from
     from hpc_c2g.training.loop import train
 
@@ -55,7 +55,7 @@ def _train() -> OpCost:
     return work
 
 
-def _evaluate() -> OpCost:
+def _evaluate() -> StageFn:
     from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
 
     def work(study: Path, task: Task) -> None:
@@ -65,7 +65,7 @@ def _evaluate() -> OpCost:
     return work
 
 
-def _bound() -> OpCost:
+def _bound() -> StageFn:
     from hpc_c2g.bound.sampling_error import BoundConfig, sampling_error
 
     def work(study: Path, task: Task) -> None:
@@ -74,7 +74,7 @@ def _bound() -> OpCost:
     return work
 
 
-_PREPARE: dict[str, Callable[[], OpCost]] = {
+_LOADERS: dict[str, Callable[[], StageFn]] = {
     "classifier": _classifier,
     "certify": _certify,
     "train": _train,
