@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_c2g.reporting.tables import shown
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import look
+from hpc_c2g.studies.task_status import read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 
@@ -44,7 +43,7 @@ def collected(folder: Path) -> Collected:
     )  # torch takes seconds to import: after the settings are checked
 
     study = read_study(folder)
-    return bring_together(folder, study.study.name, look(folder, Ledger(folder).rows(), None))
+    return bring_together(folder, study.study.name, read_statuses(folder, None))
 
 
 def collect(config: CollectConfig) -> None:

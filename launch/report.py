@@ -13,9 +13,8 @@ from hpc_c2g.monitoring.provenance import revision, versions
 from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.reporting.results import Results, Row, bound_groups
 from hpc_c2g.reporting.tables import cell, columns
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import View, look
+from hpc_c2g.studies.task_status import TaskStatus, read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 from launch._compose.recipes import recipes
@@ -51,7 +50,7 @@ def report(config: ReportConfig) -> None:
 
     folder = Path(config.study_dir)
     study = read_study(folder)
-    views = look(folder, Ledger(folder).rows(), None)
+    views = read_statuses(folder, None)
     found = collect(folder, study.study.name, views)
     runs = found.runs
     archive = Archive(folder / FOLDER / CACHE)
@@ -102,7 +101,7 @@ def _table(title: str, caption: str, rows: list[Row]) -> Table:
     return Table(title, caption, names, cells, numeric)
 
 
-def alarms(archive: Archive, runs: dict[str, View]) -> Table:
+def alarms(archive: Archive, runs: dict[str, TaskStatus]) -> Table:
     """Signatures of failure that ever fired, with when and how strongly."""
     from hpc_c2g.reporting.page import Table
 
@@ -118,7 +117,7 @@ def alarms(archive: Archive, runs: dict[str, View]) -> Table:
                 highest = float(reading.curves.of(f"signature/{name}")[1].max())
                 now = "yes" if fired[-1] == steps[-1] else "no"
                 rows.append(
-                    [key, view.row.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
+                    [key, view.task.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
                 )
     names = ["run", "point", "signature", "first at step", "highest level", "to the end", "reason", "advice"]
     caption = "Signatures of failing runs, from training's own scalars, without data; a level above 1 fires."

@@ -26,7 +26,7 @@ from hpc_c2g.preflight.node_checks import Job, Login, clock_skew, judge
 from hpc_c2g.preflight.study_folder import Mount, Probe, check_study_folder, mount_of
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.scheduling.programs import Answer, ask
+from hpc_c2g.scheduling.programs import Answer, query
 
 PROFILE = SlurmProfile(
     name="c", partition="main", account="physics", qos="normal", cpus_per_task=2, mem_gb=4, python=sys.executable
@@ -182,7 +182,7 @@ def test_a_rehearsal_that_hangs_is_unknown(slurm):
 
 
 def test_no_shell_reads_a_name(slurm, tmp_path):
-    assert ask("scontrol", "show", "hostnames", f"$(touch {tmp_path}/x);n1").output
+    assert query("scontrol", "show", "hostnames", f"$(touch {tmp_path}/x);n1").output
     assert not (tmp_path / "x").exists()
 
 
@@ -190,7 +190,7 @@ def test_the_habits_of_the_user_do_not_change_the_answer(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     monkeypatch.setenv("SLURM_CONF", "/a")
     slurm.has("scontrol", "env")
-    told = ask("scontrol").output
+    told = query("scontrol").output
     assert "SLURM_CONF=/a" in told
     assert "SLURM_TIME_FORMAT" not in told
 
@@ -451,7 +451,7 @@ def test_this_machine_is_judged_by_its_python_torch_and_memory():
     assert host.check_python("3.11.2").status == "ok"
     the_only([host.check_python("3.9.1")], "error", "3.9.1", ">= 3.10")
     assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).message == "torch 2.9.0, 0 GPUs"
-    broken = ask(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
+    broken = query(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
     the_only([host.check_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
     the_only([host.check_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
     meminfo = "MemTotal: 9 kB\nMemAvailable:    4194304 kB\n"

@@ -1,4 +1,4 @@
-"""What each stage does, on settings and folders alone. Imports of the science wait until they are needed: they take seconds."""
+"""Work of each stage, on settings and folders alone. A stage's imports, which take seconds, are made when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from hpc_c2g.settings import from_plain
 from hpc_c2g.studies.tasks import Task
 
-OpCost = Callable[[Path, Task], None]
+StageFn = Callable[[Path, Task], None]
 """Called with the study's folder and the task; several processes at once where the task has several ranks."""
 
 
-def prepared(stage: str) -> OpCost:
-    """The stage's work, everything imported that it needs."""
+def load_stage(stage: str) -> StageFn:
+    """Return the function that does the stage's work, with all its imports made; it logs as the task's settings say."""
     from hpc_c2g.distributed.environment import detect
     from hpc_c2g.logs import run_logging
     from hpc_c2g.monitoring.config import LogConfig
 
-    work = _PREPARE[stage]()
+    work = _LOADERS[stage]()
 
     def logged(study: Path, task: Task) -> None:
         log = from_plain(LogConfig, task.config.get("log", {}))
@@ -29,13 +29,13 @@ def prepared(stage: str) -> OpCost:
     return logged
 
 
-def _classifier() -> OpCost:
+def _classifier() -> StageFn:
     from hpc_c2g.fitting.config import FITS, ClassifierConfig
     from hpc_c2g.fitting.make import make_classifier
     from hpc_c2g.fitting.progress import LogLines
 
     def work(study: Path, task: Task) -> None:
-        # whatever an attempt that was cut off left there is replaced
+        # replaces what a killed attempt left there
         values = {**task.config, "out": str(study / task.folder), "overwrite": True}
         config = from_plain(ClassifierConfig, values, {"fit": FITS})
         make_classifier(config, LogLines(config.fit, functools.partial(print, flush=True)))
@@ -43,7 +43,7 @@ def _classifier() -> OpCost:
     return work
 
 
-def _certify() -> OpCost:
+def _certify() -> StageFn:
     from hpc_c2g.data.config import DataConfig
     from hpc_c2g.fitting.certify import certify_bundle
 
@@ -54,7 +54,7 @@ def _certify() -> OpCost:
     return work
 
 
-def _train() -> OpCost:
+def _train() -> StageFn:
     from hpc_c2g.training.config.train import config_from
     from hpc_c2g.training.loop import train
 
@@ -66,7 +66,7 @@ def _train() -> OpCost:
     return work
 
 
-def _evaluate() -> OpCost:
+def _evaluate() -> StageFn:
     from hpc_c2g.evaluation.config import EvaluateConfig
     from hpc_c2g.evaluation.evaluate import evaluate
 
@@ -77,7 +77,7 @@ def _evaluate() -> OpCost:
     return work
 
 
-def _bound() -> OpCost:
+def _bound() -> StageFn:
     from hpc_c2g.bound.config import BoundConfig
     from hpc_c2g.bound.sampling_error import sampling_error
 
@@ -87,7 +87,7 @@ def _bound() -> OpCost:
     return work
 
 
-_PREPARE: dict[str, Callable[[], OpCost]] = {
+_LOADERS: dict[str, Callable[[], StageFn]] = {
     "classifier": _classifier,
     "certify": _certify,
     "train": _train,
