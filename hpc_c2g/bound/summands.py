@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from hpc_c2g.training.step.schedules import gate_width
 
 INDEPENDENT = "independent"
 DRAWS = (INDEPENDENT, *reversed(SCHEMES))
-"""How a batch may be drawn: labels and latents at random, or as ``LatentConfig.scheme`` says, with labels that cycle."""
+"""How a batch may be drawn: labels and latents at random, or by a scheme of ``LatentSampler``, with labels that cycle."""
 APART = 2**62
 """Steps from here on are no run's: draws never meet the latents that a generator was trained on."""
 ROWS, ELEMENTS = 16, 2**24
@@ -43,7 +42,7 @@ def drawing(
 
     Args:
         scheme: one of ``DRAWS``.
-        config: of the run's latents; its bank is left out.
+        config: of the run's latents.
         classes: C.
         batch: B.
         seed: of the draws.
@@ -58,7 +57,7 @@ def drawing(
             return Latents(normal_quantiles(u[:, 1:]), labels, index, torch.full_like(index, classifier))
 
         return independent
-    sampler = LatentSampler(replace(config, scheme=scheme, bank_fraction=0.0), classes, batch, 1, seed, classifier)
+    sampler = LatentSampler(config.dimensions, classes, batch, seed, classifier, scheme)
     return lambda number: sampler.batch(first + number, 0, batch)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hpc_c2g.kkt.margins import pairwise_margins
 from hpc_c2g.kkt.normalization import Moments, Reduction, channels_last
+from hpc_c2g.kkt.stationarity import OnReady
 
 MicroBatch = tuple[Tensor, Tensor, Tensor]
 """x ``[b, *S]``, labels ``[b]`` and mu ``[b, C]`` of a micro-batch."""
@@ -107,8 +108,16 @@ class CoupledSum:
         for layer in reversed(range(len(self.values))):
             self.adjoints[layer] = self._total(lambda micro_batch, layer=layer: self._adjoint(micro_batch, layer))  # type: ignore[misc]
 
-    def kkt_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margins and G of one micro-batch, without a graph."""
+    def kkt_sum(
+        self, x: Tensor, labels: Tensor, multipliers: Tensor, keep_graph: bool = False, on_ready: OnReady | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margins and G of one micro-batch, without a graph; ``on_ready`` is not called.
+
+        Raises:
+            ValueError: ``keep_graph``: the graph of one micro-batch is not that of G.
+        """
+        if keep_graph:
+            raise ValueError("the KKT sum of coupled micro-batches keeps no graph")
         leaves = self._leaves()
         with torch.enable_grad():
             margins, lagrangian, _ = self._lagrangian(leaves, self.values, (x.detach(), labels, multipliers.detach()))

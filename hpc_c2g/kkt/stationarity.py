@@ -29,6 +29,8 @@ AUTO = "auto"
 WEIGHTINGS = ("relative", "per_tensor", "scale_free")
 Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
+OnReady = Callable[[str, Tensor], None]
+"""Called with (name, G_k) as soon as a backward has G_k."""
 
 
 def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
@@ -88,7 +90,7 @@ def kkt_sum(
     labels: Tensor,
     multipliers: Tensor,
     keep_graph: bool = False,
-    on_ready: Callable[[str, Tensor], None] | None = None,
+    on_ready: OnReady | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Margins and G_k = sum_ij mu_ij grad_k m_ij of one micro-batch.
 
