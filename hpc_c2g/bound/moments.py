@@ -72,7 +72,7 @@ def measure(summands: Summands, count: int, seed: int) -> Moments:
     means, center_variance = expectation(summands, count, seed)
     center, variances, reach, reach_overall = means.mean(0), [], 0.0, 0.0
     classes = summands.classes
-    latents = fresh_latents(seed, count, summands.latents.dimensions, classes, classifier=summands.classifier)
+    latents = fresh_latents(seed, count, summands.latents.dimensions, classes, member=summands.classifier)
     for c, mean in enumerate(means):
         own = latents[c::classes]
         number, squares, drift = len(own.labels), 0.0, torch.zeros_like(mean)

@@ -1,7 +1,7 @@
 """The error of the KKT sum against the batch size, beside the law and the bound it is compared with. Needs no data.
 
 The loss takes G(B), a mean over a batch, for its expectation G. All norms here are those of the loss: ||u||^2 =
-sum_k w_k e^(2 a (1 - lambda_k)) ||u_k||^2, where the left side has norm 1 (``stationarity.weighting=relative``), so that
+sum_k w_k e^(2 a (1 - lambda_k)) ||u_k||^2, where the left side has norm 1 (``relative`` weights), so that
 
     E L_stat(G(B)) = L_stat(G) + E||G(B) - E G(B)||^2 + ||d||^2 - 2 <left - G, d>,    d = E G(B) - G
 
@@ -30,6 +30,7 @@ from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
+from hpc_c2g.generators.latents import TRAINING_SCHEME
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.bundles import class_counts, load_bundles
 from hpc_c2g.training.step.sharding import batch_shares
@@ -63,7 +64,7 @@ def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda t
         "uses_real_data": False,
         "run_dir": config.run_dir,
         "step": run.step,
-        "scheme": run.config.latents.scheme,
+        "scheme": TRAINING_SCHEME,
         "confidence": CONFIDENCE,
         "settings": asdict(config),
         "classifiers": results,
@@ -86,7 +87,7 @@ def _measure(
             log_fn(f"{name}: {scheme}, {config.repeats} batches of {batch}")
             draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, summands.classifier)
             means = (summands.mean(draw(i)) for i in range(config.repeats))
-            row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == summands.latents.scheme}
+            row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == TRAINING_SCHEME}
             rows.append(row | row_of(means, moments, summands.left, residual, scheme, batch))
     listed = [row for row in rows if row["batch"] in config.batches]
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def drawing(
 
     Args:
         scheme: one of ``DRAWS``.
-        config: of the run's latents; its bank is left out.
+        config: of the run's latents.
         classes: C.
         batch: B.
         seed: of the draws.
@@ -50,7 +49,7 @@ def drawing(
             return Latents(normal_quantiles(u[:, 1:]), labels, index, torch.full_like(index, classifier))
 
         return independent
-    sampler = LatentSampler(replace(config, scheme=scheme, bank_fraction=0.0), classes, batch, 1, seed, classifier)
+    sampler = LatentSampler(config.dimensions, classes, batch, seed, classifier, scheme)
     return lambda number: sampler.batch(first + number, 0, batch)
 
 

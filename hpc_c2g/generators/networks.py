@@ -1,4 +1,4 @@
-"""Image generators (z, y, k) -> x and the multiplier network (z, y, k) -> h, in one trainable module; k is the classifier.
+"""Image generators (z, y, k) -> x and the multiplier network (z, y, k) -> h, in one trainable module; k is the member.
 
 Each classifier has its own label space, its own embeddings and its own input box; all share the decoder. No network uses
 batch statistics: a sample must not depend on which others share its micro-batch.
@@ -17,6 +17,11 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.kkt.duality import neutral_logit
+
+MULTIPLIER_WIDTHS = (128, 128)
+"""Hidden layers of the multiplier network of a generator without codes; with codes it is a table with a row per code."""
+OUTPUT_SCALE = 0.3
+"""Factor on the last weights of the image network at the start."""
 
 
 def _of(table: Tensor, classifier: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ class ConvImage(nn.Module):
             nn.GroupNorm(8, channels[-1]), nn.ReLU(), nn.Conv2d(channels[-1], shape[0], 3, padding=1)
         )
         with torch.no_grad():
-            self.tail[-1].weight.mul_(config.output_scale)  # type: ignore[operator]
+            self.tail[-1].weight.mul_(OUTPUT_SCALE)  # type: ignore[operator]
 
     def forward(self, features: Tensor) -> Tensor:
         """The image before the box."""
@@ -108,7 +113,7 @@ class Condition(nn.Module):
 
     def rows(self, latents: Latents) -> Tensor:
         """Row of the table per sample, ``[B]``."""
-        labels: Tensor = _of(self.first, latents.classifier) + latents.labels
+        labels: Tensor = _of(self.first, latents.member) + latents.labels
         if not self.codes:
             return labels
         quantile: Tensor = torch.special.ndtr(latents.z[:, 0].double())
@@ -160,7 +165,7 @@ class Generator(nn.Module):
             self.image: nn.Module = ConvImage(features, shape, config)
         else:
             self.image = nn.Sequential(
-                perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
+                perceptron([features, *config.widths, math.prod(shape)], OUTPUT_SCALE), nn.Unflatten(1, shape)
             )
         rows = sum(classes) * max(1, config.codes)
         self.canvas = nn.Embedding(rows, math.prod(shape)) if config.canvas else None
@@ -172,7 +177,7 @@ class Generator(nn.Module):
             self.multiplier: nn.Module = nn.Embedding(rows, max(classes))
             nn.init.zeros_(self.multiplier.weight)
         else:
-            self.multiplier = perceptron([features, *config.multiplier_widths, max(classes)], 1.0)
+            self.multiplier = perceptron([features, *MULTIPLIER_WIDTHS, max(classes)], 1.0)
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` in each classifier's normalized space, and the multiplier logits h ``[B, max C_k]``."""
@@ -182,7 +187,7 @@ class Generator(nn.Module):
         t = self.image(features)
         if self.canvas is not None:
             t = t + self.canvas(rows).view_as(t)
-        return self.box(t, latents.classifier), h + _of(self.neutral, latents.classifier)
+        return self.box(t, latents.member), h + _of(self.neutral, latents.member)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, codes, multipliers, canvases where there are any."""
@@ -234,7 +239,7 @@ class FreeImages(nn.Module):
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` and the multiplier logits h ``[B, max C_k]``."""
-        k, index = latents.classifier, latents.index
+        k, index = latents.member, latents.index
         index = torch.where(index < _of(self.count, k), index, index % _of(self.whole, k))
         places = _of(self.first, k) + index
         return self.image[places], self.multiplier[places]

@@ -136,7 +136,7 @@ class TrainedGenerator:
         total = factor * -(-count // len(self.classes)) * classes
         if isinstance(self.module, FreeImages):  # a finite set: every candidate once
             total = self.module.counts[member.index]
-        latents = fresh_latents(seed, total, self.dimensions, classes, classifier=member.index)
+        latents = fresh_latents(seed, total, self.dimensions, classes, member=member.index)
         common = torch.tensor([self.classes.index(name) for name in member.classes])
         return *self.draw(latents, member), common[latents.labels]
 
@@ -148,7 +148,7 @@ class TrainedGenerator:
         parts: dict[int, list[Tensor]] = {}
         for member in self.members:
             columns = len(member.classes)
-            latents = fresh_latents(seed, rows * columns, self.dimensions, columns, classifier=member.index)
+            latents = fresh_latents(seed, rows * columns, self.dimensions, columns, member=member.index)
             drawn = self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape)
             parts.setdefault(member.classifier, []).append(drawn)
         turn = torch.arange(rows)
