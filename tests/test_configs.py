@@ -18,10 +18,13 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.planning.hardware import HardwareSpec
+from hpc_c2g.renamed import REMOVED, RENAMED, VALUES, refuse_old_name
 from hpc_c2g.studies.config import StudyConfig
-from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig, config_from
 from launch.__main__ import VERBS
-from launch._compose.cli import composed, config_folder, register, typed
+from launch._compose.cli import composed, config_folder, keys, register, typed
+from launch._compose.grid import plan as grid_plan
+from launch._compose.grid import resolved
 
 CONFIGS = config_folder()
 REQUIRED = {
@@ -189,6 +192,69 @@ def test_a_missing_value_is_named(field):
     given = [f"{k}={v}" for k, v in REQUIRED["train"].items() if k != field]
     with pytest.raises(UserError, match=f"^{field} is not given"):
         typed(composed("train", given), schema)
+
+
+EARLIER = {
+    "plan": ("cluster", "profile", "save_profile"),
+    "classifier": ("fit.optimiser", "fit.rate", "normalisation"),
+}
+"""Verbs other than ``train`` of settings that had another name."""
+FIELDS = {"optimiser": "betas", "scale": "gain", "normalisation": "kind"}
+"""A field of each renamed group that kept its name."""
+
+
+def old_names() -> list[tuple[str, str, str]]:
+    """Verb, old name and new name of every row of the table."""
+    found = []
+    for old, new in RENAMED.items():
+        verb = next((verb for verb, names in EARLIER.items() if old in names), "train")
+        field = f".{FIELDS[old]}" if old in FIELDS else ""
+        found.append((verb, old + field, new + field))
+        found += [
+            (verb, f"{group}.{old.partition('.')[2]}", new)
+            for group in FIELDS
+            if RENAMED[group] == old.partition(".")[0]
+        ]
+    return found
+
+
+def test_every_setting_that_had_another_name_is_answered_with_the_new_one_on_the_command_line(capsys):
+    assert len(old_names()) > len(RENAMED)
+    for verb, old, new in old_names():
+        assert exit_code(verb, *(["fit=ordinary"] if old.startswith("fit.") else []), f"{old}=7") == 2
+        assert capsys.readouterr().err == f"c2g {verb}: error: {old} is now called {new} -- write {new}=7\n"
+        schema, groups = verb_schema(verb)
+        register(verb, schema, groups)
+        plain = OmegaConf.to_container(composed(verb, ["fit=ordinary"] if verb == "classifier" else []))
+        assert new in set(keys(plain)), "the new name is no setting"
+    for (key, old), new in VALUES.items():
+        assert exit_code("train", f"{key}={old}") == 2
+        assert capsys.readouterr().err == f"c2g train: error: {key}={old} is now called {new} -- write {key}={new}\n"
+        assert OmegaConf.select(OmegaConf.structured(compose("train", f"{key}={new}")), key) == new
+    for name, reason in REMOVED.items():
+        with pytest.raises(UserError, match=f"^{name} was removed: {reason} -- drop {name}$"):
+            refuse_old_name(name)
+
+
+def nested(key, value):
+    group, dot, field = key.partition(".")
+    return {group: {field: value}} if dot else {group: value}
+
+
+def test_every_setting_that_had_another_name_is_answered_with_the_new_one_in_the_files_of_runs_and_studies():
+    train = [(old, new) for verb, old, new in old_names() if verb == "train"]
+    for old, new in train:
+        with pytest.raises(UserError, match=f"^{old} is now called {new} -- write {new}=7$"):
+            config_from({**REQUIRED["train"], **nested(old, 7)})
+        with pytest.raises(UserError, match=f"{old} is now called {new} -- "):
+            resolved("train", (f"{old}=7",))
+        with pytest.raises(UserError, match=f"^{old} is now called {new} -- "):
+            grid_plan(
+                StudyConfig(name="s", stages=["classifier", "train"]), [{old: "7"}], {"classifier": "", "train": ""}
+            )
+    for (key, old), new in VALUES.items():
+        with pytest.raises(UserError, match=f"^{key}={old} is now called {new} -- write {key}={new}$"):
+            config_from({**REQUIRED["train"], **nested(key, old)})
 
 
 RANGES = [

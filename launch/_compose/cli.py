@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import hpc_c2g
 from hpc_c2g.errors import UserError
+from hpc_c2g.renamed import refuse_old_name, refuse_old_value
 from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
 from launch._compose.arguments import INFORMATION, home_expanded, split_flags
 
@@ -146,10 +147,15 @@ def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
     for group in sorted({name.partition(".")[0] for name in chosen if "." in name} - chosen):
         if group in optional and (config_folder() / group).is_dir():
             raise UserError(f"a field of {group} is set, but no {group} is chosen", f"add {group}=NAME")
+    for override in overrides:
+        refuse_old_value(*override.partition("=")[::2])
     try:
         return composed(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         known = list(keys(OmegaConf.to_container(composed(verb, []))))
+        for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
+            if key not in known:
+                refuse_old_name(key, value)
         raise readable(error, known) from error
 
 
@@ -160,6 +166,7 @@ def readable(error: Exception, known: list[str]) -> UserError:
     text = f"{error}\n{error.__cause__ or ''}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and "append" in text:
+        refuse_old_name(unknown[1])
         close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help for what can be set"
         return UserError(f"there is no setting {unknown[1]!r}", hint)
