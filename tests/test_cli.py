@@ -137,11 +137,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(c2g, places, name):
-    command, *fragments = MISTAKES[name]
-    arguments = command.format(**places).split()
-    assert_one_line(c2g(*arguments), arguments[0], *(fragment.format(**places) for fragment in fragments))
+def test_a_mistake_is_one_line(c2g, places, tmp_path, monkeypatch):
+    for number, (command, *fragments) in enumerate(MISTAKES.values()):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        arguments = command.format(**places).split()
+        assert_one_line(c2g(*arguments), arguments[0], *(fragment.format(**places) for fragment in fragments))
 
 
 def spoil(folder: Path, change) -> None:
@@ -164,12 +165,13 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_bundle_is_one_line(c2g, places, tmp_path, name):
-    change, fragment = SPOILT[name]
-    shutil.copytree(places["classifier"], tmp_path / "bundle")
-    change(tmp_path / "bundle")
-    assert_one_line(c2g("train", "classifier=bundle", "run_dir=r", "global_batch=8"), "train", fragment)
+def test_a_spoilt_bundle_is_one_line(c2g, places, tmp_path, monkeypatch):
+    for number, (change, fragment) in enumerate(SPOILT.values()):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        shutil.copytree(places["classifier"], "bundle")
+        change(Path("bundle"))
+        assert_one_line(c2g("train", "classifier=bundle", "run_dir=r", "global_batch=8"), "train", fragment)
 
 
 def test_weights_of_another_net_are_one_line(c2g, tmp_path):
@@ -206,12 +208,12 @@ def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
     assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
 
 
-@pytest.mark.parametrize(("verb", "meant"), [("trian", "train"), ("samples", "sample"), ("quux", None)])
-def test_an_unknown_verb_is_one_line_with_a_suggestion(c2g, verb, meant):
-    code, _, err = c2g(verb)
-    assert code == 2
-    wanted = f"did you mean {meant}?" if meant else f"choose one of {', '.join(VERBS)}"
-    assert err == f"c2g: error: there is no verb {verb!r} -- {wanted}\n"
+def test_an_unknown_verb_is_one_line_with_a_suggestion(c2g):
+    for verb, meant in (("trian", "train"), ("samples", "sample"), ("quux", None)):
+        code, _, err = c2g(verb)
+        assert code == 2
+        wanted = f"did you mean {meant}?" if meant else f"choose one of {', '.join(VERBS)}"
+        assert err == f"c2g: error: there is no verb {verb!r} -- {wanted}\n"
 
 
 def test_usage_lists_the_verbs(c2g):
