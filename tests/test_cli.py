@@ -97,6 +97,14 @@ MISTAKES = {
     "wrong type of flag": ("train classifier={classifier} run_dir=r deterministic=perhaps", "deterministic=perhaps"),
     "wrong type of list": ("train classifier={classifier} run_dir=r generator.widths=wide", "generator.widths"),
     "syntax": ("train classifier={classifier} run_dir=r steps=[1", "steps=[1"),
+    "value with a sign of equality": (
+        "classifier out=o fit=import fit.state_dict=epoch=3.pt",
+        "fit.state_dict=epoch=3.pt",
+        """'fit.state_dict="epoch=3.pt"'""",
+    ),
+    "value beyond ASCII": ("train classifier=c run_dir=Zürich", """'run_dir="Zürich"'"""),
+    "unknown reference": ("train classifier=c run_dir=${{x}}/r", "run_dir cannot be read", "'x' not found"),
+    "home folder": ("train classifier=~/no_such_folder run_dir=r", f"classifier={Path.home()}/no_such_folder"),
     "added key": ("train classifier={classifier} run_dir=r +color=red", "'color'"),
     "bad deepspeed": (
         "train classifier={classifier} run_dir=r +deepspeed.zero_optimization=7",
@@ -336,6 +344,14 @@ def test_a_signal_has_an_exit_code_of_its_own_in_every_verb_that_trains(c2g, pla
     got, _, err = c2g(*arguments)
     assert got == code
     assert err.splitlines()[-1] == f"c2g {verb}: {number}: saved after step 1; run the same command to go on"
+
+
+def test_an_interrupt_without_a_checkpoint_is_one_line(c2g, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpc_c2g.evaluation.evaluate.evaluate", interrupt)
+    assert c2g("evaluate", "run_dir=r") == (130, "", "c2g evaluate: interrupted\n")
 
 
 def test_a_real_process_saves_at_a_signal(places, tmp_path):
