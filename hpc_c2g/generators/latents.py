@@ -16,13 +16,13 @@ SCHEMES = ("stratified", "sobol", "normal")
 
 @dataclass(frozen=True)
 class Latents:
-    """What a generator is asked for.
+    """Input of a generator: latents, labels and members of the samples.
 
     Attributes:
-        z: ``[B, d]``, standard normal marginals.
-        labels: ``[B]``, in the classifier's own label space.
-        index: sample index within the classifier's part of the global batch, ``[B]``.
-        classifier: which classifier a sample is for, ``[B]``.
+        z: Latents ``[B, d]``, standard normal marginals.
+        labels: Labels ``[B]``, in the classifier's own label space.
+        index: Sample index within the member's part of the global batch, ``[B]``.
+        classifier: Index of the member that a sample is for, ``[B]``.
     """
 
     z: Tensor
@@ -31,7 +31,7 @@ class Latents:
     classifier: Tensor
 
     def to(self, device: torch.device) -> Latents:
-        """The same on ``device``."""
+        """Copy to ``device``."""
         return Latents(*(t.to(device) for t in (self.z, self.labels, self.index, self.classifier)))
 
     def __getitem__(self, part: slice) -> Latents:
@@ -76,15 +76,15 @@ class LatentConfig:
 
 
 class LatentSampler:
-    """Draws any slice of one classifier's part of the global batch of any step. Labels cycle through the classes: y_i = i mod C.
+    """Sampler of any slice of one member's part of the global batch at any step. Labels cycle through the classes: y_i = i mod C.
 
     Args:
-        config: how.
-        classes: C.
-        batch: samples of the part.
-        steps: of the run.
-        seed: of the run.
-        classifier: its index; each has a stream of its own.
+        config: Settings of the latents.
+        classes: C, the number of classes.
+        batch: Number of samples of the part.
+        steps: Number of steps of the run.
+        seed: Seed of the run.
+        classifier: Index of the member; each has its own random stream.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class LatentSampler:
 
 
 def fresh_latents(seed: int, count: int, dimensions: int, classes: int, start: int = 0, classifier: int = 0) -> Latents:
-    """Independent N(0, I) latents with cycling labels, for sampling after training; stream apart from training's."""
+    """Independent N(0, I) latents with cycling labels, for sampling after training; their random stream differs from training's."""
     u = counted_uniforms(seed, 2**64 - 1, start, start + count, dimensions, classifier)
     index = torch.arange(start, start + count)
     return Latents(normal_quantiles(u), index % classes, index, torch.full_like(index, classifier))
