@@ -1,4 +1,4 @@
-"""What a study costs beyond its runs: ``c2g status`` on 10,000 runs, planning a grid, and the way from submission to the first step.
+"""Cost of a study beyond its runs: ``c2g status`` on 10,000 runs, planning a grid, and the way from submission to the first step.
 
 ``python -m benchmarks.studies [--runs 10000] [--quick]``. The way to the first step needs a Slurm (``make slurm-up``), else it is left out.
 """
@@ -36,7 +36,7 @@ def command(*arguments: str) -> float:
 
 
 def big_study(folder: Path, runs: int, absorbed: bool) -> Path:
-    """A study of so many training runs, all done; the ledger knows it, or has to be told by their reports."""
+    """Write a study of finished training runs; the ledger holds their states, or must read the reports."""
     tasks = {
         f"{i:012x}": Task(f"{i:012x}", "train", f"runs/{i:012x}", {"seed": i}, points=({"seed": str(i)},))
         for i in range(runs)
