@@ -31,12 +31,12 @@ TAGS, STEPS = 50, 200
 
 
 def study(folder: Path, runs: int, together: bool) -> Path:
-    """A study of so many runs in groups of ``SEEDS``, each trained and judged.
+    """Write a study of ``runs`` runs in groups of ``SEEDS``, each trained and evaluated.
 
     Args:
-        folder: where.
-        runs: how many.
-        together: one event for all scalars of a step, as runs write them; else one for each, as others do.
+        folder: Folder of the study.
+        runs: Number of runs.
+        together: One event for all scalars of a step, as runs write them, instead of one event per scalar.
     """
     tasks: dict[str, Task] = {}
     for i in range(runs):

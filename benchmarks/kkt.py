@@ -35,7 +35,7 @@ class Samples:
 
     @classmethod
     def random(cls, bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtype) -> Samples:
-        """Noise in the input's range, classes in turn."""
+        """Noise in the input's range, with cycling classes."""
         generator, classes = torch.Generator().manual_seed(0), len(bundle.classes)
         labels = torch.arange(batch) % classes
         others = labels[:, None] != torch.arange(classes)
@@ -52,7 +52,7 @@ class Samples:
 def objective_of(
     bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtype = torch.float32, **settings: str
 ) -> Objective:
-    """The frozen side with these settings of a run (``fast``, ``precision``)."""
+    """The frozen side with these settings of a run (``kkt_backend``, ``matmul_precision``)."""
     config = TrainConfig(classifier="-", run_dir="-", global_batch=batch)
     return Objective(bundle, replace(config, **settings), batch, device, dtype)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def sum_of(objective: Objective) -> ResidualSum:
 
 
 def two_passes(objective: Objective, samples: Samples, micro_batch: int, G: ResidualSum) -> Gradient:
-    """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others' cotangents anew."""
+    """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others recomputed for their cotangents."""
     micro_batches = [(i, min(i + micro_batch, len(samples.x))) for i in range(0, len(samples.x), micro_batch)]
     backend = objective.kkt_backend(GAMMA)
     for piece in micro_batches:

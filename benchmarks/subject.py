@@ -1,4 +1,4 @@
-"""What the benchmarks of one process time: our training step, and the joint graph over the whole batch that it replaces."""
+"""Subjects of the single-process benchmarks: our training step, and the joint graph over the whole batch that it replaces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Step = Callable[[int], object]
 
 
 def classifier(size: int = 28, width: int = 1000, depth: int = 3, classes: int = 10) -> Bundle:
-    """784-1000-1000-10 with random weights, unless told otherwise."""
+    """MLP with random weights, 784-1000-1000-10 by default."""
     with TemporaryDirectory() as folder:
         return load_bundle(random_classifier(Path(folder) / "classifier", size, width, classes, depth=depth))
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
+from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf does not wrap it
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.renamed import VALUES, refuse_old_name, refuse_old_value
@@ -19,12 +19,12 @@ T = TypeVar("T")
 def from_plain(
     schema: type[T], values: Mapping[str, Any], choices: Mapping[str, Mapping[str, type]] | None = None
 ) -> T:
-    """The dataclass of plain values; every ``__post_init__`` check passed.
+    """Build the dataclass from plain values, with every ``__post_init__`` check.
 
     Args:
-        schema: the dataclass.
-        values: by field, nested.
-        choices: for fields with several dataclasses, each by the name that its own field ``name`` holds.
+        schema: Dataclass of the settings.
+        values: Nested values by field name.
+        choices: Dataclasses by ``name``, for each field that has several.
 
     Raises:
         UserError: an unknown key, or a value of the wrong type or out of range.
@@ -65,13 +65,13 @@ def _first_leaf(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, Any]:
-    """Plain values of a yaml file.
+    """Read the plain values of a yaml file.
 
     Args:
-        file: to read.
-        absent: what is wrong where it cannot be read, such as ``run_dir=x is no run``.
-        begin: what to do then.
-        restore: what to do where it is damaged.
+        file: Path of the yaml file.
+        absent: Problem if the file cannot be read, such as ``run_dir=x is no run``.
+        begin: Hint for a file that cannot be read.
+        restore: Hint for a damaged file.
 
     Raises:
         UserError: the file cannot be read, or holds no settings.

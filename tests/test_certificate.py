@@ -17,7 +17,8 @@ from hpc_c2g.classifiers.models import CNN, MLP
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.errors import UserError
 from hpc_c2g.fitting import certificate as module
-from hpc_c2g.fitting.certificate import Certificate, certify, count_equations, margin_gram, verdict
+from hpc_c2g.fitting.certificate import Certificate, certify, count_equations, verdict
+from hpc_c2g.fitting.gram import margin_gram
 from hpc_c2g.kkt.stationarity import left_side
 
 

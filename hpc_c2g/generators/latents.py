@@ -16,13 +16,13 @@ TRAINING_SCHEME = "stratified"
 
 @dataclass(frozen=True)
 class Latents:
-    """Inputs of a generator.
+    """Input of a generator: latents, labels and members of the samples.
 
     Attributes:
-        z: Latents with standard normal marginals, ``[B, d]``.
-        labels: Class of each sample in the classifier's own label space, ``[B]``.
-        index: Index of each sample within the member's part of the global batch, ``[B]``.
-        member: Index of the member that each sample is for, ``[B]``.
+        z: Latents ``[B, d]``, standard normal marginals.
+        labels: Labels ``[B]``, in the classifier's own label space.
+        index: Sample index within the member's part of the global batch, ``[B]``.
+        member: Index of the member that a sample is for, ``[B]``.
     """
 
     z: Tensor
@@ -31,7 +31,7 @@ class Latents:
     member: Tensor
 
     def to(self, device: torch.device) -> Latents:
-        """The same on ``device``."""
+        """Copy to ``device``."""
         return Latents(*(t.to(device) for t in (self.z, self.labels, self.index, self.member)))
 
     def __getitem__(self, part: slice) -> Latents:
@@ -52,19 +52,19 @@ def normal_quantiles(u: np.ndarray) -> Tensor:
 
 
 class LatentSampler:
-    """Draws any slice of one member's part of the global batch of any step. Labels cycle through the classes: y_i = i mod C.
+    """Sampler of any slice of one member's part of the global batch at any step. Labels cycle through the classes: y_i = i mod C.
 
     Args:
         dimensions: Number of latent coordinates d.
-        classes: C.
-        batch: Samples of the part.
+        classes: C, the number of classes.
+        batch: Number of samples of the part.
         seed: Seed of the run.
-        member: Index of the member; each has a stream of its own.
+        member: Index of the member; each has its own random stream.
         scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
             coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
 
     Raises:
-        ValueError: an unknown scheme.
+        ValueError: Unknown scheme.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LatentSampler:
 
 
 def fresh_latents(seed: int, count: int, dimensions: int, classes: int, start: int = 0, member: int = 0) -> Latents:
-    """Independent N(0, I) latents with cycling labels, for sampling after training; stream apart from training's."""
+    """Independent N(0, I) latents with cycling labels, for sampling after training; their random stream differs from training's."""
     u = counted_uniforms(seed, 2**64 - 1, start, start + count, dimensions, member)
     index = torch.arange(start, start + count)
     return Latents(normal_quantiles(u), index % classes, index, torch.full_like(index, member))
