@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.lease import Lease
-from hpc_c2g.monitoring.config import LogConfig
+from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
+from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, config_from
 from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
@@ -139,7 +140,8 @@ def test_a_start_that_left_no_checkpoint_binds_nothing(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"log": LogConfig(every=3, images_every=7, progress=False)},
+        {"log": LogConfig(every=3, images_every=7, progress=False, level="error", all_ranks=True)},
+        {"profiler": ProfilerConfig(steps=[2, 4], ranks=[0, 1], memory=True)},
         {"checkpoint": CheckpointConfig(every=3, keep=7)},
         {"device": "cpu"},
         {"micro_batch": 3},
@@ -150,6 +152,14 @@ def test_a_start_that_left_no_checkpoint_binds_nothing(config):
 def test_settings_that_do_not_change_the_result_may_change(config, change):
     enter(config)
     enter(replace(config, **change))
+
+
+def test_the_output_of_a_run_may_change_where_its_result_depends_on_log_every(config):
+    slowed = replace(config, alarms=AlarmConfig("lower_lr"))
+    enter(slowed)
+    enter(replace(slowed, log=LogConfig(progress=False, level="debug", all_ranks=True)))
+    with pytest.raises(UserError, match=r"log\.every=20 there, 3 now"):
+        enter(replace(slowed, log=LogConfig(every=3)))
 
 
 def test_the_folder_may_be_moved(config, tmp_path):
