@@ -80,9 +80,8 @@ def test_the_file_holds_the_whole_configuration(config, generator):
     enter(config)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_other_settings_are_refused_by_name_with_both_values(subtests, config):
+    for change, message in [
         ({"steps": 7}, "steps=5 there, 7 now"),
         ({"seed": 3}, "seed=0 there, 3 now"),
         ({"dtype": "bfloat16"}, "dtype=float32 there, bfloat16 now"),
@@ -93,17 +92,15 @@ def test_the_file_holds_the_whole_configuration(config, generator):
         ({"generator": ConvGeneratorConfig()}, "generator.name=mlp there, conv now"),
         ({"generator": MLPGeneratorConfig(widths=[9])}, "generator.widths=[256] there, [9] now"),
         ({"deepspeed": {"x": 1}}, "deepspeed.x=None there, 1 now"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_other_settings_are_refused_by_name_with_both_values(config, change, message):
-    config = replace(config, steps=5)
-    enter(config)
-    with pytest.raises(UserError) as caught:
-        enter(replace(config, **change))
-    assert message in caught.value.problem
-    assert config.run_dir in caught.value.problem
-    enter(config)  # the refused one left neither its lock nor its settings
+    ]:
+        with subtests.test(message):
+            config = replace(config, steps=5)
+            enter(config)
+            with pytest.raises(UserError) as caught:
+                enter(replace(config, **change))
+            assert message in caught.value.problem
+            assert config.run_dir in caught.value.problem
+            enter(config)  # the refused one left neither its lock nor its settings
 
 
 def test_a_run_from_before_a_setting_existed_has_its_default(config):
@@ -137,21 +134,18 @@ def test_a_start_that_left_no_checkpoint_binds_nothing(config):
     assert read_config(RunDirectory(config).path / "config.yaml")["steps"] == 7
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_settings_that_do_not_change_the_result_may_change(subtests, config):
+    for change in [
         {"log": LogConfig(every=3, images_every=7, progress=False, level="error", all_ranks=True)},
         {"profiler": ProfilerConfig(steps=[2, 4], ranks=[0, 1], memory=True)},
         {"checkpoint": CheckpointConfig(every=3, keep=7)},
         {"device": "cpu"},
         {"micro_batch": 3},
         {"classifier": "moved"},  # its weights are compared with the checkpoint's
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_settings_that_do_not_change_the_result_may_change(config, change):
-    enter(config)
-    enter(replace(config, **change))
+    ]:
+        with subtests.test(next(iter(change))):
+            enter(config)
+            enter(replace(config, **change))
 
 
 def test_the_output_of_a_run_may_change_where_its_result_depends_on_log_every(config):
