@@ -28,7 +28,7 @@ KNOWS = {
     "scheduling": set(),
     "data": {"classifiers"},
     "studies": {"classifiers", "distributed", "monitoring", "training", "scheduling", "data", "evaluation"},
-    "reporting": {"studies", "monitoring"},
+    "reporting": {"studies", "monitoring", "evaluation"},
     "evaluation": {"kkt", "classifiers", "generators", "distributed", "monitoring", "training", "data"},
 }
 SHARED = {"denormals", "errors", "files", "lease", "markdown", "settings"}
