@@ -28,6 +28,9 @@ from hpc_c2g.training.step.bundles import class_counts, load_bundles
 from hpc_c2g.training.step.phases import shares
 from hpc_c2g.training.trainer import Trainer, TrainerSetup, build_mesh
 
+LOSSES = ("feasibility", "slackness", "box", "total_variation", "statistics", "standard", "repulsion")
+"""Names of the weighted losses over samples, as the step logs them."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -152,7 +155,7 @@ def _started(setup: TrainerSetup, checkpoint: Checkpoint | None, boundary: Calla
 
 def _log(config: TrainConfig, resumed: int, setup: TrainerSetup) -> RunLog:
     log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
-    log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes)
+    log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes, LOSSES)
     for advice in setup.advice() if config.log.progress and not resumed else ():
         log.say(advice)
     return log
