@@ -18,8 +18,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from benchmarks.common import show, write_result
+from hpc_c2g.evaluation.metric_registry import METRICS
 from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.results import MEASURED, METRICS
+from hpc_c2g.reporting.results import MEASURED
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.reports import Report, write_report
 from hpc_c2g.studies.study import StudyFile, save_study
@@ -70,7 +71,7 @@ def write_run(folder: Path, chance: random.Random, together: bool) -> None:
                 writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=part)).SerializeToString())
     last = {"step": STEPS, **{name: chance.random() for name in MEASURED}}
     (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
-    (folder / "evaluation.json").write_text(json.dumps({name: chance.random() for name in METRICS}))
+    (folder / "evaluation.json").write_text(json.dumps({metric.name: chance.random() for metric in METRICS}))
 
 
 def collected(folder: Path) -> tuple[float, float]:

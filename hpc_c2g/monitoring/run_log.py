@@ -126,19 +126,24 @@ class RunLog:
         return due(step, self.config.every, self.steps)
 
     def log_run_summary(
-        self, texts: Mapping[str, str], hyperparameters: Mapping[str, Any], prefixes: Sequence[str]
+        self,
+        texts: Mapping[str, str],
+        hyperparameters: Mapping[str, Any],
+        prefixes: Sequence[str],
+        losses: Sequence[str],
     ) -> None:
         """Write the description of a run before its first step: texts, hyper-parameters, the layout of its charts.
 
         Args:
             texts: Markdown texts by name.
             hyperparameters: Plain values by name.
-            prefixes: Prefixes of each classifier's curves (see ``layout``).
+            prefixes: Prefixes of the members' curves (see ``layout``).
+            losses: Names of the weighted losses.
         """
         with writing(self.run_dir / BOARD):
             for name, text in texts.items():
                 self.board.add_text(name, text, self.newly_firing)
-            self.board.add_custom_scalars(layout(prefixes))
+            self.board.add_custom_scalars(layout(prefixes, losses))
             self.board.flush()
             write_session(self.session, hyperparameters)
             self.session.flush()

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_c2g.monitoring.layout import MEMBER
+from hpc_c2g.monitoring.curves import MEMBER
 
 Line = Mapping[str, float]
 """The scalars of one logged step, as in metrics.jsonl."""
