@@ -68,10 +68,10 @@ def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, A
     """Plain values of a yaml file.
 
     Args:
-        file: to read.
-        absent: what is wrong where it cannot be read, such as ``run_dir=x is no run``.
-        begin: what to do then.
-        restore: what to do where it is damaged.
+        file: Path of the file.
+        absent: Beginning of the error if it cannot be read, such as ``run_dir=x is no run``.
+        begin: Hint of that error.
+        restore: Hint if the file is damaged.
 
     Raises:
         UserError: the file cannot be read, or holds no settings.
