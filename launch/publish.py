@@ -8,11 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.reporting.archive import Archive
-from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import CACHE, collect, drawn
-from hpc_c2g.reporting.publication import content
-from hpc_c2g.reporting.publication import publish as write
 from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
 from hpc_c2g.studies.tasks import find_specs
@@ -36,6 +31,12 @@ class PublishConfig:
 
 def publish(config: PublishConfig) -> None:
     """Collect, and write the folder."""
+    from hpc_c2g.reporting.archive import Archive  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.board import FOLDER
+    from hpc_c2g.reporting.collect import CACHE, collect, drawn
+    from hpc_c2g.reporting.publication import content
+    from hpc_c2g.reporting.publication import publish as write
+
     folder = Path(config.study_dir)
     study = read_study(folder)
     views = look(folder, Ledger(folder).rows(), None)

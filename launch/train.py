@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from hpc_c2g.distributed.environment import detect
 from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.training.config.train import TrainConfig
-from hpc_c2g.training.loop import train as train_generator
 from launch._compose.cli import run_verb
 
 
 def train(config: TrainConfig) -> None:
     """Train or resume, and say where the results are."""
+    from hpc_c2g.distributed.environment import detect  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.training.loop import train as train_generator
+
     result = train_generator(config)
     if detect().rank:
         return  # rank 0 speaks for all

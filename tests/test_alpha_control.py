@@ -16,7 +16,7 @@ from torch.func import functional_call
 from hpc_c2g.classifiers.models import CNN, MLP, ResidualCNN
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt import alpha_control, stationarity
+from hpc_c2g.kkt import alpha_control, options, stationarity
 
 BATCH, CLASSES, ALPHA = 8, 3, -0.4
 LABELS = torch.arange(BATCH) % CLASSES
@@ -67,7 +67,7 @@ def test_euler_links_the_weighted_margins_to_the_sum(name):
     assert float((MU * margins).sum()) == pytest.approx(total, rel=1e-10)
 
 
-@pytest.mark.parametrize("form", stationarity.LEFT_SIDES)
+@pytest.mark.parametrize("form", options.LEFT_SIDES)
 @pytest.mark.parametrize("name", NETS)
 def test_residual_at_the_given_weights_is_the_residual_at_the_scaled_weights(name, form):
     model, theta, rates = problem(name)
@@ -99,7 +99,7 @@ def test_at_a_stationary_point_the_multipliers_weigh_the_scaled_margins_to_their
 
 
 RATES = {"a": 0.5, "b": 0.25, "c": 1.0, "d": 1.0}
-FORMS = list(product(stationarity.LEFT_SIDES, stationarity.WEIGHTINGS))
+FORMS = list(product(options.LEFT_SIDES, options.WEIGHTINGS))
 
 
 def slow_loss(theta, G, c, alpha, weights) -> Tensor:

@@ -11,10 +11,11 @@ import pytest
 from benchmarks.common import random_classifier
 from benchmarks.launched import differences
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
 from hpc_c2g.monitoring.signatures import GRACE, WINDOW
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import AlarmConfig, CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.failure_monitor import FailureMonitor
 from hpc_c2g.training.loop import train
 from tests.test_signatures import FAILING, GOOD

@@ -23,8 +23,9 @@ from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.reduction import RunningSum, TreeSum, tree_sum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.results import load_run

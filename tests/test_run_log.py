@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from benchmarks.common import random_classifier
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)

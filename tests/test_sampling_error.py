@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hpc_c2g.bound import concentration
+from hpc_c2g.bound.config import DRAWS, BoundConfig
 from hpc_c2g.bound.moments import Moments, expectation, measure
-from hpc_c2g.bound.sampling_error import BoundConfig, row_of, sampling_error
-from hpc_c2g.bound.summands import DRAWS, Summands, drawing
+from hpc_c2g.bound.sampling_error import row_of, sampling_error
+from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
-from hpc_c2g.generators.latents import LatentConfig, LatentSampler, fresh_latents
+from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.latents import LatentSampler, fresh_latents
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.bundles import load_bundles

@@ -17,12 +17,12 @@ from torch.func import functional_call
 from hpc_c2g.classifiers.models import CNN, MLP, ResidualCNN
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt import duality, priors, stationarity
+from hpc_c2g.kkt import duality, options, priors, stationarity
 from hpc_c2g.kkt.gates import GatedClassifier
 
 BATCH, CLASSES, GAMMA, ALPHA = 8, 3, 0.3, -0.4
 LABELS = torch.arange(BATCH) % CLASSES
-FORMS = list(product(stationarity.LEFT_SIDES, stationarity.WEIGHTINGS))
+FORMS = list(product(options.LEFT_SIDES, options.WEIGHTINGS))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -244,7 +244,7 @@ def random_problem(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-@pytest.mark.parametrize("weighting", stationarity.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", options.WEIGHTINGS)
 @pytest.mark.parametrize("form", ["identity", "rates"])
 def test_loss_without_samples_is_one(form, weighting):
     theta, _ = random_problem(0)

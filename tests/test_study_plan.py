@@ -15,14 +15,15 @@ import hpc_c2g
 from hpc_c2g.data.config import ON_DISK, DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
-from hpc_c2g.fitting.make import ClassifierConfig
+from hpc_c2g.fitting.config import ClassifierConfig
 from hpc_c2g.settings import from_plain
 from hpc_c2g.studies import identity
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
 from hpc_c2g.studies.stages import prepared
 from hpc_c2g.training.config.train import config_from
 from launch._compose.cli import composed, config_folder, register, typed
-from launch._compose.grid import SCHEMAS, expand, grid_of, plan, resolved, routes
+from launch._compose.grid import expand, grid_of, plan, resolved, routes
+from launch._compose.groups import SCHEMAS
 from launch.sweep import SweepConfig
 
 PACKAGE = Path(hpc_c2g.__file__).parent

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import DRAWINGS, ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.generators.trained import DRAWINGS, Member, TrainedGenerator, members_from, systematic_resample
+from hpc_c2g.generators.trained import Member, TrainedGenerator, members_from, systematic_resample
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.run_directory import RunDirectory

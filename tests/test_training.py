@@ -20,13 +20,14 @@ from benchmarks.launched import TIMED
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import make_classifier
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.signatures import SIGNATURES
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.step.train_step import TrainStep

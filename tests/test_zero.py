@@ -23,8 +23,9 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine
 from hpc_c2g.training.engines.deepspeed_engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from hpc_c2g.distributed.mesh import DataRanks, Group
 
-COMM_DTYPES = ("float32", "bfloat16")
-
 
 class BucketSum(Protocol):
     """All-reduce of one bucket in place, step after step; the same bits on every rank."""

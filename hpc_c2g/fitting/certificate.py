@@ -32,7 +32,8 @@ from hpc_c2g.fitting.equations import count_equations
 from hpc_c2g.fitting.gram import CHUNK, margin_gram, spans
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 from hpc_c2g.kkt.normalization import BatchStatistics, couples, replace_norms, use_statistics
-from hpc_c2g.kkt.stationarity import AUTO, kkt_sum, left_side, residual, residual_weights, resolve_form, squared_norms
+from hpc_c2g.kkt.options import AUTO
+from hpc_c2g.kkt.stationarity import kkt_sum, left_side, residual, residual_weights, resolve_form, squared_norms
 
 ITERATIONS = 20_000  # a few hundred are typical
 NEAR = 1e-5  # duality gap at which the solver stops for coupled samples

@@ -30,7 +30,6 @@ from torch import Tensor, fx, nn
 from hpc_c2g.kkt.gates import GatedClassifier, GatedReLU
 from hpc_c2g.kkt.margins import pairwise_margins
 
-PRECISIONS = ("float32", "bfloat16")
 Ready = Callable[[str, Tensor], None]
 
 

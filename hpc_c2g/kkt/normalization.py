@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from hpc_c2g.errors import UserError
 
-STATISTICS = ("auto", "batch", "frozen")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CALLS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 Reduction = Callable[[Tensor], Tensor]

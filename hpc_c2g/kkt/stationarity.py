@@ -23,10 +23,8 @@ from torch import Tensor
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt.margins import pairwise_margins
+from hpc_c2g.kkt.options import AUTO, LEFT_SIDES, WEIGHTINGS
 
-LEFT_SIDES = ("identity", "rates", "top_rate")
-AUTO = "auto"
-WEIGHTINGS = ("relative", "per_tensor", "scale_free")
 Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically, writing
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.images import bounded, grid
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.signatures import BY_NAME
@@ -26,7 +27,6 @@ from hpc_c2g.monitoring.signatures import BY_NAME
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from hpc_c2g.training.config.train import LogConfig
 
 BOARD, SESSION = "tensorboard", "hparams"
 """Folders of a run: its curves, and its hyper-parameters beside its final metrics, apart: a study shows sessions of its own."""

@@ -19,8 +19,8 @@ def prepared(stage: str) -> OpCost:
 
 
 def _classifier() -> OpCost:
-    from hpc_c2g.fitting.fit import FITS
-    from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+    from hpc_c2g.fitting.config import FITS, ClassifierConfig
+    from hpc_c2g.fitting.make import make_classifier
     from hpc_c2g.fitting.progress import LogLines
 
     def work(study: Path, task: Task) -> None:
@@ -56,7 +56,8 @@ def _train() -> OpCost:
 
 
 def _evaluate() -> OpCost:
-    from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+    from hpc_c2g.evaluation.config import EvaluateConfig
+    from hpc_c2g.evaluation.evaluate import evaluate
 
     def work(study: Path, task: Task) -> None:
         config = from_plain(EvaluateConfig, {**task.config, "run_dir": str(study / task.folder)})
@@ -66,7 +67,8 @@ def _evaluate() -> OpCost:
 
 
 def _bound() -> OpCost:
-    from hpc_c2g.bound.sampling_error import BoundConfig, sampling_error
+    from hpc_c2g.bound.config import BoundConfig
+    from hpc_c2g.bound.sampling_error import sampling_error
 
     def work(study: Path, task: Task) -> None:
         sampling_error(from_plain(BoundConfig, {**task.config, "run_dir": str(study / task.folder)}))

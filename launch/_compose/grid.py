@@ -16,26 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpc_c2g.bound.sampling_error import BoundConfig
 from hpc_c2g.errors import UserError, require
-from hpc_c2g.evaluation.evaluate import EvaluateConfig
-from hpc_c2g.fitting.make import ClassifierConfig
-from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
 from hpc_c2g.studies.identity import run_id
 from hpc_c2g.studies.tasks import FOLDERS, Task
-from hpc_c2g.training.config.train import TrainConfig
 from launch._compose.cli import composed, config_folder, keys, readable, register, typed
-from launch.certify import CertifyConfig
-from launch.classifier import DATA, GROUPS
+from launch._compose.groups import SCHEMAS
 
-SCHEMAS: dict[str, tuple[type, dict[str, dict[str, type]]]] = {
-    "classifier": (ClassifierConfig, GROUPS),
-    "certify": (CertifyConfig, DATA),
-    "train": (TrainConfig, {"generator": {**GENERATORS}}),
-    "evaluate": (EvaluateConfig, DATA),
-    "bound": (BoundConfig, {}),
-}
 PATHS = {
     "classifier": ("out", "overwrite"),
     "certify": ("classifier",),
