@@ -26,8 +26,9 @@ from typing import Any
 from benchmarks.common import show, write_result
 from benchmarks.launched import differences
 from hpc_c2g.lease import live_holder
-from hpc_c2g.studies.ledger import Ledger
-from hpc_c2g.studies.reports import load_report
+from hpc_c2g.studies.reports import load_report, read_report
+from hpc_c2g.studies.study import FILE
+from hpc_c2g.studies.tasks import find_specs
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "slurm" / "local"
@@ -169,9 +170,9 @@ def script(name: str, *arguments: str) -> None:
 def states(study_dir: Path) -> dict[str, int]:
     """How many training runs have which state by their own reports."""
     found: dict[str, int] = defaultdict(int)
-    for row in Ledger(study_dir).rows():
-        if row.stage == "train":
-            report = load_report(study_dir / row.folder / "train.report.json", row.id)
+    for task in find_specs(study_dir):
+        if task.stage == "train":
+            report = read_report(study_dir, task)
             found[report.state if report else "new"] += 1
     return found
 
@@ -200,7 +201,7 @@ def disturbed(study_dir: Path, runs: int, chaos: Chaos, preemptions: int, nodes:
             killed = restarted = False
             while process.poll() is None and time.monotonic() - chaos.began < GIVE_UP:
                 time.sleep(1)
-                share = states(study_dir).get("done", 0) / runs if (study_dir / "ledger.sqlite").exists() else 0.0
+                share = states(study_dir).get("done", 0) / runs if (study_dir / FILE).exists() else 0.0
                 if steps and share >= steps[0]:
                     steps.pop(0)
                     blows.pop()()
@@ -224,14 +225,14 @@ def disturbed(study_dir: Path, runs: int, chaos: Chaos, preemptions: int, nodes:
 def compare(one: Path, other: Path) -> list[str]:
     """Runs whose last checkpoint, metrics or evaluation differ; the undisturbed study is ``other``."""
     different = []
-    for row in Ledger(other).rows():
-        if row.stage != "train":
+    for task in find_specs(other):
+        if task.stage != "train":
             continue
-        mine, theirs = one / row.folder, other / row.folder
+        mine, theirs = one / task.folder, other / task.folder
         wrong = differences(mine, theirs) if (mine / "metrics.jsonl").exists() else ["missing"]
         if not wrong and _evaluation(mine) != _evaluation(theirs):
             wrong = ["evaluation.json"]
-        different += [f"{row.id}: {', '.join(wrong)}"] if wrong else []
+        different += [f"{task.id}: {', '.join(wrong)}"] if wrong else []
     return different
 
 

@@ -23,7 +23,7 @@ from hpc_c2g.reporting.results import MEASURED, METRICS
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.reports import Report, write_report
 from hpc_c2g.studies.study import StudyFile, save_study
-from hpc_c2g.studies.tasks import Task, write_spec
+from hpc_c2g.studies.tasks import Task
 
 ROOT = Path(__file__).parents[1]
 SEEDS = 5
@@ -45,20 +45,15 @@ def study(folder: Path, runs: int, together: bool) -> Path:
         tasks[name] = Task(name, "train", place, {"global_batch": 10}, points=(point,))
         tasks[f"e{i:011x}"] = Task(f"e{i:011x}", "evaluate", place, {}, (name,), (place,), (point,))
     folder.mkdir(parents=True)
-    ledger = save_study(folder, StudyFile(StudyConfig(name="big")), {})
-    ledger.add(tasks.values(), 2)
-    reports = []
+    save_study(folder, StudyFile(StudyConfig(name="big")), tasks)
     for number, task in enumerate(tasks.values()):
         (folder / task.folder).mkdir(parents=True, exist_ok=True)
         report = Report(task.id, versions={"torch": "2"})
         report.next_attempt("1_0", "n1", 0)
         report.end("done")
-        reports.append(report)
-        write_spec(folder, task)
         write_report(folder, task, report)
         if task.stage == "train":
             write_run(folder / task.folder, random.Random(number), together)
-    ledger.report(reports)
     return folder
 
 

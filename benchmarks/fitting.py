@@ -27,7 +27,8 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
 from hpc_c2g.fitting.certificate import certify
-from hpc_c2g.fitting.fit import InitConfig, MarginFitConfig, fit_margin, initialize, smoothed_margin
+from hpc_c2g.fitting.config import InitConfig, MarginFitConfig
+from hpc_c2g.fitting.fit import fit_margin, initialize, smoothed_margin
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 from hpc_c2g.training.step.objective import verified_rates
 

@@ -36,7 +36,8 @@ from hpc_c2g.evaluation.metrics import judge, split_oracle
 from hpc_c2g.fitting.record import fitted_data
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.kkt.gates import GatedClassifier
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.monitoring.config import LogConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 

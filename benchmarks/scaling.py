@@ -16,10 +16,11 @@ from benchmarks.common import random_classifier, show, write_result
 from benchmarks.plan import NETS, mean_rates, rounds
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.planning.measure import hardware_of
 from hpc_c2g.planning.predict import step_time
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun
 
 

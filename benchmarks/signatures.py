@@ -11,11 +11,13 @@ from typing import Any
 
 from benchmarks.common import show, write_result
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig
+from hpc_c2g.fitting.make import make_classifier
 from hpc_c2g.generators.config import MLPGeneratorConfig
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.training.config.objective import AlphaConfig, PriorConfig
-from hpc_c2g.training.config.train import LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
 from hpc_c2g.training.loop import train
 
 

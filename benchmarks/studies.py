@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -19,46 +20,52 @@ from typing import Any
 
 from benchmarks.common import show, write_result
 from hpc_c2g.studies.config import StudyConfig
-from hpc_c2g.studies.ledger import Ledger
-from hpc_c2g.studies.reports import Report, load_report, write_report
+from hpc_c2g.studies.journal import open_journal
+from hpc_c2g.studies.reports import Report, read_report, write_report
 from hpc_c2g.studies.study import StudyFile, save_study
-from hpc_c2g.studies.tasks import Task, write_spec
+from hpc_c2g.studies.submissions import Submission
+from hpc_c2g.studies.task_status import read_statuses
+from hpc_c2g.studies.tasks import Task
+from launch._compose.grid import resolved
 
 ROOT = Path(__file__).parents[1]
 REPEATS = 5
 
 
-def command(*arguments: str) -> float:
-    """Wall seconds of ``c2g``, its interpreter's start included."""
-    began = time.perf_counter()
+def command(*arguments: str) -> dict[str, float]:
+    """Return wall and CPU seconds of ``c2g``, its interpreter's start included."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, capture_output=True, cwd=ROOT)
-    return time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu}
 
 
-def big_study(folder: Path, runs: int, absorbed: bool) -> Path:
-    """A study of so many training runs, all done; the ledger knows it, or has to be told by their reports."""
+def fastest(*arguments: str) -> dict[str, float]:
+    """Return the smallest seconds of ``REPEATS`` calls of ``command``."""
+    found = [command(*arguments) for _ in range(REPEATS)]
+    return {key: min(f[key] for f in found) for key in found[0]}
+
+
+def big_study(folder: Path, runs: int) -> Path:
+    """Write a study of so many training runs with the settings of real ones, all submitted as one array and done."""
+    config = resolved("train", ())
     tasks = {
-        f"{i:012x}": Task(f"{i:012x}", "train", f"runs/{i:012x}", {"seed": i}, points=({"seed": str(i)},))
+        f"{i:012x}": Task(f"{i:012x}", "train", f"runs/{i:012x}", {**config, "seed": i}, points=({"seed": str(i)},))
         for i in range(runs)
     }
     folder.mkdir(parents=True)
-    ledger = save_study(folder, StudyFile(StudyConfig(name="big")), {})
-    ledger.add(tasks.values(), 2)
-    reports = []
-    for task in tasks.values():
-        (folder / task.folder).mkdir(parents=True)
-        report = Report(task.id)
-        report.next_attempt("1_0", "n1", 0)
+    save_study(folder, StudyFile(StudyConfig(name="big")), tasks)
+    journal = open_journal(folder)
+    submission = Submission.of("big", list(tasks.values()), [2] * runs)
+    journal.begin(submission)
+    journal.submit(submission.token, "1")
+    for i, task in enumerate(tasks.values()):
+        report = Report(task.id, versions={"python": "3.11.2", "torch": "2.9.0", "hpc_c2g": "0.1.0"})
+        report.next_attempt(f"1_{i}", "n1", 0)
+        report.seconds = {"import": 1.3, "hold": 0.1, "work": 60.0}
         report.end("done")
-        reports.append(report)
-        if not absorbed:
-            write_spec(folder, task)
-            write_report(folder, task, report)
-    if absorbed:
-        ledger.report(reports)
-    else:  # handed out, and never looked at since
-        with ledger._open() as connection:
-            connection.execute("update tasks set job = '1_0', submission = 'x'")
+        write_report(folder, task, report)
     return folder
 
 
@@ -84,15 +91,15 @@ def to_first_step(scratch: Path) -> dict[str, float] | None:
         *grid,
     ]
     sweep += ["steps=20", "seed=0", "parallel=1", f"train.seed=range({REPEATS})"]
-    submit = command(*sweep)
+    submit = command(*sweep)["seconds"]
     while subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout.strip():
         time.sleep(1)
     found: dict[str, list[float]] = {"import": [], "hold": [], "work": [], "begin": [], "after": []}
-    for row in Ledger(study).rows():
-        report = load_report(study / row.folder / f"{row.stage}.report.json", row.id)
-        if row.stage != "train" or report is None or report.ended is None:
+    for status in read_statuses(study, None):
+        report = read_report(study, status.task)
+        if status.task.stage != "train" or report is None or report.ended is None:
             continue
-        job = row.job
+        job = report.job
         out = subprocess.run(
             ["sacct", "-n", "-X", "-P", "-j", job, "-o", "Start,End"], capture_output=True, text=True
         ).stdout
@@ -114,21 +121,10 @@ def main() -> None:
     runs = 200 if args.quick else args.runs
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="studies-") as name:
-        known = big_study(Path(name) / "known", runs, absorbed=True)
-        untold = big_study(Path(name) / "untold", runs, absorbed=False)
+        study = big_study(Path(name) / "study", runs)
         rows: list[dict[str, Any]] = [
-            {
-                "what": f"c2g status, {runs} runs in the ledger",
-                "seconds": min(command("status", str(known)) for _ in range(REPEATS)),
-            },
-            {
-                "what": "the same, reports not yet in the ledger",
-                "seconds": min(command("status", str(untold)) for _ in range(REPEATS)),
-            },
-            {
-                "what": "c2g --version, the interpreter's start",
-                "seconds": min(command("--version") for _ in range(REPEATS)),
-            },
+            {"what": f"c2g status, {runs} runs", **fastest("status", str(study))},
+            {"what": "c2g --version, the interpreter's start", **fastest("--version")},
         ]
         grid = [
             "sweep",
@@ -138,7 +134,7 @@ def main() -> None:
             "seed=0",
             "global_batch=8",
         ]
-        rows.append({"what": f"c2g sweep --dry-run of {min(runs, 450)} runs", "seconds": command(*grid, "--dry-run")})
+        rows.append({"what": f"c2g sweep --dry-run of {min(runs, 450)} runs", **command(*grid, "--dry-run")})
         first = to_first_step(Path(name))
         rows += [{"what": f"on Slurm, {phase}", "seconds": value} for phase, value in (first or {}).items()]
     show("what a study costs beyond its runs", rows)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from benchmarks.common import show, write_result
 from hpc_c2g.data.config import DataConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig
+from hpc_c2g.fitting.make import make_classifier
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.run_log import due
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.step.train_step import StepResult, TrainStep
 

@@ -22,8 +22,9 @@ from benchmarks.common import random_classifier, show, write_result
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.train_step import StepResult, TrainStep

@@ -12,8 +12,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.board import FOLDER, RUNS, STUDY
 from hpc_c2g.studies.study import FILE
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
@@ -43,6 +41,9 @@ class BoardConfig:
 
 def board(config: BoardConfig) -> None:
     """Bring up to date, tell how to get there from elsewhere, and become TensorBoard."""
+    from hpc_c2g.monitoring.run_log import BOARD  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.board import FOLDER
+
     folder = Path(config.study_dir)
     if (folder / FILE).is_file():
         if config.collect:
@@ -71,6 +72,8 @@ def board(config: BoardConfig) -> None:
 
 def pages(shown: Path) -> dict[str, str]:
     """Where to look: TensorBoard selects no run at all where there are more than 40, unless an address says which."""
+    from hpc_c2g.reporting.board import FOLDER, RUNS, STUDY
+
     if shown.name != FOLDER:
         return {"everything": "", "layout by question": "#custom_scalars", "samples": "#images"}
 

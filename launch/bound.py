@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.bound.sampling_error import CONFIDENCE, BoundConfig, sampling_error
+from hpc_c2g.bound.config import CONFIDENCE, BoundConfig
 from launch._compose.cli import run_verb
 
 COLUMNS = {
@@ -58,6 +58,10 @@ def summary(result: dict[str, Any]) -> str:
 
 def bound(config: BoundConfig) -> None:
     """Measure, and print a table per classifier."""
+    from hpc_c2g.bound.sampling_error import (
+        sampling_error,  # torch takes seconds to import: after the settings are checked
+    )
+
     console = Console(stderr=True)
     found = sampling_error(config, lambda text: console.print(f"bound: {text}"))
     for result in found["classifiers"]:

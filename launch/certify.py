@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.data.config import DataConfig
-from hpc_c2g.fitting.certificate import verdict
-from hpc_c2g.fitting.certify import certify_bundle
+from hpc_c2g.fitting.config import CertifyConfig
 from launch._compose.cli import run_verb
-from launch.classifier import DATA
-
-
-@dataclass
-class CertifyConfig:
-    """What to certify.
-
-    Attributes:
-        classifier: folder of the bundle; certificate.json is written into it.
-        data: its own training data; None takes what its record names.
-    """
-
-    classifier: str = "???"
-    data: DataConfig | None = None
+from launch._compose.groups import SCHEMAS
 
 
 def certify(config: CertifyConfig) -> None:
     """Solve for every form of the left side, print the table and the verdict."""
+    from hpc_c2g.fitting.certificate import verdict  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.fitting.certify import certify_bundle
+
     rates, certificates = certify_bundle(config.classifier, config.data)
     best = min(certificates, key=lambda c: c.relative_residual)
     out = Table(title="relative residual of stationarity, best multipliers on the training data (uses real data)")
@@ -52,7 +38,7 @@ def certify(config: CertifyConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_verb("certify", CertifyConfig, certify, DATA)
+    run_verb("certify", CertifyConfig, certify, SCHEMAS["certify"][1])
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ import functools
 
 from rich.console import Console
 
-from hpc_c2g.data.config import DataConfig
-from hpc_c2g.fitting.fit import FITS
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
-from hpc_c2g.fitting.progress import LogLines, line
+from hpc_c2g.fitting.config import ClassifierConfig
 from launch._compose.cli import run_verb
-
-DATA: dict[str, dict[str, type]] = {"data": {"data": DataConfig}}
-GROUPS: dict[str, dict[str, type]] = {**DATA, "fit": {**FITS}}
+from launch._compose.groups import SCHEMAS
 
 
 def classifier(config: ClassifierConfig) -> None:
     """Make the bundle and say what it is."""
+    from hpc_c2g.fitting.make import make_classifier  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.fitting.progress import LogLines, line
+
     console = Console(stderr=True)
     with console.status("fitting the classifier") as status:
         log = LogLines(config.fit, functools.partial(console.print, soft_wrap=True))
@@ -38,7 +36,7 @@ def classifier(config: ClassifierConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_verb("classifier", ClassifierConfig, classifier, GROUPS)
+    run_verb("classifier", ClassifierConfig, classifier, SCHEMAS["classifier"][1])
 
 
 if __name__ == "__main__":

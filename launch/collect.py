@@ -5,19 +5,19 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import Collected
-from hpc_c2g.reporting.collect import collect as bring_together
 from hpc_c2g.reporting.tables import shown
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import look
+from hpc_c2g.studies.task_status import read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
+
+if TYPE_CHECKING:
+    from hpc_c2g.reporting.collect import Collected
 
 SHOWN = 20
 """Lines about what was left out or skipped, unless all are asked for."""
@@ -38,12 +38,18 @@ class CollectConfig:
 
 def collected(folder: Path) -> Collected:
     """The study's tables and board, up to date."""
+    from hpc_c2g.reporting.collect import (
+        collect as bring_together,
+    )  # torch takes seconds to import: after the settings are checked
+
     study = read_study(folder)
-    return bring_together(folder, study.study.name, look(folder, Ledger(folder).rows(), None))
+    return bring_together(folder, study.study.name, read_statuses(folder, None))
 
 
 def collect(config: CollectConfig) -> None:
     """Bring together, and show the means."""
+    from hpc_c2g.reporting.board import FOLDER
+
     folder = Path(config.study_dir)
     found = collected(folder)
     columns, cells = shown(found.results.groups)

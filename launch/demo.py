@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.evaluation.evaluate import EvaluateConfig
-from hpc_c2g.fitting.make import ClassifierConfig
-from hpc_c2g.generators.config import GENERATORS
+from hpc_c2g.evaluation.config import EvaluateConfig
+from hpc_c2g.fitting.config import CertifyConfig, ClassifierConfig
 from hpc_c2g.training.config.train import TrainConfig
 from launch._compose.cli import T, composed, register, run_verb, typed
-from launch.certify import CertifyConfig, certify
-from launch.classifier import DATA, GROUPS, classifier
+from launch._compose.groups import SCHEMAS
+from launch.certify import certify
+from launch.classifier import classifier
 from launch.evaluate import evaluate
 from launch.train import train
 
@@ -49,10 +49,8 @@ def demo(config: DemoConfig) -> None:
         extra = (QUICK if config.quick else BEST).get(verb, [])
         return typed(composed(verb, [*overrides, *extra]), schema)
 
-    register("classifier", ClassifierConfig, GROUPS)
-    register("certify", CertifyConfig, DATA)
-    register("train", TrainConfig, {"generator": GENERATORS})
-    register("evaluate", EvaluateConfig, DATA)
+    for verb in ("classifier", "certify", "train", "evaluate"):
+        register(verb, *SCHEMAS[verb])
     print("1/4 a classifier on 100 handwritten digits, fitted to the margin")
     classifier(settings("classifier", ClassifierConfig, f"out={bundle}", f"seed={config.seed}"))
     print("2/4 how close is it to a KKT point?")

@@ -119,7 +119,7 @@ def show(found: Sequence[CheckResult]) -> None:
             print(f"{finding.status:<8} {finding.message}{' -- ' if finding.hint else ''}{finding.hint}")
         return
     out = Table(box=None, pad_edge=False)
-    for column in ("", "finding", "mend"):
+    for column in ("", "finding", "hint"):
         out.add_column(column)
     for finding in found:
         out.add_row(Text(finding.status, style=STYLES[finding.status]), Text(finding.message), Text(finding.hint))

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_c2g.evaluation.evaluate import EvaluateConfig
-from hpc_c2g.evaluation.evaluate import evaluate as judge_run
+from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.reporting.memorization import by_multiplier, rows, shares_in
 from launch._compose.cli import run_verb
-from launch.classifier import DATA
+from launch._compose.groups import SCHEMAS
 
 COLUMNS = {
     "oracle_accuracy": "oracle",
@@ -66,6 +65,10 @@ def memory(result: dict[str, Any]) -> Table | str:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Judge, and print the table and the paths."""
+    from hpc_c2g.evaluation.evaluate import (
+        evaluate as judge_run,  # torch takes seconds to import: after the settings are checked
+    )
+
     console = Console(stderr=True)
     for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):
         Console(width=130).print(table(result))
@@ -78,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_verb("evaluate", EvaluateConfig, evaluate, DATA)
+    run_verb("evaluate", EvaluateConfig, evaluate, SCHEMAS["evaluate"][1])
 
 
 if __name__ == "__main__":

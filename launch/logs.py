@@ -1,4 +1,4 @@
-"""``c2g logs RUN``: what a run of a study printed, its last attempt last."""
+"""``c2g logs RUN``: print the logs of a study's run, those of its last attempt last."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from rich.rule import Rule
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.studies.config import STAGES
-from hpc_c2g.studies.find import chosen, study_of
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.local_executor import LOGS
 from hpc_c2g.studies.reports import read_report
+from hpc_c2g.studies.select_tasks import select_tasks, split_run_folder
 from hpc_c2g.studies.submissions import FOLDER
-from hpc_c2g.studies.view import View, look
+from hpc_c2g.studies.task_status import TaskStatus, read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 
 
 @dataclass
 class LogsConfig:
-    """Of which run, and how much.
+    """A run, and the part of its logs to print.
 
     Attributes:
-        run: its id, the beginning of it, or its folder.
-        study_dir: of the study; not needed with the run's folder.
-        stage: only this one's.
-        lines: last lines of each file; 0 prints all.
-        paths: print the files' names alone.
+        run: Id of the run, the beginning of it, or its folder.
+        study_dir: Folder of the study; not needed with the run's folder.
+        stage: Stage whose logs are printed; default: all.
+        lines: Number of last lines of each file; 0 prints all.
+        paths: Print the names of the files only.
     """
 
     run: str = "???"
@@ -46,11 +45,11 @@ class LogsConfig:
             raise UserError(f"stage={self.stage} is unknown", f"choose one of {', '.join(STAGES)}")
 
 
-def log_files(study: Path, view: View) -> list[Path]:
-    """Files that the task's attempts printed into, the last attempt's last; errors after output."""
-    report = read_report(study, view.row)
+def log_files(study: Path, status: TaskStatus) -> list[Path]:
+    """Return the log files of the task's attempts, the last attempt's last; errors after output."""
+    report = read_report(study, status.task)
     jobs = [h["job"] for h in report.history] + [report.job] if report else []
-    jobs = list(dict.fromkeys([*jobs, view.row.job]))
+    jobs = list(dict.fromkeys([*jobs, status.job]))
     found: list[Path] = []
     for job in filter(None, jobs):
         found += [f for ending in ("out", "err") if (f := study / LOGS / f"{job}.{ending}").exists()]
@@ -59,16 +58,16 @@ def log_files(study: Path, view: View) -> list[Path]:
 
 
 def logs(config: LogsConfig) -> None:
-    """Print them."""
-    study, name = (Path(config.study_dir), config.run) if config.study_dir else study_of(config.run)
-    views = chosen(look(study, Ledger(study).rows(), None), [name])
+    """Print the logs."""
+    study, name = (Path(config.study_dir), config.run) if config.study_dir else split_run_folder(config.run)
     console, shown = Console(), 0
-    for view in views:
-        if config.stage and view.row.stage != config.stage:
+    for status in select_tasks(read_statuses(study, None), [name]):
+        task = status.task
+        if config.stage and task.stage != config.stage:
             continue
-        if view.reason and not config.paths:
-            console.print(f"{view.row.stage} {view.row.id}: {view.state}: {view.reason}", markup=False, highlight=False)
-        for file in log_files(study, view):
+        if status.reason and not config.paths:
+            console.print(f"{task.stage} {task.id}: {status.state}: {status.reason}", markup=False, highlight=False)
+        for file in log_files(study, status):
             shown += 1
             if config.paths:
                 print(file)
@@ -82,7 +81,7 @@ def logs(config: LogsConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("logs"):
         overrides = as_overrides(sys.argv[1:], LogsConfig, ["run"])
     run_verb("logs", LogsConfig, logs, overrides=overrides)

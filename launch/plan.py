@@ -9,9 +9,8 @@ from rich.console import Console
 
 from hpc_c2g.files import write_atomically
 from hpc_c2g.generators.config import GENERATORS
+from hpc_c2g.planning.config import PlanConfig
 from hpc_c2g.planning.hardware import HardwareSpec, LocalHardware, as_yaml
-from hpc_c2g.planning.plan import PlanConfig, make_plan
-from hpc_c2g.planning.report import formulas, memory_table, scaling_table, step_table
 from launch._compose.cli import run_verb
 
 HARDWARE = {"here": LocalHardware, "h100": HardwareSpec, "a100": HardwareSpec}
@@ -19,6 +18,9 @@ HARDWARE = {"here": LocalHardware, "h100": HardwareSpec, "a100": HardwareSpec}
 
 def plan(config: PlanConfig) -> None:
     """Predict, print the tables and the formulas with their numbers, write what was asked for."""
+    from hpc_c2g.planning.plan import make_plan  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.planning.report import formulas, memory_table, scaling_table, step_table
+
     made = make_plan(config)
     console = Console(width=130)
     measured = config.hardware_file is None and isinstance(config.hardware, LocalHardware)

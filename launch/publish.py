@@ -8,15 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_c2g.reporting.archive import Archive
-from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import CACHE, collect, drawn
-from hpc_c2g.reporting.publication import content
-from hpc_c2g.reporting.publication import publish as write
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
+from hpc_c2g.studies.task_status import read_statuses
 from hpc_c2g.studies.tasks import find_specs
-from hpc_c2g.studies.view import look
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import config_folder, run_verb, user_errors
 
@@ -36,12 +30,18 @@ class PublishConfig:
 
 def publish(config: PublishConfig) -> None:
     """Collect, and write the folder."""
+    from hpc_c2g.reporting.archive import Archive  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.board import FOLDER
+    from hpc_c2g.reporting.collect import CACHE, collect, drawn
+    from hpc_c2g.reporting.publication import content
+    from hpc_c2g.reporting.publication import publish as write
+
     folder = Path(config.study_dir)
     study = read_study(folder)
-    views = look(folder, Ledger(folder).rows(), None)
+    views = read_statuses(folder, None)
     collected = collect(folder, study.study.name, views)
     found, runs = collected.results, collected.runs
-    folders = {key: view.row.folder for key, view in runs.items()}
+    folders = {key: view.task.folder for key, view in runs.items()}
     specs = {task.id: task for task in find_specs(folder)}
     data = {key: specs[specs[key].upstream[0]].config["data"]["name"] for key in runs if key in specs}
     figures = drawn(folder, Archive(folder / FOLDER / CACHE), found, runs, collected.prediction)

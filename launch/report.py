@@ -6,23 +6,23 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_c2g.files import write_atomically
 from hpc_c2g.monitoring.provenance import revision, versions
 from hpc_c2g.monitoring.signatures import BY_NAME
-from hpc_c2g.reporting.archive import Archive
-from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics
-from hpc_c2g.reporting.page import Cell, Page, Table, render
 from hpc_c2g.reporting.results import Results, Row, bound_groups
 from hpc_c2g.reporting.tables import cell, columns
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import View, look
+from hpc_c2g.studies.task_status import TaskStatus, read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 from launch._compose.recipes import recipes
 from launch.status import counts
+
+if TYPE_CHECKING:
+    from hpc_c2g.reporting.archive import Archive
+    from hpc_c2g.reporting.page import Cell, Table
 
 MOSAICS = 24
 """Groups whose samples are shown: a page that is sent has a size."""
@@ -43,9 +43,14 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Collect, and write the page."""
+    from hpc_c2g.reporting.archive import Archive  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.board import FOLDER
+    from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics
+    from hpc_c2g.reporting.page import Page, render
+
     folder = Path(config.study_dir)
     study = read_study(folder)
-    views = look(folder, Ledger(folder).rows(), None)
+    views = read_statuses(folder, None)
     found = collect(folder, study.study.name, views)
     runs = found.runs
     archive = Archive(folder / FOLDER / CACHE)
@@ -88,14 +93,18 @@ def tables(found: Results) -> list[Table]:
 
 
 def _table(title: str, caption: str, rows: list[Row]) -> Table:
+    from hpc_c2g.reporting.page import Table
+
     names = [name for name in columns(rows) if not name.endswith("_sd")]
     numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in names]
     cells: list[list[Cell]] = [[(cell(row.get(n), row.get(f"{n}_sd")), row.get(n)) for n in names] for row in rows]
     return Table(title, caption, names, cells, numeric)
 
 
-def alarms(archive: Archive, runs: dict[str, View]) -> Table:
+def alarms(archive: Archive, runs: dict[str, TaskStatus]) -> Table:
     """Signatures of failure that ever fired, with when and how strongly."""
+    from hpc_c2g.reporting.page import Table
+
     rows: list[list[Cell]] = []
     for key, view in runs.items():
         reading = archive.load(key)
@@ -108,7 +117,7 @@ def alarms(archive: Archive, runs: dict[str, View]) -> Table:
                 highest = float(reading.curves.of(f"signature/{name}")[1].max())
                 now = "yes" if fired[-1] == steps[-1] else "no"
                 rows.append(
-                    [key, view.row.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
+                    [key, view.task.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
                 )
     names = ["run", "point", "signature", "first at step", "highest level", "to the end", "reason", "advice"]
     caption = "Signatures of failing runs, from training's own scalars, without data; a level above 1 fires."

@@ -6,13 +6,9 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from hpc_c2g.errors import UserError, require
 from hpc_c2g.files import write_atomically
-from hpc_c2g.generators.trained import check_drawing
-from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
-from hpc_c2g.training.results import load_run
+from hpc_c2g.generators.config import check_drawing
 from launch._compose.cli import run_verb
 
 
@@ -46,6 +42,11 @@ class SampleConfig:
 
 def sample(config: SampleConfig) -> None:
     """Draw and write."""
+    import numpy as np  # torch takes seconds to import: after the settings are checked
+
+    from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
+    from hpc_c2g.training.results import load_run
+
     generator = load_run(config.run_dir).generator
     samples, labels = generator.sample(config.count, config.seed, config.drawing)
     out = Path(config.out)

@@ -1,4 +1,4 @@
-"""``c2g status DIR``: where a study stands, from its own files and the scheduler's queue. Writes nothing."""
+"""``c2g status DIR``: state of a study's tasks, from its files and the scheduler's queue. Writes nothing."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from rich.text import Text
 from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.signatures import BY_NAME
 from hpc_c2g.scheduling.queue import Entry, Queue
-from hpc_c2g.studies.ledger import Ledger
 from hpc_c2g.studies.study import read_study
-from hpc_c2g.studies.view import ACTIVE, STATES, Progress, View, look, progress
+from hpc_c2g.studies.task_status import ACTIVE, STATES, Progress, TaskStatus, progress, read_statuses
 from launch._compose.arguments import as_overrides
 from launch._compose.cli import run_verb, user_errors
 
 STYLES = {"failed": "red", "blocked": "red", "lost": "red", "running": "green", "done": "dim"}
 SHOWN = 30
-"""Tasks that are listed unless all are asked for."""
+"""Number of tasks that are listed without ``--all``."""
 
 
 @dataclass
 class StatusConfig:
-    """Of which study, and how.
+    """A study, and how to show it.
 
     Attributes:
-        study_dir: its folder.
-        json: a machine-readable answer, every task in it.
-        all: list every task, not those alone that are at work or in trouble.
-        watch: look again every so many seconds, until all is done; 0: once.
+        study_dir: Folder of the study.
+        json: Print every task as JSON.
+        all: List every task, not only those that run or are in trouble.
+        watch: Seconds between refreshes, until all tasks are done; 0 shows the state once.
     """
 
     study_dir: str = "???"
@@ -53,108 +52,95 @@ class StatusConfig:
 
 
 def queue_of(cluster: str) -> tuple[dict[str, Entry] | None, str]:
-    """(the scheduler's queue, a warning): no queue where the study runs on this machine, or the scheduler does not answer."""
+    """Return (the scheduler's queue, a warning); no queue if the study runs on this machine or the scheduler does not answer."""
     if cluster in ("local", "debug"):
         return None, ""
     try:
-        return Queue().ask(), ""
+        return Queue().query(), ""
     except UserError as error:
         return None, " ".join(str(error).split())
 
 
-def counts(views: Sequence[View]) -> dict[str, dict[str, int]]:
-    """How many tasks of each stage are in each state."""
+def counts(statuses: Sequence[TaskStatus]) -> dict[str, dict[str, int]]:
+    """Return the number of tasks of each stage in each state."""
     found: dict[str, Counter[str]] = {}
-    for view in views:
-        found.setdefault(view.row.stage, Counter())[view.state] += 1
+    for status in statuses:
+        found.setdefault(status.task.stage, Counter())[status.state] += 1
     return {stage: {s: n for s in STATES if (n := number[s])} for stage, number in found.items()}
 
 
-def told(views: Sequence[View]) -> str:
-    """All stages in a line."""
-    total = Counter(v.state for v in views)
+def summary_line(statuses: Sequence[TaskStatus]) -> str:
+    """Return the number of tasks in each state, in one line."""
+    total = Counter(s.state for s in statuses)
     return ", ".join(f"{total[s]} {s}" for s in STATES if total[s])
 
 
-def seconds_left(views: Sequence[View]) -> dict[str, float | None]:
-    """Per stage: tasks to come times the median of those done, over how many are at work; None where none is done."""
+def seconds_left(statuses: Sequence[TaskStatus]) -> dict[str, float | None]:
+    """Return per stage: tasks left times the median seconds of those done, over the number that runs; None if none is done."""
     left: dict[str, float | None] = {}
-    for stage in dict.fromkeys(v.row.stage for v in views):
-        own = [v for v in views if v.row.stage == stage]
-        to_come = sum(v.state not in ("done", "failed", "blocked", "cancelled") for v in own)
-        took = [s for v in own if v.state == "done" and (s := _seconds(v)) is not None]
-        at_work = max(1, sum(v.state == "running" for v in own))
+    for stage in dict.fromkeys(s.task.stage for s in statuses):
+        own = [s for s in statuses if s.task.stage == stage]
+        to_come = sum(s.state not in ("done", "failed", "blocked", "cancelled") for s in own)
+        took = [s.seconds for s in own if s.state == "done" and s.seconds is not None]
+        at_work = max(1, sum(s.state == "running" for s in own))
         left[stage] = 0.0 if not to_come else statistics.median(took) * to_come / at_work if took else None
     return left
 
 
-def _seconds(view: View) -> float | None:
-    if view.report and view.report.ended:
-        return view.report.ended - view.report.began
-    return view.row.seconds
-
-
-def counts_table(folder: Path, views: Sequence[View]) -> Table:
-    """A line per stage."""
+def counts_table(folder: Path, statuses: Sequence[TaskStatus]) -> Table:
+    """Return a table with a line per stage."""
     out = Table(title=str(folder))
-    shown = [
-        s
-        for s in STATES
-        if s in ("pending", "running", "done", "failed", "requeued") or any(v.state == s for v in views)
-    ]
+    always = ("pending", "running", "done", "failed", "requeued")
+    shown = [state for state in STATES if state in always or any(s.state == state for s in statuses)]
     for column in ("stage", *shown, "ETA"):
         out.add_column(column, justify="left" if column == "stage" else "right")
-    left = seconds_left(views)
-    for stage, number in counts(views).items():
+    left = seconds_left(statuses)
+    for stage, number in counts(statuses).items():
         cells = [Text(str(number.get(s, "")), style=STYLES.get(s, "")) for s in shown]
         out.add_row(stage, *cells, _duration(left[stage]))
     return out
 
 
-def tasks_table(folder: Path, views: Sequence[View], everything: bool) -> Table:
-    """A line per task that is at work or in trouble, or per task."""
-    troubled = [v for v in views if everything or v.alarms or v.state not in ("done", "new", "pending")]
+def tasks_table(folder: Path, statuses: Sequence[TaskStatus], everything: bool) -> Table:
+    """Return a table with a line per task that runs or is in trouble, or per task if ``everything``."""
+    troubled = [s for s in statuses if everything or s.alarms or s.state not in ("done", "new", "pending")]
     out = Table()
     for column in ("stage", "run", "point", "state", "tries", "step", "residual", "alarms", "job", "why"):
         out.add_column(column, justify="right" if column in ("tries", "step", "residual") else "left")
-    for view in troubled if everything else troubled[:SHOWN]:
-        last = progress(folder, view.row) if view.row.stage == "train" else None
+    for status in troubled if everything else troubled[:SHOWN]:
+        last = progress(folder, status.task) if status.task.stage == "train" else None
         step, value = (str(last.step), f"{last.residual:.4f}") if last else ("", "")
-        fired = "\n".join(_alarms(view, last))
-        state = Text(view.state, style=STYLES.get(view.state, ""))
+        fired = "\n".join(_alarms(status, last))
+        state = Text(status.state, style=STYLES.get(status.state, ""))
         out.add_row(
-            view.row.stage,
-            view.row.id,
-            view.row.label,
+            status.task.stage,
+            status.task.id,
+            status.task.label,
             state,
-            str(view.attempts),
+            str(status.attempts),
             step,
             value,
             Text(fired, style="yellow"),
-            _job(view),
-            view.reason,
+            status.job,
+            status.reason,
         )
     if len(troubled) > SHOWN and not everything:
         out.caption = f"{len(troubled) - SHOWN} more: --all lists them"
     return out
 
 
-def _alarms(view: View, last: Progress | None) -> tuple[str, ...]:
-    """Signatures of failure that fire now, or fired when the run ended."""
-    return last.alarms if last and view.state in ACTIVE else view.alarms
+def _alarms(status: TaskStatus, last: Progress | None) -> tuple[str, ...]:
+    """Return the failure signatures that fire now, or fired when the run ended."""
+    return last.alarms if last and status.state in ACTIVE else status.alarms
 
 
-def advice(folder: Path, views: Sequence[View]) -> list[str]:
-    """A line for each signature that fires in a run that is at work, or fired when one ended."""
-    at_work = [v for v in views if v.state == "running" and v.row.stage == "train"]
-    found = {name for v in views for name in v.alarms} | {
-        name for v in at_work for name in _alarms(v, progress(folder, v.row))
+def advice(folder: Path, statuses: Sequence[TaskStatus]) -> list[str]:
+    """Return a line for each failure signature that fires in a run, or fired when one ended."""
+    at_work = [s for s in statuses if s.state == "running" and s.task.stage == "train"]
+    found = {name for s in statuses for name in s.alarms} | {
+        name for s in at_work for name in _alarms(s, progress(folder, s.task))
     }
     return [f"{name}: {s.reason} -- {s.advice}" for name, s in BY_NAME.items() if name in found]
-
-
-def _job(view: View) -> str:
-    return view.report.job if view.report else view.row.job
 
 
 def _duration(seconds: float | None) -> str:
@@ -172,70 +158,70 @@ def _duration(seconds: float | None) -> str:
     )
 
 
-def as_json(folder: Path, views: Sequence[View], warning: str) -> dict[str, Any]:
-    """Everything, plain."""
+def as_json(folder: Path, statuses: Sequence[TaskStatus], warning: str) -> dict[str, Any]:
+    """Return the state of every task as plain values."""
     tasks: list[Mapping[str, Any]] = []
-    for view in views:
-        last = progress(folder, view.row) if view.row.stage == "train" and view.state != "new" else None
+    for status in statuses:
+        last = progress(folder, status.task) if status.task.stage == "train" and status.state != "new" else None
         tasks.append(
             {
-                "stage": view.row.stage,
-                "id": view.row.id,
-                "folder": view.row.folder,
-                "point": view.row.label,
-                "state": view.state,
-                "attempts": view.attempts,
-                "failures": view.failures,
-                "job": _job(view),
-                "reason": view.reason,
+                "stage": status.task.stage,
+                "id": status.task.id,
+                "folder": status.task.folder,
+                "point": status.task.label,
+                "state": status.state,
+                "attempts": status.attempts,
+                "failures": status.failures,
+                "job": status.job,
+                "reason": status.reason,
                 "step": last.step if last else None,
                 "residual": last.residual if last else None,
-                "alarms": list(_alarms(view, last)),
-                "upstream": list(view.row.upstream),
+                "alarms": list(_alarms(status, last)),
+                "upstream": list(status.task.upstream),
             }
         )
     return {
         "study_dir": str(folder),
         "warning": warning or None,
-        "counts": counts(views),
-        "seconds_left": seconds_left(views),
+        "counts": counts(statuses),
+        "seconds_left": seconds_left(statuses),
         "tasks": tasks,
     }
 
 
 def status(config: StatusConfig) -> None:
-    """Look, and show."""
+    """Print the state."""
     folder = Path(config.study_dir)
     cluster = read_study(folder).cluster
 
-    def now() -> tuple[list[View], str]:
+    def now() -> tuple[list[TaskStatus], str]:
         queue, warning = queue_of(cluster)
-        return look(folder, Ledger(folder).rows(), queue), warning
+        return read_statuses(folder, queue), warning
 
-    def picture(views: Sequence[View], warning: str) -> Group:
-        parts: list[Any] = [counts_table(folder, views)]
-        table = tasks_table(folder, views, config.all)
+    def picture(statuses: Sequence[TaskStatus], warning: str) -> Group:
+        parts: list[Any] = [counts_table(folder, statuses)]
+        table = tasks_table(folder, statuses, config.all)
         parts += [table] if table.row_count else []
-        parts += [Text(line, style="yellow") for line in advice(folder, views)]
+        parts += [Text(line, style="yellow") for line in advice(folder, statuses)]
         return Group(*parts, *([Text(f"warning: {warning}", style="yellow")] if warning else []))
 
-    views, warning = now()
+    statuses, warning = now()
     if config.json:
-        print(json.dumps(as_json(folder, views, warning), indent=1))
+        print(json.dumps(as_json(folder, statuses, warning), indent=1))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not config.watch:
-        console.print(picture(views, warning))
+        console.print(picture(statuses, warning))
         return
-    with Live(picture(views, warning), console=console, auto_refresh=False) as live:
-        while any(v.state in (*ACTIVE, "new") for v in views):
+    with Live(picture(statuses, warning), console=console, auto_refresh=False) as live:
+        while any(s.state in (*ACTIVE, "new") for s in statuses):
             time.sleep(config.watch)
-            views, warning = now()
-            live.update(picture(views, warning), refresh=True)
+            statuses, warning = now()
+            live.update(picture(statuses, warning), refresh=True)
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("status"):
         overrides = as_overrides(sys.argv[1:], StatusConfig, ["study_dir"])
     run_verb("status", StatusConfig, status, overrides=overrides)

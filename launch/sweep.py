@@ -1,4 +1,4 @@
-"""``c2g sweep``: expand a study's grid and have its runs made, here or on a Slurm cluster; the same command again goes on."""
+"""``c2g sweep``: expand a study's grid and run it on this machine or on a Slurm cluster; the same command resumes it."""
 
 from __future__ import annotations
 
@@ -20,37 +20,36 @@ from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.studies.config import NEEDS, StudyConfig
 from hpc_c2g.studies.launcher import Launcher, launching
 from hpc_c2g.studies.local_executor import run_inline, run_local
-from hpc_c2g.studies.slurm_executor import SlurmExecutor, batches, in_order, script, watch
-from hpc_c2g.studies.study import FILE, StudyFile, joined, read_study, save_study
+from hpc_c2g.studies.slurm_executor import SlurmExecutor, sort_tasks, split_batches, submission_script, watch
+from hpc_c2g.studies.study import FILE, StudyFile, join_study, read_study, save_study
 from hpc_c2g.studies.submissions import Submission
+from hpc_c2g.studies.task_status import ACTIVE, TaskStatus
 from hpc_c2g.studies.tasks import Task
-from hpc_c2g.studies.view import ACTIVE, View
 from launch._compose.arguments import as_overrides, split_grid
 from launch._compose.cli import run_verb, user_errors
 from launch._compose.cluster import DEBUG, Where, profile_of
 from launch._compose.grid import expand, grid_of, plan
-from launch.status import counts_table, told
+from launch.status import counts_table, summary_line
 
-LOOK_SECONDS = 10.0
+REFRESH_SECONDS = 10.0
 
 
 @dataclass
 class SweepConfig:
-    """What to run, and where. Whatever else stands on the command line is the grid.
+    """A study to run, and the place. All other words of the command line are the grid.
 
     Attributes:
-        study: the study.
-        study_dir: its folder; the same folder goes on.
-        cluster: where.
-        parallel: tasks at once: processes of ``local`` (one per core by default), elements of an array (the profile's throttle).
-        retries: how often a task that fails for a reason of its own is tried again.
-        only: ``failed`` leaves alone what did not fail.
-        extend: add the grid's runs to the study in ``study_dir``.
-        dry_run: print the tasks and sbatch's text, and do nothing.
-        watch: stay, and hand out again what the cluster loses, until all is done.
-        yes: allow more points than ``limit``.
-        limit: points of the grid that nobody is asked about.
-        accept_code: go on although the science's code has changed.
+        study: Definition of the study.
+        study_dir: Folder of the study; an existing study is resumed.
+        cluster: ``local``, ``debug``, or a Slurm profile.
+        parallel: Number of tasks at once; default: one process per core of this machine, or the profile's throttle.
+        retries: Number of times that a task that fails by its own fault is tried again.
+        only: ``failed`` leaves out tasks that did not fail.
+        extend: Add the grid's runs to the study in ``study_dir``.
+        dry_run: Print the tasks and sbatch's script, and run nothing.
+        watch: Stay and submit again what the cluster loses, until all tasks are done.
+        yes: Allow more points than ``limit``.
+        limit: Number of points that a grid may have without ``yes``.
     """
 
     study: StudyConfig = field(default_factory=StudyConfig)
@@ -64,7 +63,6 @@ class SweepConfig:
     watch: bool = False
     yes: bool = False
     limit: int = 500
-    accept_code: bool = False
 
     def __post_init__(self) -> None:
         if self.only not in ("", "failed"):
@@ -78,82 +76,83 @@ class SweepConfig:
 
 
 def sweep(config: SweepConfig, grid: Sequence[str] = ()) -> None:
-    """Expand, check, write down, hand out, tell; ``grid`` is what the command line puts in the place of the study's own."""
+    """Plan the study's tasks, check and save them, and run them; ``grid`` is the command line's and replaces the study's own."""
     limit = None if config.yes else config.limit
     folder = Path(os.path.abspath(config.study_dir))
     before = read_study(folder).grids[-1] if config.extend and (folder / FILE).exists() else []
     grid = grid_of(config.study, grid, before)
-    # mistakes in the grid are told before it is compared with what is there
-    plan(config.study, expand(grid, limit), dict.fromkeys(config.study.stages, ""))
+    # errors in the grid are raised before it is compared with the study in the folder
+    plan(config.study, expand(grid, limit))
     profile = _profile(config)
     if profile is not None:
         check_folder(folder)
     wanted = StudyFile(
         config.study, [grid], config.cluster.name, config.cluster.profile, config.parallel, config.retries
     )
-    study = joined(folder, wanted, config.extend, config.accept_code)
-    points = {tuple(p.items()): p for g in study.grids for p in expand(g)}  # each once, though two grids have it
-    tasks = plan(config.study, list(points.values()), study.code)
+    study = join_study(folder, wanted, config.extend)
+    points = {tuple(p.items()): p for g in study.grids for p in expand(g)}  # each once, even if two grids have it
+    tasks = plan(config.study, list(points.values()))
     if config.dry_run:
         _show(config, folder, list(tasks.values()), profile)
         return
     with launching(folder):
-        ledger = save_study(folder, study, tasks)
-        hand_out(Launcher(folder, ledger, tasks), study, profile, config.only, config.watch)
+        save_study(folder, study, tasks)
+        run_study(Launcher(folder, study.retries), study, profile, config.only, config.watch)
 
 
-def hand_out(
+def run_study(
     launcher: Launcher, study: StudyFile, profile: SlurmProfile | None, only: str = "", stay: bool = False
 ) -> None:
-    """Have the study's tasks done as its settings say; tells what was done."""
+    """Run the study's tasks where its settings say, and print the outcome."""
     console = Console(stderr=True)
     folder = launcher.study
     if only == "failed":
-        launcher.forgive(launcher.look(None), study.retries)
+        launcher.reset_failures(launcher.statuses(None))
     if profile is None:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
 
-            def log_fn(views: Sequence[View]) -> None:
-                live.update(counts_table(folder, views))
+            def log_fn(statuses: Sequence[TaskStatus]) -> None:
+                live.update(counts_table(folder, statuses))
 
             if study.cluster == DEBUG:
-                views = run_inline(launcher, only, log_fn)
+                statuses = run_inline(launcher, only, log_fn)
             else:
-                views = run_local(launcher, study.parallel or len(os.sched_getaffinity(0)), only, log_fn)
-        _end(folder, study.study.name, views)
+                statuses = run_local(launcher, study.parallel or len(os.sched_getaffinity(0)), only, log_fn)
+        _finish(folder, study.study.name, statuses)
         return
-    arrays = SlurmExecutor(launcher, profile, study.cluster, study.study.name)
-    arrays.recover()
+    executor = SlurmExecutor(launcher, profile, study.study.name)
+    executor.recover()
     stages = study.study.stages
     if stay:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
-            for views in watch(arrays, stages, only, LOOK_SECONDS):
-                live.update(counts_table(folder, views))
-        _end(folder, study.study.name, views)
+            for statuses in watch(executor, stages, only, REFRESH_SECONDS):
+                live.update(counts_table(folder, statuses))
+        _finish(folder, study.study.name, statuses)
         return
-    views = arrays.views()
-    missing = launcher.wanted(views, only)
-    jobs = arrays.submit(missing, views, stages) if missing else []
-    told_jobs = f" ({', '.join(jobs)})" if jobs else ""
-    done, active = sum(v.state == "done" for v in views), sum(v.state in ACTIVE for v in views)
+    statuses = executor.statuses()
+    missing = launcher.runnable(statuses, only)
+    jobs = executor.submit(missing, statuses, stages) if missing else []
+    job_list = f" ({', '.join(jobs)})" if jobs else ""
+    done, active = sum(s.state == "done" for s in statuses), sum(s.state in ACTIVE for s in statuses)
     print(
-        f"study: {folder}: {len(missing)} tasks submitted as {len(jobs)} jobs{told_jobs}, {active} there already, {done} done"
+        f"study: {folder}: {len(missing)} tasks submitted as {len(jobs)} jobs{job_list}, {active} there already, {done} done"
     )
     print(f"next: c2g status {config_path(folder)}; when all is done: c2g collect {config_path(folder)}")
 
 
 def config_path(folder: Path) -> str:
-    """A folder as one would type it from here."""
+    """Return a folder as one would type it in the working directory."""
     return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
-def _end(folder: Path, name: str, views: Sequence[View]) -> None:
-    """Collect the results, and say how it ended; an exit code tells scripts whether all was done."""
-    print(f"study: {folder}: {told(views)}")
-    print(f"written: {config_path(folder)}/{', '.join(write_tables(folder, name, results(folder, views)))}")
-    bad = [v for v in views if v.state != "done"]
-    for view in bad[:10]:
-        print(f"  {view.row.stage} {view.row.id} ({view.row.label}): {view.state}: {view.reason}", file=sys.stderr)
+def _finish(folder: Path, name: str, statuses: Sequence[TaskStatus]) -> None:
+    """Write the tables of results and print the outcome; exit with 1 unless all tasks are done."""
+    print(f"study: {folder}: {summary_line(statuses)}")
+    print(f"written: {config_path(folder)}/{', '.join(write_tables(folder, name, results(folder, statuses)))}")
+    bad = [s for s in statuses if s.state != "done"]
+    for status in bad[:10]:
+        task = status.task
+        print(f"  {task.stage} {task.id} ({task.label}): {status.state}: {status.reason}", file=sys.stderr)
     if bad:
         print(f"next: c2g status {config_path(folder)}; c2g logs RUN; c2g retry {config_path(folder)}", file=sys.stderr)
         sys.exit(1)
@@ -164,24 +163,24 @@ def _profile(config: SweepConfig) -> SlurmProfile | None:
 
 
 def _show(config: SweepConfig, folder: Path, tasks: list[Task], profile: SlurmProfile | None) -> None:
-    """The tasks, and what sbatch would get."""
+    """Print the tasks, and the scripts that sbatch would receive."""
     for task in tasks:
-        below = f" after {', '.join(task.upstream)}" if task.upstream else ""
-        print(f"{task.stage:<10} {task.id}  {task.label}{below}")
+        upstream = f" after {', '.join(task.upstream)}" if task.upstream else ""
+        print(f"{task.stage:<10} {task.id}  {task.label}{upstream}")
     print(f"{len(tasks)} tasks in {folder}")
     if profile is None:
         return
-    for batch in batches(in_order(tasks, config.study.stages), profile.max_array):
+    for batch in split_batches(sort_tasks(tasks, config.study.stages), profile.max_array):
         first = batch.tasks[0]
         submission = Submission.of(config.study.name, batch.tasks, [0] * len(batch.tasks), token="TOKEN")
         needed = NEEDS[first.stage]
         after = f", after all of {needed} have ended" if needed else ""
         print(f"\n# {first.stage}: {len(batch.tasks)} elements{after}")
-        print(script(profile, folder, submission, batch.shape, []))
+        print(submission_script(profile, folder, submission, batch.shape, []))
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("sweep"):
         own, grid = split_grid(as_overrides(sys.argv[1:], SweepConfig), SweepConfig)
     run_verb("sweep", SweepConfig, functools.partial(sweep, grid=grid), {"study": {"study": StudyConfig}}, own)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from hpc_c2g.classifiers.models import CNN, MLP, ResidualCNN
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt import alpha_control, stationarity
+from hpc_c2g.kkt import alpha_control, options, stationarity
 
 BATCH, CLASSES, ALPHA = 8, 3, -0.4
 LABELS = torch.arange(BATCH) % CLASSES
@@ -51,36 +51,38 @@ def exact_sum(model: nn.Module, theta: dict[str, Tensor], mu: Tensor) -> tuple[T
 MU = normal(BATCH, CLASSES, seed=10).abs() * (torch.arange(CLASSES) != LABELS[:, None])
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_margins_at_the_scaled_weights_are_scaled_margins(name):
-    model, theta, rates = problem(name)
-    given_there, _ = exact_sum(model, theta, MU)
-    at_scaled, _ = exact_sum(model, stationarity.scaled(theta, ALPHA, rates), MU)
-    assert torch.allclose(at_scaled, math.exp(ALPHA) * given_there, rtol=1e-9, atol=1e-12)
+def test_margins_at_the_scaled_weights_are_scaled_margins(subtests):
+    for name in NETS:
+        with subtests.test(name):
+            model, theta, rates = problem(name)
+            given_there, _ = exact_sum(model, theta, MU)
+            at_scaled, _ = exact_sum(model, stationarity.scaled(theta, ALPHA, rates), MU)
+            assert torch.allclose(at_scaled, math.exp(ALPHA) * given_there, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_euler_links_the_weighted_margins_to_the_sum(name):
-    model, theta, rates = problem(name)
-    margins, G = exact_sum(model, theta, MU)
-    total = sum(rates[k] * float((theta[k] * G[k]).sum()) for k in theta)
-    assert float((MU * margins).sum()) == pytest.approx(total, rel=1e-10)
+def test_euler_links_the_weighted_margins_to_the_sum(subtests):
+    for name in NETS:
+        with subtests.test(name):
+            model, theta, rates = problem(name)
+            margins, G = exact_sum(model, theta, MU)
+            total = sum(rates[k] * float((theta[k] * G[k]).sum()) for k in theta)
+            assert float((MU * margins).sum()) == pytest.approx(total, rel=1e-10)
 
 
-@pytest.mark.parametrize("form", stationarity.LEFT_SIDES)
-@pytest.mark.parametrize("name", NETS)
-def test_residual_at_the_given_weights_is_the_residual_at_the_scaled_weights(name, form):
-    model, theta, rates = problem(name)
-    c, scaled = stationarity.left_side(rates, form), stationarity.scaled(theta, ALPHA, rates)
-    given_there = stationarity.residual(theta, exact_sum(model, theta, MU)[1], rates, c, ALPHA)
-    at_scaled = stationarity.residual(scaled, exact_sum(model, scaled, MU)[1], rates, c, 0.0)
-    for k in theta:
-        assert torch.allclose(given_there[k], at_scaled[k], rtol=1e-9, atol=1e-10)
-    S, S_scaled = (
-        stationarity.multiplier_scale(stationarity.squared_norms(t), rates, c, a)
-        for t, a in ((theta, ALPHA), (scaled, 0.0))
-    )
-    assert pytest.approx(S_scaled, rel=1e-12) == S
+def test_residual_at_the_given_weights_is_the_residual_at_the_scaled_weights(subtests):
+    for form, name in product(options.LEFT_SIDES, NETS):
+        with subtests.test(f"{name} {form}"):
+            model, theta, rates = problem(name)
+            c, scaled = stationarity.left_side(rates, form), stationarity.scaled(theta, ALPHA, rates)
+            given_there = stationarity.residual(theta, exact_sum(model, theta, MU)[1], rates, c, ALPHA)
+            at_scaled = stationarity.residual(scaled, exact_sum(model, scaled, MU)[1], rates, c, 0.0)
+            for k in theta:
+                assert torch.allclose(given_there[k], at_scaled[k], rtol=1e-9, atol=1e-10)
+            S, S_scaled = (
+                stationarity.multiplier_scale(stationarity.squared_norms(t), rates, c, a)
+                for t, a in ((theta, ALPHA), (scaled, 0.0))
+            )
+            assert pytest.approx(S_scaled, rel=1e-12) == S
 
 
 def test_at_a_stationary_point_the_multipliers_weigh_the_scaled_margins_to_their_scale():
@@ -99,7 +101,7 @@ def test_at_a_stationary_point_the_multipliers_weigh_the_scaled_margins_to_their
 
 
 RATES = {"a": 0.5, "b": 0.25, "c": 1.0, "d": 1.0}
-FORMS = list(product(stationarity.LEFT_SIDES, stationarity.WEIGHTINGS))
+FORMS = list(product(options.LEFT_SIDES, options.WEIGHTINGS))
 
 
 def slow_loss(theta, G, c, alpha, weights) -> Tensor:
@@ -179,12 +181,10 @@ def test_alpha_starts_at_the_geometric_mean_of_the_probes(probe, ascended, cauti
     assert math.exp(alpha) * math.sqrt(probe * ascended) == pytest.approx(caution, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("probe", "ascended"), [(0, 1), (1, 0), (-1, -1), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)]
-)
-def test_a_classifier_without_a_margin_on_probes_is_refused(probe, ascended):
-    with pytest.raises(UserError, match="no margin on probes"):
-        alpha_control.initial_alpha(probe, ascended)
+def test_a_classifier_without_a_margin_on_probes_is_refused(subtests):
+    for probe, ascended in [(0, 1), (1, 0), (-1, -1), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)]:
+        with subtests.test(f"{probe=} {ascended=}"), pytest.raises(UserError, match="no margin on probes"):
+            alpha_control.initial_alpha(probe, ascended)
 
 
 LOWER, UPPER = -1 - normal(4, seed=1).abs(), 1 + normal(4, seed=2).abs()

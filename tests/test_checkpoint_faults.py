@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.logs import warnings_logged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_a_file_cut_anywhere_is_passed_over(tmp_path: Path, data: st.DataObject,
     file = checkpoints.at(5).path / name
     content = file.read_bytes()
     file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-    with pytest.warns(UserWarning, match="step_00000005 is damaged"):
+    with warnings_logged("step_00000005 is damaged"):
         assert whole_step(checkpoints) == 1
 
 
@@ -80,7 +81,7 @@ def test_any_flipped_bit_of_the_checksum_file_is_detected(tmp_path: Path, data: 
     content = bytearray(file.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match="step_00000005 is damaged"):
+    with warnings_logged("step_00000005 is damaged"):
         assert whole_step(checkpoints) == 1
 
 
@@ -88,7 +89,7 @@ def test_a_damaged_later_checkpoint_does_not_crowd_out_the_one_just_written(tmp_
     checkpoints = made(tmp_path, keep=1, steps=(1,))
     (tmp_path / "step_00000009").mkdir()
     publish(checkpoints, "publish", 2)
-    with pytest.warns(UserWarning, match="step_00000009 is damaged"):
+    with warnings_logged("step_00000009 is damaged"):
         assert whole_step(checkpoints) == 2
     publish(checkpoints, "publish", 9)
     assert names(checkpoints) == ["step_00000009"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.logs import warnings_logged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +190,7 @@ DAMAGE = {
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(checkpoints, kind):
     checkpoints.publish(2, state(2))
     DAMAGE[kind](checkpoints.folder / "step_00000002")
-    with pytest.warns(UserWarning, match="step_00000002 is damaged"):
+    with warnings_logged("step_00000002 is damaged"):
         assert_newest(checkpoints, 1)
 
 
@@ -201,7 +202,7 @@ def test_any_flipped_bit_of_the_state_is_detected(checkpoints, data):
     blob = bytearray(file.read_bytes())
     blob[data.draw(st.integers(0, len(blob) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(blob)
-    with pytest.warns(UserWarning, match="checksum mismatch"):
+    with warnings_logged("checksum mismatch"):
         assert_newest(checkpoints, 1)
 
 
@@ -210,7 +211,7 @@ def test_all_damaged_is_an_error_that_names_the_folder(checkpoints):
     for step in (1, 2):
         DAMAGE["state cut in half"](checkpoints.folder / f"step_{step:08d}")
     with (
-        pytest.warns(UserWarning, match="is damaged") as warned,
+        warnings_logged("is damaged") as warned,
         pytest.raises(UserError, match="every checkpoint in") as caught,
     ):
         checkpoints.latest()
@@ -237,7 +238,7 @@ def test_a_malicious_pickle_with_a_right_checksum_is_refused_and_not_run(checkpo
     else:
         pickle.dump(content, buffer, protocol=2)
     with_checksum(checkpoints.folder / "step_00000002", buffer.getvalue())
-    with pytest.warns(UserWarning, match="step_00000002 is damaged"):
+    with warnings_logged("step_00000002 is damaged"):
         assert_newest(checkpoints, 1)
     assert not (tmp_path / "owned").exists()
     pickle.loads(pickle.dumps(content))  # the trap itself works

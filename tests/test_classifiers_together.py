@@ -19,14 +19,16 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
-from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
-from hpc_c2g.generators.config import FreeImagesConfig
+from hpc_c2g.evaluation.config import EvaluateConfig
+from hpc_c2g.evaluation.evaluate import evaluate
+from hpc_c2g.fitting.config import ClassifierConfig
+from hpc_c2g.fitting.make import make_classifier
+from hpc_c2g.generators.config import DRAWINGS, FreeImagesConfig
 from hpc_c2g.generators.latents import fresh_latents
-from hpc_c2g.generators.trained import DRAWINGS
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training import trainer
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.cost.capacity import available_bytes, check_classifiers, largest_that_fits
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run

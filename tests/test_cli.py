@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.studies import sweep
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save
 
@@ -22,14 +26,16 @@ from hpc_c2g.classifiers.bundle import META, WEIGHTS
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
 from hpc_c2g.fitting import progress
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import RECORD, ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import RECORD, make_classifier
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.run_directory import RunDirectory
 from hpc_c2g.training.step.train_step import TrainStep
 from launch.__main__ import VERBS, main
+from launch._compose.help import described
 
 SMALL = ["data.classes=[0,1]", "data.train_size=20", "fit.target_margin=3", "model.width=8"]
 FEW = ["steps=3", "global_batch=8", "alpha.init=-1", "log.progress=false", "log.every=1", "device=cpu"]
@@ -196,7 +202,7 @@ def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
     def refuse(_):
         raise UserError("first\nsecond", "mend")
 
-    monkeypatch.setattr("launch.sample.load_run", refuse)
+    monkeypatch.setattr("hpc_c2g.training.results.load_run", refuse)
     assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
 
 
@@ -216,17 +222,67 @@ def test_usage_lists_the_verbs(c2g):
     assert c2g("--version")[:2] == (0, "0.1.0\n")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_and_cfg_show_every_field_and_do_nothing(c2g, tmp_path, verb):
-    code, plain, _ = c2g(verb, "--cfg", "job")
-    assert code == 0
-    fields = [line.split(":")[0] for line in plain.splitlines() if not line.startswith((" ", "-"))]
-    assert {"run_dir", "out", "classifier", "study_dir"} & set(fields)
-    code, out, _ = c2g(verb, "--help")
-    assert code == 0
-    assert f"c2g {verb}" in out
-    assert plain.strip() in out
-    assert list(tmp_path.iterdir()) == []
+def leaves(value, prefix=""):
+    if not isinstance(value, dict) or not value:
+        return [prefix]
+    return [name for key, item in value.items() for name in leaves(item, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def test_help_and_cfg_show_every_field_and_do_nothing(c2g, tmp_path):
+    for verb in VERBS:
+        code, plain, _ = c2g(verb, "--cfg", "job")
+        assert code == 0
+        names = leaves(OmegaConf.to_container(OmegaConf.create(plain)))
+        assert {"run_dir", "out", "classifier", "study_dir"} & set(names)
+        code, out, err = c2g(verb, "--help")
+        assert (code, err) == (0, "")
+        assert out.startswith(f"c2g {verb}")
+        shown = re.findall(r"^  ([\w.]+)=", out.partition("Fields and their values:")[2], re.MULTILINE)
+        assert shown == names, verb
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_fields_and_choices_that_apply(c2g, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for choice, here, elsewhere in (("conv", "channels", "widths"), ("mlp", "widths", "channels")):
+        _, out, _ = c2g("train", "--help", f"generator={choice}", "steps=7")
+        assert re.search(rf"^  generator=conv\|free\|mlp +now {choice}$", out, re.MULTILINE)
+        assert f"  generator.{here}=" in out
+        assert f"  generator.{elsewhere}=" not in out
+        assert "  steps=7 " in out
+        fields = out.partition("Fields and their values:")[2].partition("Any field below")[0]
+        assert all(len(line) <= 80 for line in fields.splitlines())
+    assert c2g("train", "--help", "generator=gan")[0] == 2
+
+
+def test_the_help_of_a_field_is_the_first_sentence_of_its_entry():
+    @dataclass
+    class Parent:
+        """Settings.
+
+        Attributes:
+            a: First sentence, over
+                two lines with ``code`` (see x.y). Second sentence.
+            b: overridden.
+        """
+
+        a: int = 1
+        b: int = 2
+
+    @dataclass
+    class Child(Parent):
+        """Attributes are inherited.
+
+        Attributes:
+            b: Its own (leaky) ReLU.
+
+        Raises:
+            UserError: no field.
+        """
+
+        c: int = 3
+
+    assert described(Child) == {"a": "First sentence, over two lines with code (see x.y)", "b": "Its own (leaky) ReLU"}
 
 
 def test_the_verbs_follow_one_another(c2g, tmp_path):
@@ -310,3 +366,37 @@ def test_a_real_process_tells_a_mistake_in_one_line(tmp_path):
     child = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
     assert_one_line((child.returncode, child.stdout, child.stderr), "train", "'optimser.lr'", "optimizer.lr")
     assert list(tmp_path.iterdir()) == []
+
+
+HEAVY = ["torch", "deepspeed", "sklearn", "matplotlib"]
+"""Libraries that take seconds to import."""
+IN_A_CHILD = """
+import contextlib, io, json, sys
+from launch.__main__ import main
+
+lines, heavy = map(json.loads, sys.argv[1:])
+for line, wanted in lines:
+    sys.argv = ["c2g", *line]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    print(json.dumps([line, code == wanted, [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def test_nothing_heavy_is_imported_before_the_settings_are_right(tmp_path):
+    sweep(tmp_path / "study", "cluster=debug")
+    lines: list[tuple[list[str], int]] = [([verb, "--help"], 0) for verb in VERBS]
+    lines += [(["--help"], 0), (["--version"], 0), (["trian"], 2)]
+    lines += [([verb, "no_such_field=1"], 2) for verb in VERBS if verb not in ("doctor", "sweep")]
+    lines += [(["train", "classifier=c", "run_dir=r", "steps=0"], 2), (["bound", "run_dir=r", "device=tpu"], 2)]
+    lines += [(["status", "study"], 0), (["status", "--json", "study"], 0), (["status", "nowhere"], 2)]
+    command = [sys.executable, "-c", IN_A_CHILD, json.dumps(lines), json.dumps(HEAVY)]
+    child = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    assert child.returncode == 0, child.stderr
+    results = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(results) == len(lines)
+    assert [r for r in results if not r[1] or r[2]] == [], child.stderr

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.studies import c2g, rows, sweep
+from helpers.studies import c2g, sweep
+from helpers.studies import tasks as rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -302,11 +303,11 @@ def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
     steps = {"strong": [(1, 8, 0.5), (2, 8, 0.3)], "weak": [(1, 8, 0.5), (2, 16, 0.6)]}
     plan = {k: [{"nodes": n, "global_batch": b, "step": {"total": t}} for n, b, t in v] for k, v in steps.items()}
     (study / "plan.json").write_text(json.dumps(plan))
-    runs = {v.row.id: v for v in collecting.training_runs(_views(study))}
-    one = {k: v for k, v in runs.items() if "global_batch=8" in v.row.label}
+    runs = {v.task.id: v for v in collecting.training_runs(_views(study))}
+    one = {k: v for k, v in runs.items() if "global_batch=8" in v.task.label}
     assert collecting.predicted(study, one) == {1: 16.0, 2: pytest.approx(8 / 0.3)}
-    grown = [dataclasses.replace(v, row=dataclasses.replace(v.row, nodes=1 + i)) for i, v in enumerate(runs.values())]
-    assert collecting.predicted(study, {v.row.id: v for v in grown})[2] == pytest.approx(16 / 0.6)
+    grown = [dataclasses.replace(v, task=dataclasses.replace(v.task, nodes=1 + i)) for i, v in enumerate(runs.values())]
+    assert collecting.predicted(study, {v.task.id: v for v in grown})[2] == pytest.approx(16 / 0.6)
     (study / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan\.json of the study cannot be read"):
         collecting.predicted(study, runs)
@@ -316,10 +317,9 @@ def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
 
 
 def _views(study: Path):
-    from hpc_c2g.studies.ledger import Ledger
-    from hpc_c2g.studies.view import look
+    from hpc_c2g.studies.task_status import read_statuses
 
-    return look(study, Ledger(study).rows(), None)
+    return read_statuses(study, None)
 
 
 def test_the_report_tells_all_and_its_recipes_repeat_the_runs_bit_for_bit(study, tmp_path, monkeypatch):
@@ -378,7 +378,7 @@ def test_alarms_of_runs_are_told_with_their_first_step(study):
             board.add_scalar("alarm/instability", fired, step)
             board.add_scalar("signature/instability", 3.0 * fired, step)
     collected(study)
-    runs = {v.row.id: v for v in _views(study) if v.row.stage == "train"}
+    runs = {v.task.id: v for v in _views(study) if v.task.stage == "train"}
     found = alarms(archives.Archive(study / "board" / "cache"), runs).rows
     (line,) = [line for line in found if line[0] == row.id and line[2] == "instability"]
     assert line[:6] == [row.id, row.label, "instability", 14, 3.0, "yes"]
@@ -386,16 +386,15 @@ def test_alarms_of_runs_are_told_with_their_first_step(study):
 
 def test_a_study_that_has_not_begun_is_collected_too(tmp_path):
     sweep(tmp_path / "s", "--dry-run")
-    from hpc_c2g.studies.ledger import Ledger
     from hpc_c2g.studies.study import StudyFile, save_study
     from launch._compose.grid import plan
 
     study = StudyFile()
     study.study.name = "none"
-    save_study(tmp_path / "s", study, plan(study.study, [{}], dict.fromkeys(study.study.stages, "")))
+    save_study(tmp_path / "s", study, plan(study.study, [{}]))
     found = collected(tmp_path / "s")
     assert found.results.rows == []
-    assert len(found.results.left_out) == sum(r.stage == "train" for r in Ledger(tmp_path / "s").rows()) == 1
+    assert len(found.results.left_out) == len(rows(tmp_path / "s", "train")) == 1
     c2g("report", tmp_path / "s")
 
 

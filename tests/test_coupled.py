@@ -15,15 +15,17 @@ from helpers.ranks import run_ranks
 from helpers.trainers import config, normed, three_bundles, trainer
 from torch import Tensor, nn
 
-from hpc_c2g.bound.sampling_error import BoundConfig, sampling_error
+from hpc_c2g.bound.config import BoundConfig
+from hpc_c2g.bound.sampling_error import sampling_error
 from hpc_c2g.classifiers.bundle import Bundle, save_bundle
 from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig, StationarityConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.step.objective import Objective

@@ -10,10 +10,11 @@ import torch
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.fitting import make
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import make_classifier
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.step.train_step import TrainStep
 

@@ -26,7 +26,7 @@ from hpc_c2g.preflight.node_checks import Job, Login, clock_skew, judge
 from hpc_c2g.preflight.study_folder import Mount, Probe, check_study_folder, mount_of
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.scheduling.programs import Answer, ask
+from hpc_c2g.scheduling.programs import Answer, query
 
 PROFILE = SlurmProfile(
     name="c", partition="main", account="physics", qos="normal", cpus_per_task=2, mem_gb=4, python=sys.executable
@@ -182,7 +182,7 @@ def test_a_rehearsal_that_hangs_is_unknown(slurm):
 
 
 def test_no_shell_reads_a_name(slurm, tmp_path):
-    assert ask("scontrol", "show", "hostnames", f"$(touch {tmp_path}/x);n1").output
+    assert query("scontrol", "show", "hostnames", f"$(touch {tmp_path}/x);n1").output
     assert not (tmp_path / "x").exists()
 
 
@@ -190,7 +190,7 @@ def test_the_habits_of_the_user_do_not_change_the_answer(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     monkeypatch.setenv("SLURM_CONF", "/a")
     slurm.has("scontrol", "env")
-    told = ask("scontrol").output
+    told = query("scontrol").output
     assert "SLURM_CONF=/a" in told
     assert "SLURM_TIME_FORMAT" not in told
 
@@ -337,7 +337,7 @@ def test_a_good_folder_is_told_so_and_left_as_it_was(tmp_path):
     folder = tmp_path / "a" / "study"
     found = check_study_folder(folder, slurm=True)
     assert [f.status for f in found if "study_dir" in f.message and "GiB free" not in f.message] == []
-    assert "written, linked, locked" in found[0].problem
+    assert "written, linked, locked" in found[0].message
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
     (folder / "study.yaml").touch()
@@ -450,8 +450,8 @@ def test_the_mount_of_a_path_is_the_deepest_and_latest():
 def test_this_machine_is_judged_by_its_python_torch_and_memory():
     assert host.check_python("3.11.2").status == "ok"
     the_only([host.check_python("3.9.1")], "error", "3.9.1", ">= 3.10")
-    assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).problem == "torch 2.9.0, 0 GPUs"
-    broken = ask(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
+    assert host.check_torch(Answer(0, "2.9.0 0\n", ""), 5).message == "torch 2.9.0, 0 GPUs"
+    broken = query(sys.executable, "-c", "raise ImportError('libcudart.so.12 is missing')")
     the_only([host.check_torch(broken, 5)], "error", "ImportError: libcudart.so.12 is missing", "pip install torch")
     the_only([host.check_torch(Answer(None, "", "python took more than 5 s"), 5)], "error", "within 5 s")
     meminfo = "MemTotal: 9 kB\nMemAvailable:    4194304 kB\n"

@@ -16,13 +16,15 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation import evaluate as module
-from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate, side_by_side
+from hpc_c2g.evaluation.config import EvaluateConfig
+from hpc_c2g.evaluation.evaluate import evaluate, side_by_side
 from hpc_c2g.evaluation.metrics import judge
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import RECORD, ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import RECORD, make_classifier
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 

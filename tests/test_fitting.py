@@ -18,17 +18,16 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
 from hpc_c2g.fitting import make
-from hpc_c2g.fitting.fit import (
+from hpc_c2g.fitting.config import (
+    ClassifierConfig,
     ImportFitConfig,
     InitConfig,
     MarginFitConfig,
+    NormalizationConfig,
     OrdinaryFitConfig,
-    fit_margin,
-    fit_ordinary,
-    initialize,
-    smoothed_margin,
 )
-from hpc_c2g.fitting.make import ClassifierConfig, NormalizationConfig, make_classifier
+from hpc_c2g.fitting.fit import fit_margin, fit_ordinary, initialize, smoothed_margin
+from hpc_c2g.fitting.make import make_classifier
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
 LABELS = torch.arange(15) % 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -64,11 +65,13 @@ def gated(model: nn.Module, x: Tensor, width: float = 1.0) -> Tensor:
     return classifier(parameters(model), dict.fromkeys(classifier.gates, torch.tensor(width, dtype=x.dtype)), x)
 
 
-@pytest.mark.parametrize("slope", SLOPES)
-@pytest.mark.parametrize("width", [1e-6, 1.0, 1e3])
-def test_forward_is_exactly_the_leaky_relu(slope, width):
-    z = torch.cat([inputs(100) * 10, torch.tensor([0.0, -0.0, 1e-300, -1e-300, 1e300, -1e300], dtype=torch.float64)])
-    assert torch.equal(gate(slope, width)(z), torch.where(z > 0, z, slope * z))
+def test_forward_is_exactly_the_leaky_relu(subtests):
+    for slope, width in product(SLOPES, [1e-6, 1.0, 1e3]):
+        with subtests.test(f"{slope=} {width=}"):
+            z = torch.cat(
+                [inputs(100) * 10, torch.tensor([0.0, -0.0, 1e-300, -1e-300, 1e300, -1e300], dtype=torch.float64)]
+            )
+            assert torch.equal(gate(slope, width)(z), torch.where(z > 0, z, slope * z))
 
 
 @settings(deadline=None, max_examples=50)
@@ -86,15 +89,16 @@ def test_derivative_is_a_sigmoid_of_the_gates_width(values, width, slope, seed):
     )
 
 
-@pytest.mark.parametrize("slope", SLOPES)
-def test_second_derivative_is_that_of_the_smooth_gate(slope):
-    z, width, eps = inputs(50).requires_grad_(), 0.7, 1e-5
-    (first,) = torch.autograd.grad(gate(slope, width)(z).sum(), z, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), z)
-    at = z.detach().numpy()
-    difference = (slow_derivative(at + eps, width, slope) - slow_derivative(at - eps, width, slope)) / (2 * eps)
-    assert second.numpy() == pytest.approx(difference, rel=1e-7, abs=1e-10)
-    assert np.abs(difference).max() > 0.1
+def test_second_derivative_is_that_of_the_smooth_gate(subtests):
+    for slope in SLOPES:
+        with subtests.test(f"{slope=}"):
+            z, width, eps = inputs(50).requires_grad_(), 0.7, 1e-5
+            (first,) = torch.autograd.grad(gate(slope, width)(z).sum(), z, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), z)
+            at = z.detach().numpy()
+            difference = (slow_derivative(at + eps, width, slope) - slow_derivative(at - eps, width, slope)) / (2 * eps)
+            assert second.numpy() == pytest.approx(difference, rel=1e-7, abs=1e-10)
+            assert np.abs(difference).max() > 0.1
 
 
 FORMS = {
@@ -121,14 +125,15 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_relu_is_replaced_in_whatever_form_it_is_called(form):
-    call, act, slopes = FORMS[form]
-    model = Net(call, act=act).double().eval()
-    classifier = GatedClassifier(model)
-    assert [classifier.graph.get_submodule(name).slope for name in classifier.gates] == slopes
-    assert not [m for m in classifier.graph.modules() if isinstance(m, (nn.ReLU, nn.LeakyReLU))]
-    assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))
+def test_every_relu_is_replaced_in_whatever_form_it_is_called(subtests):
+    for form in FORMS:
+        with subtests.test(form):
+            call, act, slopes = FORMS[form]
+            model = Net(call, act=act).double().eval()
+            classifier = GatedClassifier(model)
+            assert [classifier.graph.get_submodule(name).slope for name in classifier.gates] == slopes
+            assert not [m for m in classifier.graph.modules() if isinstance(m, (nn.ReLU, nn.LeakyReLU))]
+            assert torch.equal(gated(model, inputs(7, 5)), model(inputs(7, 5)))
 
 
 def test_a_net_with_gates_has_the_derivative_of_its_gates():

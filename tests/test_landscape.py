@@ -15,8 +15,8 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.evaluation.landscape import CARRIES, picture, support
 from hpc_c2g.fitting.certificate import certify
-from hpc_c2g.fitting.fit import InitConfig, MarginFitConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, InitConfig, MarginFitConfig
+from hpc_c2g.fitting.make import make_classifier
 
 DATA = DataConfig(name="blobs", train_size=20)
 

@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.latents import (
-    SCHEMES,
-    LatentConfig,
-    Latents,
-    LatentSampler,
-    counted_uniforms,
-    fresh_latents,
-    normal_quantiles,
-)
+from hpc_c2g.generators.config import SCHEMES, LatentConfig
+from hpc_c2g.generators.latents import Latents, LatentSampler, counted_uniforms, fresh_latents, normal_quantiles
 
 quick = settings(deadline=None, max_examples=40)
 

@@ -77,21 +77,24 @@ def near(got: Tensor, expected: Tensor) -> bool:
     return float((got - expected).norm()) <= 1e-10 * float(expected.norm())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sums_residual_alpha_gradient_and_cotangents_are_those_of_one_process(on_ranks: dict, name: str) -> None:
-    classifiers = CASES[name][0]
-    alone = measured(None, classifiers, None, {})
-    seen = set()
-    for rank in on_ranks[name]:
-        for got, expected in zip(rank["scalars"], alone["scalars"], strict=True):
-            assert got == pytest.approx(expected, rel=1e-10, abs=1e-14)
-        assert rank["alpha"] == pytest.approx(alone["alpha"], rel=1e-12)
-        assert all(near(g, e) for g, e in zip(rank["cotangents"], alone["cotangents"], strict=True))
-        for k, G in rank["G"].items():
-            seen.add(k)
-            assert all(near(G[name], expected) for name, expected in alone["G"][k].items())
-            assert near(rank["slope"][k], alone["slope"][k])
-    assert seen == set(range(classifiers))
+def test_sums_residual_alpha_gradient_and_cotangents_are_those_of_one_process(
+    subtests: pytest.Subtests, on_ranks: dict
+) -> None:
+    for name in CASES:
+        with subtests.test(name):
+            classifiers = CASES[name][0]
+            alone = measured(None, classifiers, None, {})
+            seen = set()
+            for rank in on_ranks[name]:
+                for got, expected in zip(rank["scalars"], alone["scalars"], strict=True):
+                    assert got == pytest.approx(expected, rel=1e-10, abs=1e-14)
+                assert rank["alpha"] == pytest.approx(alone["alpha"], rel=1e-12)
+                assert all(near(g, e) for g, e in zip(rank["cotangents"], alone["cotangents"], strict=True))
+                for k, G in rank["G"].items():
+                    seen.add(k)
+                    assert all(near(G[name], expected) for name, expected in alone["G"][k].items())
+                    assert near(rank["slope"][k], alone["slope"][k])
+            assert seen == set(range(classifiers))
 
 
 def refused(world: World) -> list[str]:
@@ -144,16 +147,14 @@ def reduced(world: World) -> dict:
         comm_stream = CommStream(world.device)
         summation = ResidualSum(like, mesh, comm_stream, comm_dtype, bucket_bytes=50)
         totals, sent = [], []
-        for step in range(64):
+        for _ in range(64 if comm_dtype == "bfloat16" else 3):  # what is rounded away comes back in time
             for micro_batch in (0, 1):
                 arrive = summation.micro_batch(last=micro_batch == 1)
                 tensors = {key: made(key, world.rank, micro_batch).to(dtype) for key in SHAPES}
                 for key in ("c", "a"):
                     arrive(key, tensors[key])
                 summation.add(tensors)
-            total = summation.total()
-            if step in (0, 63) or comm_dtype == "bfloat16":
-                totals.append({key: t.clone() for key, t in total.items()})
+            totals.append({key: t.clone() for key, t in summation.total().items()})
             sent.append(summation.take_bytes())
         found[name] = {
             "totals": totals,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -45,29 +46,34 @@ def latents(count: int = 12, seed: int = 0) -> Latents:
     return fresh_latents(seed, count, DIMENSIONS, CLASSES)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (1, 5, 3), (2,)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_samples_have_the_shape_of_the_input_and_multipliers_a_row_of_classes(kind, shape):
-    if kind.startswith("conv") and len(shape) == 1:
+def test_samples_have_the_shape_of_the_input_and_multipliers_a_row_of_classes(subtests):
+    for kind, shape in product(KINDS, [(1, 8, 8), (3, 32, 32), (1, 28, 28), (1, 5, 3), (2,)]):
+        if kind.startswith("conv") and len(shape) == 1:
+            continue
+        with subtests.test(f"{kind} {shape}"):
+            module = build(KINDS[kind], shape)
+            x, h = module(latents(7))
+            assert x.shape == (7, *shape)
+            assert h.shape == (7, CLASSES)
+
+
+def test_a_convolution_of_rows_without_height_and_width_is_refused():
+    for kind in ("conv", "conv without codes"):
         with pytest.raises(UserError, match=r"generator=conv makes images.*\[2\]"):
-            build(KINDS[kind], shape)
-        return
-    module = build(KINDS[kind], shape)
-    x, h = module(latents(7))
-    assert x.shape == (7, *shape)
-    assert h.shape == (7, CLASSES)
+            build(KINDS[kind], (2,))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "free"])
-def test_samples_lie_in_the_box_whatever_the_weights(kind):
-    module = build(KINDS[kind])
-    with torch.no_grad():
-        for p in module.parameters():
-            p.mul_(30)
-    x = module(latents())[0].detach()
-    lower, upper = bounds((1, 8, 8))
-    assert bool((x >= lower - 1e-12).all() and (x <= upper + 1e-12).all())
-    assert float(x.max() - x.min()) > 0.9  # all of it is within reach
+def test_samples_lie_in_the_box_whatever_the_weights(subtests):
+    for kind in [kind for kind in KINDS if kind != "free"]:
+        with subtests.test(kind):
+            module = build(KINDS[kind])
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(30)
+            x = module(latents())[0].detach()
+            lower, upper = bounds((1, 8, 8))
+            assert bool((x >= lower - 1e-12).all() and (x <= upper + 1e-12).all())
+            assert float(x.max() - x.min()) > 0.9  # all of it is within reach
 
 
 @settings(deadline=None, max_examples=40)
@@ -85,22 +91,24 @@ def test_box_starts_near_zero_where_its_slope_has_not_vanished(lower, extent, t)
         assert float(start) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_does_not_depend_on_its_batch_mates(kind):
-    module, drawn = build(KINDS[kind]).train(), latents()
-    x, h = module(drawn)
-    for i in (0, 5, 11):
-        alone = drawn[i : i + 1]
-        x_alone, h_alone = module(alone)
-        assert torch.allclose(x_alone[0], x[i], rtol=1e-10, atol=1e-12)
-        assert torch.allclose(h_alone[0], h[i], rtol=1e-10, atol=1e-12)
+def test_a_sample_does_not_depend_on_its_batch_mates(subtests):
+    for kind in KINDS:
+        with subtests.test(kind):
+            module, drawn = build(KINDS[kind]).train(), latents()
+            x, h = module(drawn)
+            for i in (0, 5, 11):
+                alone = drawn[i : i + 1]
+                x_alone, h_alone = module(alone)
+                assert torch.allclose(x_alone[0], x[i], rtol=1e-10, atol=1e-12)
+                assert torch.allclose(h_alone[0], h[i], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_samples_differ(kind):
-    x = build(KINDS[kind])(latents())[0].detach().flatten(1)
-    distances = torch.cdist(x, x) + torch.eye(12)
-    assert float(distances.min()) > 1e-6
+def test_samples_differ(subtests):
+    for kind in KINDS:
+        with subtests.test(kind):
+            x = build(KINDS[kind])(latents())[0].detach().flatten(1)
+            distances = torch.cdist(x, x) + torch.eye(12)
+            assert float(distances.min()) > 1e-6
 
 
 def test_a_canvas_is_blank_at_first_and_then_of_its_own_code_alone():
@@ -170,22 +178,24 @@ def test_gain_multiplies_the_latents():
     assert module.condition.gain == 4 * KINDS["mlp without codes"].gain
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "free"])
-def test_multipliers_start_neutral(kind):
-    drawn = latents()
-    _, h = build(KINDS[kind])(drawn)
-    others = F.one_hot(drawn.labels, CLASSES) == 0
-    assert torch.allclose((F.softplus(h) * others).sum(1), torch.ones(12).double(), rtol=1e-6)
+def test_multipliers_start_neutral(subtests):
+    for kind in ["mlp", "conv", "free"]:
+        with subtests.test(kind):
+            drawn = latents()
+            _, h = build(KINDS[kind])(drawn)
+            others = F.one_hot(drawn.labels, CLASSES) == 0
+            assert torch.allclose((F.softplus(h) * others).sum(1), torch.ones(12).double(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_a_function_of_the_seed_and_the_global_generator_is_untouched(kind):
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    first, again, other = (build(KINDS[kind], seed=seed).state_dict() for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(v, again[k]) for k, v in first.items())
-    assert any(not torch.equal(v, other[k]) for k, v in first.items())
+def test_weights_are_a_function_of_the_seed_and_the_global_generator_is_untouched(subtests):
+    for kind in KINDS:
+        with subtests.test(kind):
+            torch.manual_seed(7)
+            state = torch.get_rng_state()
+            first, again, other = (build(KINDS[kind], seed=seed).state_dict() for seed in (0, 0, 1))
+            assert torch.equal(torch.get_rng_state(), state)
+            assert all(torch.equal(v, again[k]) for k, v in first.items())
+            assert any(not torch.equal(v, other[k]) for k, v in first.items())
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -199,15 +209,16 @@ def test_output_scale_multiplies_the_last_weights_alone(kind):
     assert changed[0].endswith("weight")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parameter_groups_cover_every_parameter_exactly_once(kind):
-    module = build(KINDS[kind])
-    grouped = [id(p) for group in module.parameter_groups().values() for p in group]
-    assert sorted(grouped) == sorted(id(p) for p in module.parameters())
-    assert all(module.parameter_groups().values())
-    x, h = module(latents(60))
-    gradients = torch.autograd.grad(x.sum() + h.square().sum(), list(module.parameters()), allow_unused=True)
-    assert all(g is not None for g in gradients)
+def test_parameter_groups_cover_every_parameter_exactly_once(subtests):
+    for kind in KINDS:
+        with subtests.test(kind):
+            module = build(KINDS[kind])
+            grouped = [id(p) for group in module.parameter_groups().values() for p in group]
+            assert sorted(grouped) == sorted(id(p) for p in module.parameters())
+            assert all(module.parameter_groups().values())
+            x, h = module(latents(60))
+            gradients = torch.autograd.grad(x.sum() + h.square().sum(), list(module.parameters()), allow_unused=True)
+            assert all(g is not None for g in gradients)
 
 
 def test_groups_tell_images_from_multipliers():
@@ -245,9 +256,8 @@ def test_kind_asked_for_is_built_and_an_unknown_one_refused():
         build(GeneratorConfig(name="gan"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "field", "value"),
-    [
+def test_settings_out_of_range_are_refused(subtests):
+    for kind, field, value in [
         (MLPGeneratorConfig, "codes", -1),
         (MLPGeneratorConfig, "embedding", 0),
         (MLPGeneratorConfig, "multiplier_widths", []),
@@ -260,8 +270,6 @@ def test_kind_asked_for_is_built_and_an_unknown_one_refused():
         (ConvGeneratorConfig, "channels", 0),
         (ConvGeneratorConfig, "coarsest", 0),
         (FreeImagesConfig, "start", 0.0),
-    ],
-)
-def test_settings_out_of_range_are_refused(kind, field, value):
-    with pytest.raises(UserError, match=rf"generator\.{field}="):
-        kind(**{field: value})
+    ]:
+        with subtests.test(f"{kind.__name__} {field}={value}"), pytest.raises(UserError, match=rf"generator\.{field}="):
+            kind(**{field: value})

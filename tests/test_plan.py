@@ -16,9 +16,10 @@ from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.errors import UserError
 from hpc_c2g.planning.collectives import all_reduce_seconds, generator_seconds, ring_seconds, tree_seconds
+from hpc_c2g.planning.config import PlanConfig
 from hpc_c2g.planning.hardware import HardwareSpec, LocalHardware, as_yaml, load_hardware
 from hpc_c2g.planning.measure import fit_ring, measure
-from hpc_c2g.planning.plan import PlanConfig, make_plan
+from hpc_c2g.planning.plan import make_plan
 from hpc_c2g.planning.predict import balanced, generator_bytes, memory, scaling, step_time, work_seconds
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
 from hpc_c2g.training.cost.op_counter import OpCost

@@ -48,47 +48,47 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
 def test_the_queue_of_hand(slurm):
     slurm.answers(
         "squeue",
-        "7|2|7|PENDING|JobArrayTaskLimit||2026-11-25T10:00:00|0|study|\n"
-        "7|1|8|RUNNING|None|gpu[01-02]|2026-11-25T09:00:00|3|study|\n"
-        "9|N/A|9|COMPLETING|NonZeroExitCode|n1|N/A|0|a|name|with\nbars and lines|\n",
+        "7|2|PENDING|JobArrayTaskLimit||2026-11-25T10:00:00|0|study|\n"
+        "7|1|RUNNING|None|gpu[01-02]|2026-11-25T09:00:00|3|study|\n"
+        "9|N/A|COMPLETING|NonZeroExitCode|n1|N/A|0|a|name|with\nbars and lines|\n",
     )
     begin = datetime(2026, 11, 25, 9).timestamp()
-    assert Queue().ask() == {
-        "7_2": Entry("7_2", "7", "PENDING", "JobArrayTaskLimit", "", begin + 3600, 0, "study"),
-        "7_1": Entry("7_1", "8", "RUNNING", "None", "gpu[01-02]", begin, 3, "study"),
-        "9": Entry("9", "9", "COMPLETING", "NonZeroExitCode", "n1", None, 0, "a|name|with\nbars and lines"),
+    assert Queue().query() == {
+        "7_2": Entry("7_2", "PENDING", "JobArrayTaskLimit", "", begin + 3600, 0, "study"),
+        "7_1": Entry("7_1", "RUNNING", "None", "gpu[01-02]", begin, 3, "study"),
+        "9": Entry("9", "COMPLETING", "NonZeroExitCode", "n1", None, 0, "a|name|with\nbars and lines"),
     }
     (call,) = slurm.calls("squeue")
     assert {"--me", "-h", "-r"} < set(call)
 
 
-@pytest.mark.parametrize("text", ["JOBID STATE\n", "7|2|7|PENDING\n", "7                   2                   \n"])
+@pytest.mark.parametrize("text", ["JOBID STATE\n", "7|2|PENDING\n", "7                   2                   \n"])
 def test_an_answer_that_cannot_be_read_is_no_empty_queue(slurm, text):
     slurm.answers("squeue", text)
     with pytest.raises(UserError, match="cannot be read"):
-        Queue().ask()
+        Queue().query()
 
 
 def test_an_empty_queue_is_no_error_and_no_answer_is_one(slurm):
     slurm.answers("squeue", "")
-    assert Queue().ask() == {}
+    assert Queue().query() == {}
     slurm.fails("squeue", AWAY)
     with pytest.raises(NoAnswerError, match=r"Slurm does not answer: .*Unable to contact"):
-        Queue().ask()
+        Queue().query()
 
 
 def test_a_command_that_hangs_is_no_answer(slurm):
     slurm.has("squeue", "exec sleep 30")
     begin = time.monotonic()
     with pytest.raises(NoAnswerError, match=r"squeue took more than 0\.2 s"):
-        Queue(timeout=0.2).ask()
+        Queue(timeout=0.2).query()
     assert time.monotonic() - begin < 10
 
 
 def test_a_machine_without_slurm_says_so(slurm, monkeypatch):
     monkeypatch.setenv("PATH", str(slurm.folder))
     with pytest.raises(UserError, match="squeue: No such file") as caught:
-        Queue().ask()
+        Queue().query()
     assert not isinstance(caught.value, NoAnswerError)
 
 
@@ -97,7 +97,7 @@ def test_the_habits_of_the_user_do_not_change_the_answer(slurm, monkeypatch):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("SLURM_CONF", "/a")
     slurm.has("squeue", f"env > {slurm.folder}/seen")
-    Queue().ask()
+    Queue().query()
     seen = (slurm.folder / "seen").read_text()
     assert "SLURM_CONF=/a" in seen
     assert not any(name in seen for name in ("SQUEUE_", "TIME_FORMAT", "SACCT_"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pytest
@@ -84,40 +85,40 @@ def check(model: nn.Module, shape: tuple[int, ...]) -> Rates:
 
 
 BUILT_IN = [
-    *(pytest.param(MLP, [6], {"depth": d, "width": 7}, id=f"mlp{d}") for d in (1, 2, 3, 4)),
-    *(pytest.param(CNN, [2, 8, 8], {"depth": 3, "width": 4, "pooling": p}, id=f"cnn-{p}") for p in ("avg", "max")),
-    *(pytest.param(ResidualCNN, [2, 8, 8], {"depth": d, "width": 3}, id=f"residual{d}") for d in (1, 2)),
+    *((MLP, [6], {"depth": depth, "width": 7}) for depth in (1, 2, 3, 4)),
+    *((CNN, [2, 8, 8], {"depth": 3, "width": 4, "pooling": pooling}) for pooling in ("avg", "max")),
+    *((ResidualCNN, [2, 8, 8], {"depth": depth, "width": 3}) for depth in (1, 2)),
 ]
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-@pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("bias", ["all", "first", "none"])
-@pytest.mark.parametrize(("architecture", "shape", "options"), BUILT_IN)
-def test_every_built_in_classifier_scales_by_its_rates(architecture, shape, options, bias, batch_norm, activation):
-    model = architecture(shape, 3, bias=bias, batch_norm=batch_norm, activation=activation, **options)
-    rates = check(model, tuple(shape))
-    assert rates.parameters["head.weight"] > 0
-    if not batch_norm:
-        assert min(rates.parameters.values()) > 0.05
-        assert not rates.scale_invariant
+def test_every_built_in_classifier_scales_by_its_rates(subtests):
+    for (architecture, shape, options), bias, batch_norm, activation in product(
+        BUILT_IN, ("all", "first", "none"), (False, True), ("relu", "leaky_relu")
+    ):
+        with subtests.test(f"{architecture.__name__} {options} {bias=} {batch_norm=} {activation=}"):
+            model = architecture(shape, 3, bias=bias, batch_norm=batch_norm, activation=activation, **options)
+            rates = check(model, tuple(shape))
+            assert rates.parameters["head.weight"] > 0
+            if not batch_norm:
+                assert min(rates.parameters.values()) > 0.05
+                assert not rates.scale_invariant
 
 
-@pytest.mark.parametrize("bias", ["first", "none"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("architecture", [MLP, CNN])
-def test_homogeneous_net_has_rate_one_over_its_depth_everywhere(architecture, depth, bias):
-    rates = find_rates(architecture([2, 8, 8], 3, width=4, depth=depth, bias=bias))
-    assert set(rates.parameters.values()) == {1 / depth}  # exactly, so that equal rates compare equal
+def test_homogeneous_net_has_rate_one_over_its_depth_everywhere(subtests):
+    for bias, depth, architecture in product(["first", "none"], [1, 2, 3, 4, 7], [MLP, CNN]):
+        with subtests.test(f"{architecture.__name__} {depth=} {bias=}"):
+            rates = find_rates(architecture([2, 8, 8], 3, width=4, depth=depth, bias=bias))
+            assert set(rates.parameters.values()) == {1 / depth}  # exactly, so that equal rates compare equal
 
 
-@pytest.mark.parametrize("architecture", [MLP, CNN])
-def test_with_all_biases_the_bias_of_a_layer_has_its_degree_and_weights_stay_uniform(architecture):
-    rates = find_rates(architecture([2, 8, 8], 3, width=4, depth=4, bias="all"))
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in rates.parameters))
-    for number, layer in enumerate(layers, start=1):
-        assert abs(rates.parameters[f"{layer}.weight"] - 1 / 4) < 1e-12
-        assert abs(rates.parameters[f"{layer}.bias"] - number / 4) < 1e-12
+def test_with_all_biases_the_bias_of_a_layer_has_its_degree_and_weights_stay_uniform(subtests):
+    for architecture in [MLP, CNN]:
+        with subtests.test(architecture.__name__):
+            rates = find_rates(architecture([2, 8, 8], 3, width=4, depth=4, bias="all"))
+            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in rates.parameters))
+            for number, layer in enumerate(layers, start=1):
+                assert abs(rates.parameters[f"{layer}.weight"] - 1 / 4) < 1e-12
+                assert abs(rates.parameters[f"{layer}.bias"] - number / 4) < 1e-12
 
 
 def test_residual_net_has_the_rates_nearest_to_uniform():
@@ -182,18 +183,19 @@ def test_what_precedes_a_norm_does_not_pull_the_rates_behind_it():
     assert rates.scale_invariant == {"before1.weight", "before2.weight"}
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_norm_keeps_its_eps_wherever_it_can(order):
-    # stem + head = 1 has solutions with stem > 0, but the norm's eps would have to scale with them
-    layers = {"stem": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "mix": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
+def test_a_norm_keeps_its_eps_wherever_it_can(subtests):
+    for order in [1, -1]:
+        with subtests.test(f"{order=}"):
+            # stem + head = 1 has solutions with stem > 0, but the norm's eps would have to scale with them
+            layers = {"stem": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "mix": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
 
-    def forward(net, x):
-        x = net.stem(x)
-        return net.head(x + net.mix(net.norm(x)))
+            def forward(net, x):
+                x = net.stem(x)
+                return net.head(x + net.mix(net.norm(x)))
 
-    rates = check(Net(forward, **dict(list(layers.items())[::order])), (6,))
-    assert rates.norm_degrees == {"norm": 0}
-    assert {name: r for name, r in rates.parameters.items() if r} == {"head.weight": 1, "head.bias": 1}
+            rates = check(Net(forward, **dict(list(layers.items())[::order])), (6,))
+            assert rates.norm_degrees == {"norm": 0}
+            assert {name: r for name, r in rates.parameters.items() if r} == {"head.weight": 1, "head.bias": 1}
 
 
 def test_a_norm_called_twice_has_one_input_degree():
@@ -209,22 +211,23 @@ def test_a_norm_called_twice_has_one_input_degree():
     assert (rates.parameters["first.weight"], rates.parameters["second.weight"]) == (1, 0)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_least_squares_with_bounds_agrees_with_a_penalised_non_negative_solver(seed):
-    generator = np.random.default_rng(seed)
-    n = int(generator.integers(3, 14))
-    rows = generator.integers(-2, 3, (n // 2, n)) * (generator.random((n // 2, n)) < 0.5).astype(float)
-    rows[0] = np.abs(rows[0])
-    start = _feasible(rows, np.zeros(n))
-    if start is None:
-        return
-    b, C = np.eye(1, n // 2)[0], np.eye(n) - 1 / n
-    C[:, : n // 3] = 0  # some count for nothing
-    x = _least_squares(C, rows, b, start)
-    assert np.abs(rows @ x - b).max() < 1e-12
-    assert x.min() > -1e-12
-    penalised, _ = nnls(np.vstack([1e5 * rows, C]), np.concatenate([1e5 * b, np.zeros(n)]), maxiter=10_000)
-    assert np.linalg.norm(C @ x) < np.linalg.norm(C @ penalised) + 1e-6
+def test_least_squares_with_bounds_agrees_with_a_penalised_non_negative_solver(subtests):
+    for seed in range(40):
+        with subtests.test(f"{seed=}"):
+            generator = np.random.default_rng(seed)
+            n = int(generator.integers(3, 14))
+            rows = generator.integers(-2, 3, (n // 2, n)) * (generator.random((n // 2, n)) < 0.5).astype(float)
+            rows[0] = np.abs(rows[0])
+            start = _feasible(rows, np.zeros(n))
+            if start is None:
+                continue
+            b, C = np.eye(1, n // 2)[0], np.eye(n) - 1 / n
+            C[:, : n // 3] = 0  # some count for nothing
+            x = _least_squares(C, rows, b, start)
+            assert np.abs(rows @ x - b).max() < 1e-12
+            assert x.min() > -1e-12
+            penalised, _ = nnls(np.vstack([1e5 * rows, C]), np.concatenate([1e5 * b, np.zeros(n)]), maxiter=10_000)
+            assert np.linalg.norm(C @ x) < np.linalg.norm(C @ penalised) + 1e-6
 
 
 def image_net(*layers: nn.Module, channels: int, side: int) -> nn.Sequential:
@@ -371,10 +374,11 @@ COVERED = {
 }
 
 
-@pytest.mark.parametrize("name", COVERED)
-def test_net_scales_by_its_rates(name):
-    build, shape = COVERED[name]
-    check(build(), shape)
+def test_net_scales_by_its_rates(subtests):
+    for name in COVERED:
+        with subtests.test(name):
+            build, shape = COVERED[name]
+            check(build(), shape)
 
 
 def test_tensor_that_is_never_used_has_rate_zero():
@@ -441,13 +445,14 @@ def test_optional_arguments_of_forward_keep_their_defaults():
     assert check(Flagged([6], 3), (6,)).parameters["head.weight"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", ["linear1.weight", "linear2.bias", "norm2.weight", "head.bias"])
-def test_a_wrong_rate_is_detected(name):
-    model = randomised(MLP([6], 3, depth=3, bias="all", batch_norm=name.startswith("norm")))
-    rates = find_rates(model)
-    wrong = dataclasses.replace(rates, parameters=rates.parameters | {name: rates.parameters[name] + 0.1})
-    assert verify_rates(model, rates, (6,)) < 1e-9
-    assert verify_rates(model, wrong, (6,)) > 1e-3
+def test_a_wrong_rate_is_detected(subtests):
+    for name in ["linear1.weight", "linear2.bias", "norm2.weight", "head.bias"]:
+        with subtests.test(name):
+            model = randomised(MLP([6], 3, depth=3, bias="all", batch_norm=name.startswith("norm")))
+            rates = find_rates(model)
+            wrong = dataclasses.replace(rates, parameters=rates.parameters | {name: rates.parameters[name] + 0.1})
+            assert verify_rates(model, rates, (6,)) < 1e-9
+            assert verify_rates(model, wrong, (6,)) > 1e-3
 
 
 def test_statistics_that_do_not_scale_are_detected():
@@ -546,15 +551,16 @@ BLAMED = {
 }
 
 
-@pytest.mark.parametrize("name", BLAMED)
-def test_without_rates_the_message_names_the_culprit(name):
-    build, fragments = BLAMED[name]
-    with pytest.raises(UserError) as caught:
-        find_rates(build())
-    for fragment in fragments:
-        assert fragment in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert caught.value.hint
+def test_without_rates_the_message_names_the_culprit(subtests):
+    for name in BLAMED:
+        with subtests.test(name):
+            build, fragments = BLAMED[name]
+            with pytest.raises(UserError) as caught:
+                find_rates(build())
+            for fragment in fragments:
+                assert fragment in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert caught.value.hint
 
 
 def test_the_blame_is_minimal():

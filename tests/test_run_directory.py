@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.lease import Lease
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig, config_from
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, config_from
 from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
 
 HOLDER = """

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.logs import warnings_logged
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.common import random_classifier
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
@@ -89,12 +91,12 @@ def test_a_resumed_file_drops_the_lines_after_the_checkpoint(tmp_path, resumed):
 
 
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "loss": 1.0', "{", "\0\0\0"])
-def test_a_half_written_line_is_dropped_and_told_of_where_it_is_not_the_last(tmp_path, half):
+def test_a_half_written_line_is_dropped_with_a_warning_where_it_is_not_the_last(tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     written(path, [2])
     with open(path, "a") as file:
         file.write(half + '\n{"step": 4, "loss": 2.0}\n' + half)
-    with pytest.warns(UserWarning, match="line 2 is damaged") as told:
+    with warnings_logged("line 2 is damaged") as told:
         metrics = MetricsFile(path, 100)
     assert len(told) == 1
     metrics.write({"step": 101})
@@ -178,11 +180,13 @@ def test_every_chart_of_the_layout_finds_a_curve_that_a_run_writes(prefixes, lin
             assert kind != "Margin" or len(found) == 3, title
 
 
-def test_an_alarm_is_told_beside_the_progress_and_in_tensorboard(tmp_path, capfd):
+def test_an_alarm_is_logged_with_its_step_and_written_to_tensorboard(tmp_path, caplog):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
     with log:
         log.step(4, scalars(4), ["instability"])
-    assert "step 4: instability: the residual or the gradient" in capfd.readouterr().err.replace("\n", " ")
+    (record,) = caplog.records
+    assert (record.name, record.levelname, record.step) == ("hpc_c2g.monitoring.run_log", "WARNING", 4)
+    assert record.getMessage().startswith("instability: the residual or the gradient")
     assert "alarm/instability/text_summary" in accumulated(tmp_path).Tags()["tensors"]
 
 

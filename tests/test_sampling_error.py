@@ -14,21 +14,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.trainers import three_bundles
-from test_data_free import FORBIDDEN, is_within, reachable
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from hpc_c2g.bound import concentration
+from hpc_c2g.bound.config import DRAWS, BoundConfig
 from hpc_c2g.bound.moments import Moments, expectation, measure
-from hpc_c2g.bound.sampling_error import BoundConfig, row_of, sampling_error
-from hpc_c2g.bound.summands import DRAWS, Summands, drawing
+from hpc_c2g.bound.sampling_error import row_of, sampling_error
+from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
-from hpc_c2g.generators.latents import LatentConfig, LatentSampler, fresh_latents
+from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.latents import LatentSampler, fresh_latents
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import LogConfig, TrainConfig
+from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.bundles import load_bundles
@@ -120,40 +121,42 @@ def one_by_one(run_dir: Path, k: int, count: int) -> tuple[Tensor, Tensor, Tenso
     return torch.stack(rows) / left.norm(), latents.labels, left / left.norm()
 
 
-@pytest.mark.parametrize("k", [0, 1])
-def test_the_traces_and_the_reach_are_those_of_explicit_per_sample_gradients(run_dir, k):
-    g, labels, left = one_by_one(run_dir, k, 200)
-    summands = summands_of(run_dir, k)
-    moments = measure(summands, 200, seed=0)
-    apart = [g[labels == c] for c in range(CLASSES[k])]
-    assert torch.allclose(summands.left, left, rtol=1e-12, atol=1e-14)
-    for own, variance in zip(apart, moments.variances, strict=True):
-        assert variance == pytest.approx(float(torch.cov(own.T).trace()), rel=1e-9)
-    deviations = [(own - mean).norm(dim=1).max() for own, mean in zip(apart, moments.means, strict=True)]
-    assert moments.reach == pytest.approx(float(max(deviations)), rel=1e-9)
-    assert moments.reach_overall == pytest.approx(float((g - moments.means.mean(0)).norm(dim=1).max()), rel=1e-9)
-    # the expectation comes from samples of its own: it agrees as well as both are known
-    off = float((g.mean(0) - moments.center).square().sum())
-    assert off < 6 * (moments.within / 200 + moments.center_variance)
+def test_the_traces_and_the_reach_are_those_of_explicit_per_sample_gradients(subtests, run_dir):
+    for k in [0, 1]:
+        with subtests.test(f"classifier {k}"):
+            g, labels, left = one_by_one(run_dir, k, 200)
+            summands = summands_of(run_dir, k)
+            moments = measure(summands, 200, seed=0)
+            apart = [g[labels == c] for c in range(CLASSES[k])]
+            assert torch.allclose(summands.left, left, rtol=1e-12, atol=1e-14)
+            for own, variance in zip(apart, moments.variances, strict=True):
+                assert variance == pytest.approx(float(torch.cov(own.T).trace()), rel=1e-9)
+            deviations = [(own - mean).norm(dim=1).max() for own, mean in zip(apart, moments.means, strict=True)]
+            assert moments.reach == pytest.approx(float(max(deviations)), rel=1e-9)
+            assert moments.reach_overall == pytest.approx(
+                float((g - moments.means.mean(0)).norm(dim=1).max()), rel=1e-9
+            )
+            # the expectation comes from samples of its own: it agrees as well as both are known
+            off = float((g.mean(0) - moments.center).square().sum())
+            assert off < 6 * (moments.within / 200 + moments.center_variance)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 7, 1024])
-@pytest.mark.parametrize("k", [0, 1])
-def test_the_kkt_sum_is_the_mean_of_its_summands_and_its_distance_to_the_left_side_is_the_residual(
-    run_dir, k, micro_batch
-):
-    g, _, left = one_by_one(run_dir, k, 50)
-    summands = summands_of(run_dir, k, micro_batch)
-    latents = fresh_latents(0, 50, 4, CLASSES[k], classifier=k)
-    mean = summands.mean(latents)
-    assert torch.allclose(mean, g.mean(0), rtol=1e-9, atol=1e-12)
-    assert torch.allclose(torch.cat(list(summands.each(latents))), g, rtol=1e-9, atol=1e-12)
-    micro_batches = mean.split([t.numel() for t in summands.theta.values()])
-    G = {
-        n: (p / summands.factors[n]).view_as(t) for (n, t), p in zip(summands.theta.items(), micro_batches, strict=True)
-    }
-    residual = sum(summands.objective.residual(G, summands.alpha).terms.values())
-    assert float(residual) == pytest.approx(float((left - g.mean(0)).square().sum()), rel=1e-9)
+def test_the_kkt_sum_is_the_mean_of_its_summands_and_its_distance_to_the_left_side_is_the_residual(subtests, run_dir):
+    for micro_batch, k in itertools.product([1, 7, 1024], [0, 1]):
+        with subtests.test(f"classifier {k} {micro_batch=}"):
+            g, _, left = one_by_one(run_dir, k, 50)
+            summands = summands_of(run_dir, k, micro_batch)
+            latents = fresh_latents(0, 50, 4, CLASSES[k], classifier=k)
+            mean = summands.mean(latents)
+            assert torch.allclose(mean, g.mean(0), rtol=1e-9, atol=1e-12)
+            assert torch.allclose(torch.cat(list(summands.each(latents))), g, rtol=1e-9, atol=1e-12)
+            micro_batches = mean.split([t.numel() for t in summands.theta.values()])
+            G = {
+                n: (p / summands.factors[n]).view_as(t)
+                for (n, t), p in zip(summands.theta.items(), micro_batches, strict=True)
+            }
+            residual = sum(summands.objective.residual(G, summands.alpha).terms.values())
+            assert float(residual) == pytest.approx(float((left - g.mean(0)).square().sum()), rel=1e-9)
 
 
 def test_the_result_does_not_depend_on_the_micro_batch(run_dir):
@@ -175,42 +178,44 @@ def rows(result: dict, scheme: str) -> list[dict]:
     return [row for row in result["rows"] if row["scheme"] == scheme]
 
 
-@pytest.mark.parametrize("k", [0, 1])
-@pytest.mark.parametrize("scheme", ["independent", "normal"])
-def test_the_measured_error_of_independent_samples_follows_the_law(found, k, scheme):
-    result = found["classifiers"][k]
-    for row in rows(result, scheme):
-        # the squared error is a sum of squares: its relative deviation is at most that of chi-square with one degree per batch
-        deviation = math.sqrt(2 / REPEATS)
-        assert abs(row["error"] ** 2 / row["predicted"] ** 2 - 1) < 4 * deviation, row
-        assert row["standard_error"] < 2 * row["error"] * deviation
-        noise = 2 * row["error"] * math.sqrt(result["reference"]["residual"] / REPEATS)
-        assert abs(row["residual_bias"] - row["residual_bias_predicted"]) < 4 * (
-            noise + row["predicted"] ** 2 * deviation
-        )
-    exponents = result["exponents"][scheme]
-    assert abs(exponents["measured"] - exponents["predicted"]) < 4 * exponents["standard_error"] < 0.2
-    if scheme == "independent":
-        assert exponents["predicted"] == pytest.approx(-0.5, abs=1e-12)
+def test_the_measured_error_of_independent_samples_follows_the_law(subtests, found):
+    for k, scheme in itertools.product((0, 1), ["independent", "normal"]):
+        with subtests.test(f"classifier {k} {scheme}"):
+            result = found["classifiers"][k]
+            for row in rows(result, scheme):
+                # the squared error is a sum of squares: its relative deviation is at most that of chi-square with one degree per batch
+                deviation = math.sqrt(2 / REPEATS)
+                assert abs(row["error"] ** 2 / row["predicted"] ** 2 - 1) < 4 * deviation, row
+                assert row["standard_error"] < 2 * row["error"] * deviation
+                noise = 2 * row["error"] * math.sqrt(result["reference"]["residual"] / REPEATS)
+                assert abs(row["residual_bias"] - row["residual_bias_predicted"]) < 4 * (
+                    noise + row["predicted"] ** 2 * deviation
+                )
+            exponents = result["exponents"][scheme]
+            assert abs(exponents["measured"] - exponents["predicted"]) < 4 * exponents["standard_error"] < 0.2
+            if scheme == "independent":
+                assert exponents["predicted"] == pytest.approx(-0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize("k", [0, 1])
-def test_a_lattice_beats_the_law(found, k):
-    for scheme in ("sobol", "stratified"):
-        for row in rows(found["classifiers"][k], scheme):
-            if row["batch"] >= 24:
-                assert row["error"] < 0.7 * row["predicted"]
-        exponents = found["classifiers"][k]["exponents"][scheme]
-        assert exponents["measured"] + 4 * exponents["standard_error"] < -0.6
+def test_a_lattice_beats_the_law(subtests, found):
+    for k in [0, 1]:
+        with subtests.test(f"classifier {k}"):
+            for scheme in ("sobol", "stratified"):
+                for row in rows(found["classifiers"][k], scheme):
+                    if row["batch"] >= 24:
+                        assert row["error"] < 0.7 * row["predicted"]
+                exponents = found["classifiers"][k]["exponents"][scheme]
+                assert exponents["measured"] + 4 * exponents["standard_error"] < -0.6
 
 
-@pytest.mark.parametrize("k", [0, 1])
-def test_a_batch_adds_its_squared_error_to_the_residual(found, k):
-    result = found["classifiers"][k]
-    last = rows(result, "stratified")[-1]
-    assert last["error"] < 0.2
-    noise = 2 * last["error"] * math.sqrt(last["residual"] / REPEATS)  # of the cross term
-    assert abs(last["residual"] - result["reference"]["residual"] - last["error"] ** 2) < 4 * noise
+def test_a_batch_adds_its_squared_error_to_the_residual(subtests, found):
+    for k in [0, 1]:
+        with subtests.test(f"classifier {k}"):
+            result = found["classifiers"][k]
+            last = rows(result, "stratified")[-1]
+            assert last["error"] < 0.2
+            noise = 2 * last["error"] * math.sqrt(last["residual"] / REPEATS)  # of the cross term
+            assert abs(last["residual"] - result["reference"]["residual"] - last["error"] ** 2) < 4 * noise
 
 
 def test_the_bound_is_never_below_the_quantile_of_the_measured_errors(found):
@@ -238,36 +243,37 @@ def outcomes(values: Tensor, labels: list[list[int]]) -> list[Tensor]:
     return [torch.stack(chosen).mean(0) for chosen in itertools.product(*choices)]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4])
-def test_the_law_is_exact_over_all_outcomes_of_a_finite_distribution(batch):
-    values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # C, n, P
-    means, G = values.mean(1), values.mean((0, 1))
-    variances = [float((v - v.mean(0)).square().sum()) / 3 for v in values]
-    counts = concentration.cycled_counts(batch, 2)
-    fixed = torch.stack(outcomes(values, [[i % 2] for i in range(batch)]))
-    shift = concentration.imbalance(means, counts)
-    assert torch.allclose(fixed.mean(0) - G, shift)
-    spread = float((fixed - fixed.mean(0)).square().sum(1).mean())
-    assert concentration.mean_variance(variances, counts) == pytest.approx(spread, rel=1e-12)
-    free = torch.stack(outcomes(values, [[0, 1]] * batch))
-    overall = sum(variances) / 2 + concentration.between_variance(means)
-    assert overall / batch == pytest.approx(float((free - G).square().sum(1).mean()), rel=1e-12)
+def test_the_law_is_exact_over_all_outcomes_of_a_finite_distribution(subtests):
+    for batch in [1, 2, 3, 4]:
+        with subtests.test(f"{batch=}"):
+            values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # C, n, P
+            means, G = values.mean(1), values.mean((0, 1))
+            variances = [float((v - v.mean(0)).square().sum()) / 3 for v in values]
+            counts = concentration.cycled_counts(batch, 2)
+            fixed = torch.stack(outcomes(values, [[i % 2] for i in range(batch)]))
+            shift = concentration.imbalance(means, counts)
+            assert torch.allclose(fixed.mean(0) - G, shift)
+            spread = float((fixed - fixed.mean(0)).square().sum(1).mean())
+            assert concentration.mean_variance(variances, counts) == pytest.approx(spread, rel=1e-12)
+            free = torch.stack(outcomes(values, [[0, 1]] * batch))
+            overall = sum(variances) / 2 + concentration.between_variance(means)
+            assert overall / batch == pytest.approx(float((free - G).square().sum(1).mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize("scheme", ["normal", "independent"])
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_row_over_all_outcomes_is_its_own_prediction(scheme, batch):
-    values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    left = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    variances, G = [float((v - v.mean(0)).square().sum()) / 3 for v in values], values.mean((0, 1))
-    moments, residual = Moments(values.mean(1), 0.0, variances, 1.0, 1.0), float((left - G).square().sum())
-    means = outcomes(values, [[i % 2] if scheme == "normal" else [0, 1] for i in range(batch)])
-    row = row_of(means, moments, left, residual, scheme, batch)
-    assert row["error"] == pytest.approx(row["predicted"], rel=1e-12)
-    assert row["residual_bias"] == pytest.approx(row["residual_bias_predicted"], rel=1e-9)
-    assert row["relative_error"] == pytest.approx(row["error"] / float(G.norm()))
-    noisy = row_of(means, Moments(values.mean(1), 0.01, variances, 1.0, 1.0), left, residual, scheme, batch)
-    assert noisy["error"] ** 2 == pytest.approx(row["error"] ** 2 - 0.01)
+def test_a_row_over_all_outcomes_is_its_own_prediction(subtests):
+    for scheme, batch in itertools.product(["normal", "independent"], [1, 2, 3]):
+        with subtests.test(f"{scheme} {batch=}"):
+            values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            left = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            variances, G = [float((v - v.mean(0)).square().sum()) / 3 for v in values], values.mean((0, 1))
+            moments, residual = Moments(values.mean(1), 0.0, variances, 1.0, 1.0), float((left - G).square().sum())
+            means = outcomes(values, [[i % 2] if scheme == "normal" else [0, 1] for i in range(batch)])
+            row = row_of(means, moments, left, residual, scheme, batch)
+            assert row["error"] == pytest.approx(row["predicted"], rel=1e-12)
+            assert row["residual_bias"] == pytest.approx(row["residual_bias_predicted"], rel=1e-9)
+            assert row["relative_error"] == pytest.approx(row["error"] / float(G.norm()))
+            noisy = row_of(means, Moments(values.mean(1), 0.01, variances, 1.0, 1.0), left, residual, scheme, batch)
+            assert noisy["error"] ** 2 == pytest.approx(row["error"] ** 2 - 0.01)
 
 
 def test_the_reference_knows_its_own_error(run_dir):
@@ -294,13 +300,17 @@ def test_the_bound_solves_bernsteins_exponent_and_is_above_bennetts():
         assert bennett <= 1 - confidence
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.05, 0.005])
-def test_the_bound_holds_for_rare_and_large_summands(chance):
-    batch, trials, draws = 40, 4000, random.Random(0)
-    reach, variance = max(chance, 1 - chance), chance * (1 - chance) / batch  # of a coin that falls on 1 by ``chance``
-    t = concentration.bernstein_radius(variance, reach, batch, 0.95)
-    means = [sum(draws.random() < chance for _ in range(batch)) / batch for _ in range(trials)]
-    assert sum(abs(m - chance) >= t for m in means) <= 0.05 * trials
+def test_the_bound_holds_for_rare_and_large_summands(subtests):
+    for chance in [0.5, 0.05, 0.005]:
+        with subtests.test(f"{chance=}"):
+            batch, trials, draws = 40, 4000, random.Random(0)
+            reach, variance = (
+                max(chance, 1 - chance),
+                chance * (1 - chance) / batch,
+            )  # of a coin that falls on 1 by ``chance``
+            t = concentration.bernstein_radius(variance, reach, batch, 0.95)
+            means = [sum(draws.random() < chance for _ in range(batch)) / batch for _ in range(trials)]
+            assert sum(abs(m - chance) >= t for m in means) <= 0.05 * trials
 
 
 def test_the_exponent_is_that_of_a_power_law_and_its_error_that_of_the_points():
@@ -370,12 +380,6 @@ def test_the_verb_prints_every_row_and_the_exponents(run_dir, capsys):
     assert f"written: {run_dir}/sampling_error.json" in out
 
 
-def test_it_reaches_no_data():
-    chains = reachable("launch.bound")
-    assert "hpc_c2g.bound.summands" in chains
-    assert [chain for name, chain in chains.items() if is_within(name, FORBIDDEN)] == []
-
-
 MISTAKES = {
     "batches=[]": {"batches": []},
     "batches=[64, 0]": {"batches": [64, 0]},
@@ -389,11 +393,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("fragment", MISTAKES)
-def test_a_setting_out_of_range_is_refused_by_name_and_value(fragment):
-    with pytest.raises(UserError, match=re.escape(fragment)) as caught:
-        BoundConfig("r", **MISTAKES[fragment])
-    assert caught.value.hint
+def test_a_setting_out_of_range_is_refused_by_name_and_value(subtests):
+    for fragment in MISTAKES:
+        with subtests.test(fragment):
+            with pytest.raises(UserError, match=re.escape(fragment)) as caught:
+                BoundConfig("r", **MISTAKES[fragment])
+            assert caught.value.hint
 
 
 def test_what_cannot_be_measured_is_refused(run_dir, tmp_path):

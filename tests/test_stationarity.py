@@ -17,12 +17,12 @@ from torch.func import functional_call
 from hpc_c2g.classifiers.models import CNN, MLP, ResidualCNN
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt import duality, priors, stationarity
+from hpc_c2g.kkt import duality, options, priors, stationarity
 from hpc_c2g.kkt.gates import GatedClassifier
 
 BATCH, CLASSES, GAMMA, ALPHA = 8, 3, 0.3, -0.4
 LABELS = torch.arange(BATCH) % CLASSES
-FORMS = list(product(stationarity.LEFT_SIDES, stationarity.WEIGHTINGS))
+FORMS = list(product(options.LEFT_SIDES, options.WEIGHTINGS))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -195,32 +195,33 @@ def sharded_gradients(name: str, micro_batch: int, form: str, weighting: str) ->
     return torch.cat(gx), torch.cat(gmu)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, BATCH])
-@pytest.mark.parametrize("name", NETS)
-def test_micro_batched_cotangents_are_the_gradient_of_the_joint_graph(name, micro_batch):
-    for form, weighting in FORMS:
-        joint, sharded = joint_gradients(name)[form, weighting], sharded_gradients(name, micro_batch, form, weighting)
-        for expected, got in zip(joint, sharded, strict=True):
-            assert float(expected.norm()) > 1e-3
-            assert float((got - expected).norm() / expected.norm()) < 1e-10, (form, weighting)
+def test_micro_batched_cotangents_are_the_gradient_of_the_joint_graph(subtests):
+    for micro_batch, name in product([1, 3, BATCH], NETS):
+        with subtests.test(f"{name} {micro_batch=}"):
+            for form, weighting in FORMS:
+                joint, sharded = (
+                    joint_gradients(name)[form, weighting],
+                    sharded_gradients(name, micro_batch, form, weighting),
+                )
+                for expected, got in zip(joint, sharded, strict=True):
+                    assert float(expected.norm()) > 1e-3
+                    assert float((got - expected).norm() / expected.norm()) < 1e-10, (form, weighting)
 
 
-@pytest.mark.parametrize("name", ["mlp3-all-leaky_relu", "cnn-max-norm", "residual", "user"])
-def test_sum_without_a_graph_is_the_sum_with_it(name):
-    model, theta, _, x, mu = problem(name)
-    x = x.clone().requires_grad_()
-
-    def phi(parameters, inputs):
-        return functional_call(model, parameters, (inputs,))
-
-    margins, G = stationarity.kkt_sum(phi, theta, x, LABELS, mu)
-    with torch.no_grad():  # the caller's mode does not matter
-        kept_margins, kept = stationarity.kkt_sum(phi, theta, x, LABELS, mu, keep_graph=True)
-    assert not margins.requires_grad
-    assert not any(g.requires_grad for g in G.values())
-    assert kept_margins.requires_grad
-    assert torch.equal(margins, kept_margins)
-    assert all(torch.allclose(G[k], kept[k], rtol=1e-12, atol=1e-14) for k in G)
+def test_sum_without_a_graph_is_the_sum_with_it(subtests):
+    for name in ("mlp3-all-leaky_relu", "cnn-max-norm", "residual", "user"):
+        model, theta, _, x, mu = problem(name)
+        phi = functools.partial(functional_call, model)
+        x = x.clone().requires_grad_()
+        with subtests.test(name):
+            margins, G = stationarity.kkt_sum(phi, theta, x, LABELS, mu)
+            with torch.no_grad():  # the caller's mode does not matter
+                kept_margins, kept = stationarity.kkt_sum(phi, theta, x, LABELS, mu, keep_graph=True)
+            assert not margins.requires_grad
+            assert not any(g.requires_grad for g in G.values())
+            assert kept_margins.requires_grad
+            assert torch.equal(margins, kept_margins)
+            assert all(torch.allclose(G[k], kept[k], rtol=1e-12, atol=1e-14) for k in G)
 
 
 def test_sum_of_a_linear_classifier_by_hand():
@@ -244,17 +245,17 @@ def random_problem(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-@pytest.mark.parametrize("weighting", stationarity.WEIGHTINGS)
-@pytest.mark.parametrize("form", ["identity", "rates"])
-def test_loss_without_samples_is_one(form, weighting):
-    theta, _ = random_problem(0)
-    c = stationarity.left_side(RATES, form)
-    weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, weighting)
-    nothing = {k: torch.zeros_like(t) for k, t in theta.items()}
-    terms, _ = stationarity.terms_and_direction(theta, nothing, weights, RATES, c, ALPHA)
-    assert float(sum(terms.values())) == pytest.approx(1, rel=1e-12)
-    if weighting == "per_tensor":
-        assert [float(t) for t in terms.values()] == pytest.approx([0.25] * 4, rel=1e-12)
+def test_loss_without_samples_is_one(subtests):
+    for weighting, form in product(options.WEIGHTINGS, ["identity", "rates"]):
+        with subtests.test(f"{form} {weighting}"):
+            theta, _ = random_problem(0)
+            c = stationarity.left_side(RATES, form)
+            weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, ALPHA, weighting)
+            nothing = {k: torch.zeros_like(t) for k, t in theta.items()}
+            terms, _ = stationarity.terms_and_direction(theta, nothing, weights, RATES, c, ALPHA)
+            assert float(sum(terms.values())) == pytest.approx(1, rel=1e-12)
+            if weighting == "per_tensor":
+                assert [float(t) for t in terms.values()] == pytest.approx([0.25] * 4, rel=1e-12)
 
 
 def test_tensor_without_a_left_side_takes_the_relative_weight():

@@ -16,18 +16,18 @@ from helpers.studies import (
     c2g,
     environment,
     report,
-    rows,
     start,
     states,
     status,
     steps,
     sweep,
+    tasks,
     wait_for,
 )
 
 from hpc_c2g.fitting import progress
-from hpc_c2g.studies.ledger import FILE
-from hpc_c2g.studies.stages import prepared
+from hpc_c2g.studies.journal import FILE
+from hpc_c2g.studies.stages import load_stage
 
 GRID = ("train.seed=0,1",)
 
@@ -42,9 +42,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_the_same_command_does_nothing_twice(finished):
-    before = [report(finished, row) for stage in ("classifier", "train") for row in rows(finished, stage)]
+    before = [report(finished, task) for stage in ("classifier", "train") for task in tasks(finished, stage)]
     assert "3 done" in sweep(finished, "cluster=debug", *GRID)
-    assert [report(finished, row) for stage in ("classifier", "train") for row in rows(finished, stage)] == before
+    assert [report(finished, task) for stage in ("classifier", "train") for task in tasks(finished, stage)] == before
     assert {r.attempts for r in before} == {1}
 
 
@@ -61,7 +61,7 @@ def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finis
     process.communicate()
     out = sweep(study_dir, "cluster=local", *slow)
     assert "3 done" in out
-    assert {report(study_dir, row).attempts for row in rows(study_dir, "train")} == {1}
+    assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
@@ -75,9 +75,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
     assert process.returncode == 75
     assert "the same command" in err
     told = {
-        report(study_dir, row).state
-        for row in rows(study_dir, "train")
-        if (study_dir / row.folder / "train.report.json").exists()
+        report(study_dir, task).state
+        for task in tasks(study_dir, "train")
+        if (study_dir / task.folder / "train.report.json").exists()
     }
     assert told <= {"interrupted", "done"}
     assert "interrupted" in told
@@ -88,7 +88,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
 def test_a_poisoned_run_is_tried_again_given_up_and_blocks_nothing_but_its_own(tmp_path):
     study_dir = tmp_path / "s"
     out = sweep(study_dir, "cluster=local", "fit.max_steps=1,100000", "retries=1", code=1)
-    bad, good = rows(study_dir, "classifier")
+    bad, good = tasks(study_dir, "classifier")
     told = report(study_dir, bad)
     assert (told.state, told.attempts, told.failures) == ("failed", 2, 2)
     assert "fit.max_steps=1 passed" in told.cause
@@ -110,15 +110,15 @@ def test_more_seeds_extend_a_study_and_nothing_else_does(finished, tmp_path):
     assert "add these runs with --extend" in sweep(study_dir, "cluster=debug", "train.seed=1", code=2)
     sweep(study_dir, "cluster=debug", "train.seed=1", "--extend")
     assert_same_runs(study_dir, finished)
-    assert sorted(row.label for row in rows(study_dir, "train")) == ["train.seed=0", "train.seed=1"]
+    assert sorted(task.label for task in tasks(study_dir, "train")) == ["train.seed=0", "train.seed=1"]
 
 
-def test_a_lost_ledger_is_built_again_without_doing_anything_again(finished, tmp_path):
+def test_a_study_without_its_journal_does_nothing_twice(finished, tmp_path):
     study_dir = tmp_path / "s"
     sweep(study_dir, "cluster=debug", *GRID)
     (study_dir / FILE).unlink()
     assert "3 done" in sweep(study_dir, "cluster=debug", *GRID)
-    assert {report(study_dir, row).attempts for row in rows(study_dir, "train")} == {1}
+    assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
 
 
 def test_a_second_launcher_is_refused_and_named(tmp_path):
@@ -142,9 +142,9 @@ def test_cancelled_runs_stop_saved_and_stay_so_until_the_next_sweep(tmp_path):
     assert "cancelled: 1 tasks" in c2g("cancel", study_dir)
     process.communicate(timeout=90)
     assert states(study_dir)["train"] == ["cancelled"]
-    (row,) = rows(study_dir, "train")
-    assert report(study_dir, row).state == "interrupted"
-    assert "saved after step" in report(study_dir, row).cause
+    (task,) = tasks(study_dir, "train")
+    assert report(study_dir, task).state == "interrupted"
+    assert "saved after step" in report(study_dir, task).cause
 
 
 def test_status_tells_every_task_as_json(finished):
@@ -163,7 +163,7 @@ def test_a_long_fit_tells_the_log_of_its_task_how_far_it_is(tmp_path, monkeypatc
         "model": {"_target_": "mlp", "width": 20},
         "fit": {"name": "margin", "target_margin": 5.0},
     }
-    prepared("classifier")(tmp_path, SimpleNamespace(config=values, folder="classifiers/c"))
+    load_stage("classifier")(tmp_path, SimpleNamespace(config=values, folder="classifiers/c"))
     assert "fitting the classifier: step 50, smoothed margin" in capsys.readouterr().out
 
 

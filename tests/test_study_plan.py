@@ -1,32 +1,28 @@
-"""Laws of planning: Hydra's grammar expands the grid, shared tasks are there once, and mistakes are told before anything starts."""
+"""Laws of planning: Hydra's grammar expands the grid, shared tasks exist once, and errors are raised before anything starts."""
 
 from __future__ import annotations
 
 import itertools
-import shutil
-from pathlib import Path
 
 import pytest
-from helpers.imports import FILES, reachable
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hpc_c2g
 from hpc_c2g.data.config import ON_DISK, DataConfig
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
-from hpc_c2g.fitting.make import ClassifierConfig
+from hpc_c2g.fitting.config import ClassifierConfig
 from hpc_c2g.settings import from_plain
-from hpc_c2g.studies import identity
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
-from hpc_c2g.studies.stages import prepared
+from hpc_c2g.studies.identity import task_id
+from hpc_c2g.studies.results_version import RESULTS_VERSION
+from hpc_c2g.studies.stages import load_stage
 from hpc_c2g.training.config.train import config_from
 from launch._compose.cli import composed, config_folder, register, typed
-from launch._compose.grid import SCHEMAS, expand, grid_of, plan, resolved, routes
+from launch._compose.grid import expand, grid_of, plan, resolved, routes
+from launch._compose.groups import SCHEMAS
 from launch.sweep import SweepConfig
 
-PACKAGE = Path(hpc_c2g.__file__).parent
-CODE = dict.fromkeys(STAGES, "code")
 FOLDER = config_folder() / "study"
 STUDIES = sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in FOLDER.rglob("*.yaml"))
 
@@ -37,7 +33,7 @@ def study(name: str) -> StudyConfig:
 
 
 def planned(config: StudyConfig, *grid: str):
-    return plan(config, expand(grid_of(config, grid)), CODE)
+    return plan(config, expand(grid_of(config, grid)))
 
 
 def of(tasks, stage: str):
@@ -146,8 +142,8 @@ def test_a_field_goes_to_every_stage_that_has_it_and_a_named_stage_goes_first():
     [
         ("sed=1", ("'sed'", "seed")),
         ("optimizer.l=1", ("'optimizer.l'", "optimizer.lr")),
-        ("run_dir=x", ("run_dir is given by the study",)),
-        ("train.run_dir=x", ("train.run_dir is given by the study",)),
+        ("run_dir=x", ("run_dir is set by the study",)),
+        ("train.run_dir=x", ("train.run_dir is set by the study",)),
         ("optimizer.lr=fast", ("optimizer.lr=fast",)),
         ("steps=0", ("train: steps=0",)),
         ("generator=gan", ("generator=gan", "conv, free, mlp")),
@@ -212,65 +208,34 @@ def test_the_fast_way_to_compose_gives_what_hydra_composes(stage, overrides):
     assert again == whole
 
 
-def test_every_stage_has_work():
+def test_every_stage_has_work_and_a_version_of_its_results():
     for stage in STAGES:
-        assert callable(prepared(stage))
-        assert identity.code_version(stage)
+        assert callable(load_stage(stage))
+    assert tuple(RESULTS_VERSION) == STAGES
+    assert min(RESULTS_VERSION.values()) >= 1
 
 
-ENTRIES = {
-    "classifier": "hpc_c2g.fitting.make",
-    "certify": "hpc_c2g.fitting.certify",
-    "train": "hpc_c2g.training.loop",
-    "evaluate": "hpc_c2g.evaluation.evaluate",
-    "bound": "hpc_c2g.bound.sampling_error",
-}
-NO_RESULT = {f"hpc_c2g.{name}" for name in ("errors", "files", "lease", "settings", "markdown", "monitoring")}
-NO_RESULT |= {f"hpc_c2g.monitoring.{name}" for name in ("images", "layout", "provenance", "run_log", "evaluation_log")}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_identity_counts_all_code_that_its_stage_reaches(stage):
-    counted = {name.replace("/", ".") for name in identity.SCIENCE[stage]}
-    reached = FILES.keys() & reachable(ENTRIES[stage]).keys()
-    modules = {
-        n for n in reached if n.startswith("hpc_c2g.") and FILES[n].name != "__init__.py"
-    } - NO_RESULT  # inits are empty
-    assert modules
-    assert {m for m in modules if not {m[8:], m[8:].partition(".")[0]} & counted} == set()
-
-
-@pytest.mark.parametrize("file", ["denormals.py", "kkt/gates.py", "evaluation/certify.py"])
-def test_an_identity_changes_with_a_module_and_with_a_package(file, tmp_path, monkeypatch):
-    shutil.copytree(PACKAGE, tmp_path / "hpc_c2g", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(hpc_c2g, "__file__", str(tmp_path / "hpc_c2g" / "__init__.py"))
-    version = identity.code_version.__wrapped__
-    before = version("certify")
-    (tmp_path / "hpc_c2g" / "evaluation" / "evaluate.py").write_text("")
-    assert version("certify") == before
-    changed = tmp_path / "hpc_c2g" / file
-    changed.write_text(f"{changed.read_text()}\nMORE = 1\n")
-    assert version("certify") != before
-
-
-def test_an_identity_is_settings_upstream_shape_and_code_alone():
-    first = identity.run_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), "c")
-    assert first == identity.run_id("train", {"b": 2, "a": 1}, ["x"], (1, 1), "c")
+def test_an_id_depends_on_stage_settings_upstream_shape_and_version_alone():
+    first = task_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), 1)
+    assert first == task_id("train", {"b": 2, "a": 1}, ["x"], (1, 1), 1)
     others = [
-        identity.run_id("evaluate", {"a": 1, "b": 2}, ["x"], (1, 1), "c"),
-        identity.run_id("train", {"a": 1, "b": 3}, ["x"], (1, 1), "c"),
-        identity.run_id("train", {"a": 1, "b": 2}, ["y"], (1, 1), "c"),
-        identity.run_id("train", {"a": 1, "b": 2}, ["x"], (2, 1), "c"),
-        identity.run_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), "d"),
+        task_id("evaluate", {"a": 1, "b": 2}, ["x"], (1, 1), 1),
+        task_id("train", {"a": 1, "b": 3}, ["x"], (1, 1), 1),
+        task_id("train", {"a": 1, "b": 2}, ["y"], (1, 1), 1),
+        task_id("train", {"a": 1, "b": 2}, ["x"], (2, 1), 1),
+        task_id("train", {"a": 1, "b": 2}, ["x"], (1, 1), 2),
     ]
     assert len({first, *others}) == 6
 
 
-def test_comments_docstrings_and_layout_are_no_change_of_code():
-    plain = "def f(x):\n    return x + 1\n"
-    same = '"""About."""\n\n\ndef f(x):\n    """Adds."""\n    # one\n    return (x\n            + 1)\n'
-    assert identity._meaning(plain) == identity._meaning(same)
-    assert identity._meaning(plain) != identity._meaning(plain.replace("1", "2"))
+def test_a_stage_s_version_changes_its_tasks_and_those_that_depend_on_them(monkeypatch):
+    config = study("batch_scaling")
+    before = planned(config, "seed=0", "global_batch=20")
+    monkeypatch.setitem(RESULTS_VERSION, "train", RESULTS_VERSION["train"] + 1)
+    after = planned(config, "seed=0", "global_batch=20")
+    kept = {task.stage for task in before.values() if task.id in after}
+    assert kept == {"classifier", "certify"}
+    assert [t.results_version for t in of(after, "train")] == [RESULTS_VERSION["train"]]
 
 
 @pytest.mark.parametrize("stages", [["train"], ["classifier", "evaluate"], ["classifier", "paint"], []])

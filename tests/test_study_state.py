@@ -1,13 +1,13 @@
-"""Laws of a study's state: the ledger can be lost, damaged words count for nothing, and every way a task may stand has its name."""
+"""Laws of a study's state: it is read from files alone, a torn line or report counts for nothing, and every state has a name."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sqlite3
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.lease import Lease
@@ -16,15 +16,16 @@ from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.epilog import REQUEUED, cancel_mark, finalize_attempt
-from hpc_c2g.studies.find import chosen
+from hpc_c2g.studies.journal import FILE, Journal, open_journal, read_journal
 from hpc_c2g.studies.launcher import Launcher, launching
-from hpc_c2g.studies.ledger import FILE, Ledger
 from hpc_c2g.studies.reports import KEPT, Report, read_report, report_file, write_report
-from hpc_c2g.studies.slurm_executor import JOB, SlurmExecutor
-from hpc_c2g.studies.study import StudyFile, joined, read_study, rebuilt, save_study
+from hpc_c2g.studies.results_version import RESULTS_VERSION
+from hpc_c2g.studies.select_tasks import select_tasks
+from hpc_c2g.studies.slurm_executor import SlurmExecutor
+from hpc_c2g.studies.study import StudyFile, check_results_versions, join_study, read_study, save_study
 from hpc_c2g.studies.submissions import Submission, read_submission
+from hpc_c2g.studies.task_status import TaskStatus, read_statuses
 from hpc_c2g.studies.tasks import Task, find_specs, read_spec, spec_file, write_spec
-from hpc_c2g.studies.view import View, look
 
 FIT = Task("fit1", "classifier", "classifiers/fit1", {"seed": 0}, points=({"seed": "0"},))
 TRAIN = Task("run1", "train", "runs/run1", {"seed": 0}, ("fit1",), ("classifiers/fit1",), ({"seed": "0", "b": "1"},))
@@ -34,12 +35,12 @@ TASKS = {t.id: t for t in (FIT, TRAIN, JUDGE)}
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    save_study(tmp_path, StudyFile(StudyConfig(name="x")), TASKS)
+    save_study(tmp_path, join_study(tmp_path, StudyFile(StudyConfig(name="x")), False), TASKS)
     return tmp_path
 
 
 def entry(job: str, state: str, restarts: int = 0) -> Entry:
-    return Entry(job, job, state, "Priority", "", None, restarts, "x")
+    return Entry(job, state, "Priority", "", None, restarts, "x")
 
 
 def reported(study: Path, task: Task, state: str, failures: int = 0, job: str = "7", cause: str = "") -> Report:
@@ -52,27 +53,64 @@ def reported(study: Path, task: Task, state: str, failures: int = 0, job: str = 
     return report
 
 
-def view_of(study: Path, task: Task, queue=None) -> View:
-    return next(v for v in look(study, Ledger(study).rows(), queue) if v.row.id == task.id)
+def launcher_of(study: Path) -> Launcher:
+    return Launcher(study, 2)
 
 
-def given_out(study: Path, task: Task, job: str = "7", submitted: bool = True) -> None:
-    ledger = Ledger(study, write=True)
+def status_of(study: Path, task: Task, queue=None) -> TaskStatus:
+    return next(s for s in read_statuses(study, queue) if s.task.id == task.id)
+
+
+def handed_out(study: Path, task: Task, job: str = "7", submitted: bool = True) -> None:
+    journal = open_journal(study)
     if submitted:
         submission = Submission.of("x", [task], [2])
-        ledger.intend(submission, "c")
-        ledger.submitted(submission, job)
+        journal.begin(submission)
+        journal.submit(submission.token, job)
     else:
-        ledger.assign(task.id, job)
+        journal.start(task.id, job)
 
 
-def test_a_submission_that_cannot_be_read_is_told_of(study, capsys):
-    folder = study / "submissions" / "torn"
-    folder.mkdir(parents=True)
-    (folder / JOB).write_text("17\n")
-    launcher = Launcher(study, rebuilt(study, 2), TASKS)
-    SlurmExecutor(launcher, SlurmProfile(), "c", "x").recover()
-    assert "submission torn cannot be read" in capsys.readouterr().err
+class FakeQueue:
+    """A scheduler that knows jobs by their name."""
+
+    def __init__(self, jobs: dict[str, str]) -> None:
+        self.jobs = jobs
+
+    def find(self, name: str) -> list[str]:
+        return [self.jobs[name]] if name in self.jobs else []
+
+
+@pytest.mark.parametrize("tasks", [(TRAIN,), (TRAIN, dataclasses.replace(TRAIN, id="run2", folder="runs/run2"))])
+def test_a_submission_whose_launcher_was_killed_is_found_by_its_name_or_withdrawn(study, tasks, monkeypatch):
+    monkeypatch.setattr("hpc_c2g.studies.slurm_executor.RECOVERY_SECONDS", 0.0)
+    journal = open_journal(study)
+    found, never = Submission.of("x", tasks, [2] * len(tasks)), Submission.of("x", [FIT], [2])
+    for submission in (found, never):
+        submission.write(study)
+        journal.begin(submission)
+    launcher = launcher_of(study)
+    assert launcher.journal.pending == {found.token: found.name, never.token: never.name}
+    executor = SlurmExecutor(launcher, SlurmProfile(), "x")
+    executor.queue = FakeQueue({found.name: "17"})
+    executor.recover()
+    after = read_journal(study)
+    assert after.pending == {}
+    ids = [task.id for task in tasks]
+    jobs = ["17"] if len(tasks) == 1 else ["17_0", "17_1"]
+    assert after.jobs == dict(zip(ids, jobs, strict=True))
+    assert set(after.submitted) == set(ids)
+    assert len(list(found.folder(study).glob("17*_submitted.pkl"))) == len(tasks)
+
+
+def test_a_found_job_whose_folder_was_deleted_is_recorded_all_the_same(study):
+    journal = open_journal(study)
+    submission = Submission.of("x", [FIT], [2])
+    journal.begin(submission)
+    executor = SlurmExecutor(launcher_of(study), SlurmProfile(), "x")
+    executor.queue = FakeQueue({submission.name: "17"})
+    executor.recover()
+    assert read_journal(study).jobs == {FIT.id: "17"}
 
 
 def test_a_task_and_its_description_are_the_same(study):
@@ -80,7 +118,7 @@ def test_a_task_and_its_description_are_the_same(study):
     assert {t.id: t for t in find_specs(study)} == TASKS
     spec_file(study, FIT).write_text('{"id": ')
     assert [t.id for t in find_specs(study)] == ["run1", "judge1"]
-    with pytest.raises(UserError, match="describes no task"):
+    with pytest.raises(UserError, match="does not describe a task"):
         read_spec(spec_file(study, FIT))
 
 
@@ -110,47 +148,131 @@ def test_an_attempt_that_was_cut_off_is_remembered_and_only_some_are_kept():
     assert report.failures == 0
 
 
-def test_the_ledger_keeps_a_rollback_journal_and_readers_write_nothing(study):
-    with sqlite3.connect(study / FILE) as connection:
-        assert connection.execute("pragma journal_mode").fetchone() == ("delete",)
+def test_readers_write_nothing(study):
+    handed_out(study, FIT)
     before = {p: p.stat().st_mtime_ns for p in study.rglob("*")}
-    look(study, Ledger(study).rows(), {})
+    read_statuses(study, {})
     assert {p: p.stat().st_mtime_ns for p in study.rglob("*")} == before
 
 
-def test_a_folder_without_a_ledger_is_no_study(tmp_path):
-    with pytest.raises(UserError, match=r"is no study: it has no ledger\.sqlite"):
-        Ledger(tmp_path)
+def test_a_folder_without_a_definition_is_no_study(tmp_path):
     with pytest.raises(UserError, match=r"is no study: study\.yaml cannot be read"):
-        read_study(tmp_path)
+        read_statuses(tmp_path, None)
 
 
-def test_a_damaged_ledger_is_told_with_its_mend(study):
-    (study / FILE).write_bytes(b"not a database, certainly not" * 100)
-    with pytest.raises(UserError, match="remove the file"):
-        Ledger(study).rows()
+def test_a_journal_read_back_is_the_journal_that_was_written(study):
+    journal = open_journal(study)
+    one, two = Submission.of("x", [FIT], [2]), Submission.of("x", [FIT, TRAIN], [2, 2])
+    journal.begin(one)
+    journal.submit(one.token, "7")
+    journal.begin(two)
+    assert journal.jobs == {}  # the newer submission has no job yet
+    journal.submit(one.token, "7")  # what is known late of an older submission changes nothing
+    assert journal.jobs == {}
+    journal.submit(two.token, "8")
+    assert journal.jobs == {FIT.id: "8_0", TRAIN.id: "8_1"}
+    journal.start(JUDGE.id, "local-1")
+    journal.set_max_failures({FIT.id: 5})
+    journal.withdraw(two.token)
+    assert journal.jobs == {JUDGE.id: "local-1"}
+    assert journal.submitted == {}
+    assert (journal.limit_of(FIT.id, 2), journal.limit_of(FIT.id, 7), journal.limit_of(TRAIN.id, 2)) == (5, 7, 2)
+    assert read_journal(study) == journal
 
 
-def test_the_ledger_is_built_again_from_the_folders_alone(study):
+@pytest.mark.parametrize("end", [1, 5, -1])
+def test_a_journal_s_torn_last_line_never_happened_and_is_removed_by_the_next_launcher(study, end):
+    handed_out(study, FIT)
+    file = study / FILE
+    whole = file.read_bytes()
+    torn = json.dumps({"event": "started", "task": TRAIN.id, "job": "9"}).encode()
+    file.write_bytes(whole + torn[:end])
+    assert read_journal(study).jobs == {FIT.id: "7"}
+    assert file.read_bytes() != whole  # readers write nothing
+    journal = open_journal(study)
+    assert file.read_bytes() == whole
+    journal.start(TRAIN.id, "10")
+    assert read_journal(study).jobs == {FIT.id: "7", TRAIN.id: "10"}
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"event": "moved"}', '{"event": "submitted", "token": "t", "job": "1"}']
+)
+def test_a_damaged_line_within_the_journal_is_named_with_its_fix(study, line):
+    handed_out(study, FIT)
+    file = study / FILE
+    file.write_text(f"{line}\n{file.read_text()}")
+    with pytest.raises(UserError, match=r"line 1 of .*is damaged") as caught:
+        read_statuses(study, None)
+    assert "restore the file" in caught.value.hint
+
+
+def test_a_journal_that_cannot_be_written_is_one_error(study):
+    (study / FILE).unlink()
+    (study / FILE).mkdir()
+    with pytest.raises(UserError, match="cannot"):
+        open_journal(study)
+    with pytest.raises(UserError, match="cannot write"):
+        Journal(study).start(FIT.id, "1")
+
+
+def test_without_a_journal_the_reports_decide(study):
+    handed_out(study, FIT)
     reported(study, FIT, "done")
     reported(study, TRAIN, "failed", failures=1, cause="why")
-    given_out(study, JUDGE)
     (study / FILE).unlink()
-    launcher = Launcher(study, rebuilt(study, 2), TASKS)
-    rows = {row.id: row for row in launcher.ledger.rows()}
-    assert [rows[i].state for i in TASKS] == ["done", "failed", "new"]
-    assert (rows["run1"].attempts, rows["run1"].failures, rows["run1"].cause) == (1, 1, "why")
-    assert rows["run1"].upstream == ("fit1",)
+    statuses = read_statuses(study, {})
+    assert [s.task for s in statuses] == [FIT.info, TRAIN.info, JUDGE.info]
+    assert [s.state for s in statuses] == ["done", "failed", "new"]
+    failed = statuses[1]
+    assert (failed.attempts, failed.failures, failed.reason, failed.job) == (1, 1, "why", "7")
+    assert failed.task.upstream == ("fit1",)
 
 
-def test_adding_tasks_again_forgets_nothing(study):
-    reported(study, FIT, "done")
-    launcher = Launcher(study, rebuilt(study, 2), TASKS)
-    before = launcher.ledger.rows()
-    launcher.ledger.add(TASKS.values(), 2)
-    assert launcher.ledger.rows() == before
-    launcher.ledger.add(TASKS.values(), 5)
-    assert {row.allowed for row in launcher.ledger.rows()} == {5}
+def test_a_study_from_before_results_had_versions_can_be_read_but_not_resumed(study):
+    (study / "ledger.sqlite").write_bytes(b"SQLite format 3")
+    (study / FILE).unlink()
+    file = study / "study.yaml"
+    values = OmegaConf.load(file)
+    del values["results_versions"]
+    OmegaConf.save({**values, "code": {"train": "0123456789ab"}}, file)
+    old = json.loads(spec_file(study, TRAIN).read_text())
+    del old["results_version"], old["overrides"]
+    spec_file(study, TRAIN).write_text(json.dumps({**old, "code": "0123456789ab"}))
+    reported(study, TRAIN, "done")
+    assert [s.state for s in read_statuses(study, {})] == ["new", "done", "new"]
+    with pytest.raises(UserError, match="results of classifier of no version"):
+        join_study(study, StudyFile(StudyConfig(name="x")), False)
+
+
+def test_tasks_are_in_the_order_of_stages_and_of_the_grid(tmp_path):
+    ids = {"train": ["b", "a", "c"], "classifier": ["z", "y", "x"]}
+    tasks = {
+        f"{stage}-{name}": Task(f"{stage}-{name}", stage, f"{folder}/{name}", {})
+        for stage, folder in (("train", "runs"), ("classifier", "classifiers"))
+        for name in ids[stage]
+    }
+    first, *rest = tasks.values()
+    save_study(tmp_path, StudyFile(StudyConfig(name="x")), {first.id: first})
+    ordered = [f"{s}-{n}" for s in ("classifier", "train") for n in ids[s]]
+    for _ in range(2):  # a study that grows keeps its order, and saving it again adds nothing
+        save_study(tmp_path, StudyFile(StudyConfig(name="x")), {first.id: first, **{t.id: t for t in rest}})
+        assert [s.task.id for s in read_statuses(tmp_path, {})] == ordered
+        assert (tmp_path / FILE).read_text().count("\n") == len(tasks)
+
+
+def test_a_task_s_label_is_the_one_that_was_planned_last(study):
+    renamed = dataclasses.replace(FIT, points=({"seed": "0", "c": "1"},))
+    save_study(study, read_study(study), TASKS | {FIT.id: renamed})
+    assert [s.task for s in read_statuses(study, {})] == [renamed.info, TRAIN.info, JUDGE.info]
+
+
+def test_failures_allowed_only_grow(study):
+    first = join_study(study, StudyFile(StudyConfig(name="x"), retries=2), True)
+    assert first.retries == 2
+    save_study(study, dataclasses.replace(first, retries=5), TASKS)
+    assert join_study(study, StudyFile(StudyConfig(name="x"), retries=0), True).retries == 5
+    assert {s.max_failures for s in read_statuses(study, {})} == {5}
 
 
 def test_one_launcher_at_a_time(study):
@@ -158,7 +280,7 @@ def test_one_launcher_at_a_time(study):
         pass
 
 
-STANDS = [
+STATES_OF = [
     # report, entry in the queue (None: not there), queue asked, job known -> state
     (None, None, True, False, "new"),
     (None, "PENDING", True, True, "pending"),
@@ -178,66 +300,66 @@ STANDS = [
 ]
 
 
-@pytest.mark.parametrize(("told", "queued", "asked", "known", "wanted"), STANDS)
-def test_every_way_a_task_may_stand_has_its_name(study, told, queued, asked, known, wanted):
+@pytest.mark.parametrize(("told", "queued", "asked", "known", "wanted"), STATES_OF)
+def test_every_state_of_a_task_has_a_name(study, told, queued, asked, known, wanted):
     if known:
-        given_out(study, FIT)
+        handed_out(study, FIT)
     if told:
         reported(study, FIT, told)
     queue = {"7": entry("7", queued)} if queued else {}
-    assert view_of(study, FIT, queue if asked else None).state == wanted
+    assert status_of(study, FIT, queue if asked else None).state == wanted
 
 
 def test_a_run_whose_holder_lives_is_running_though_no_queue_knows_it(study):
-    given_out(study, FIT, "local-1", submitted=False)
+    handed_out(study, FIT, "local-1", submitted=False)
     reported(study, FIT, "running", job="local-1")
     with Lease(study / FIT.folder, job="local-1"):
-        assert view_of(study, FIT).state == "running"
-    assert view_of(study, FIT).state == "lost"
+        assert status_of(study, FIT).state == "running"
+    assert status_of(study, FIT).state == "lost"
 
 
 def test_what_builds_on_a_task_that_was_given_up_is_blocked(study):
-    given_out(study, FIT)
+    handed_out(study, FIT)
     reported(study, FIT, "failed", failures=3, cause="no data")
-    views = {v.row.id: v for v in look(study, Ledger(study).rows(), {})}
-    assert views["fit1"].given_up
-    assert [views[i].state for i in TASKS] == ["failed", "blocked", "blocked"]
-    launcher = Launcher(study, Ledger(study, write=True), TASKS)
-    assert launcher.wanted(list(views.values())) == []
-    launcher.forgive(list(views.values()), 2)
-    assert [v.row.id for v in launcher.wanted(launcher.look({}))] == ["fit1", "run1", "judge1"]
+    statuses = {s.task.id: s for s in read_statuses(study, {})}
+    assert statuses["fit1"].given_up
+    assert [statuses[i].state for i in TASKS] == ["failed", "blocked", "blocked"]
+    launcher = launcher_of(study)
+    assert launcher.runnable(list(statuses.values())) == []
+    launcher.reset_failures(list(statuses.values()))
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "judge1"]
 
 
 def test_a_task_that_failed_less_often_than_allowed_is_wanted_again(study):
-    given_out(study, FIT)
+    handed_out(study, FIT)
     reported(study, FIT, "failed", failures=2)
-    launcher = Launcher(study, Ledger(study, write=True), TASKS)
-    assert [v.row.id for v in launcher.wanted(launcher.look({}))] == ["fit1", "run1", "judge1"]
-    assert [v.row.id for v in launcher.wanted(launcher.look({}), "failed")] == ["fit1", "run1", "judge1"]
+    launcher = launcher_of(study)
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "judge1"]
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}), "failed")] == ["fit1", "run1", "judge1"]
 
 
 def test_only_failed_leaves_alone_what_did_not_fail(study):
-    launcher = Launcher(study, Ledger(study, write=True), TASKS)
-    assert launcher.wanted(launcher.look({}), "failed") == []
-    assert len(launcher.wanted(launcher.look({}))) == 3
+    launcher = launcher_of(study)
+    assert launcher.runnable(launcher.statuses({}), "failed") == []
+    assert len(launcher.runnable(launcher.statuses({}))) == 3
 
 
 def test_what_is_at_work_is_not_handed_out_again(study):
-    given_out(study, FIT)
-    launcher = Launcher(study, Ledger(study, write=True), TASKS)
+    handed_out(study, FIT)
+    launcher = launcher_of(study)
     for state in ("PENDING", "RUNNING", "COMPLETING"):
-        views = launcher.look({"7": entry("7", state)})
-        assert [v.row.id for v in launcher.wanted(views)] == ["run1", "judge1"]
+        statuses = launcher.statuses({"7": entry("7", state)})
+        assert [s.task.id for s in launcher.runnable(statuses)] == ["run1", "judge1"]
 
 
 def test_a_cancelled_task_is_so_until_it_is_handed_out_again(study):
-    given_out(study, FIT)
+    handed_out(study, FIT)
     reported(study, FIT, "interrupted")
     cancel_mark(study, FIT).touch()
-    assert view_of(study, FIT, {}).state == "cancelled"
-    launcher = Launcher(study, Ledger(study, write=True), TASKS)
-    launcher.clear_marks(launcher.wanted(launcher.look({})))
-    assert view_of(study, FIT, {}).state == "interrupted"
+    assert status_of(study, FIT, {}).state == "cancelled"
+    launcher = launcher_of(study)
+    launcher.clear_cancel_marks(launcher.runnable(launcher.statuses({})))
+    assert status_of(study, FIT, {}).state == "interrupted"
 
 
 SETTLED = [
@@ -285,20 +407,34 @@ def test_the_cause_is_the_last_line_that_was_printed(study, tmp_path):
     assert read_report(study, FIT).cause == "ended with code 1: ModuleNotFoundError: No module named 'torch'"
 
 
-def test_another_study_another_grid_and_other_code_are_refused(study, monkeypatch):
-    old = read_study(study)
+def test_another_study_and_another_grid_are_refused(study):
     with pytest.raises(UserError, match="holds another study: name is x there, y now"):
-        joined(study, StudyFile(StudyConfig(name="y")), False, False)
-    same = dataclasses.replace(old, code=joined(study, old, True, True).code)
-    save_study(study, dataclasses.replace(same, grids=[["a=1"]]), TASKS)
-    changed = [stage for stage in same.study.stages if read_study(study).code.get(stage) != same.code.get(stage)]
-    assert changed == []
+        join_study(study, StudyFile(StudyConfig(name="y")), False)
+    new = StudyFile(StudyConfig(name="x"), [["a=1"]])
+    (study / "study.yaml").unlink()
+    save_study(study, join_study(study, new, False), TASKS)
+    assert join_study(study, new, False) == read_study(study)
     with pytest.raises(UserError, match="has the grid a=1, not a=2"):
-        joined(study, StudyFile(same.study, [["a=2"]]), False, True)
-    assert joined(study, StudyFile(same.study, [["a=2"]]), True, True).grids == [["a=1"], ["a=2"]]
-    monkeypatch.setattr("hpc_c2g.studies.study.code_version", lambda stage: "new")
-    with pytest.raises(UserError, match="the code of classifier, certify, train, evaluate has changed"):
-        joined(study, StudyFile(same.study, [["a=1"]]), False, False)
+        join_study(study, StudyFile(new.study, [["a=2"]]), False)
+    assert join_study(study, StudyFile(new.study, [["a=2"]]), True).grids == [["a=1"], ["a=2"]]
+
+
+def test_results_of_another_version_are_refused_by_stage_with_both_versions(study, monkeypatch):
+    (study / "study.yaml").unlink()
+    new = join_study(study, StudyFile(StudyConfig(name="x"), [["a=1"]]), False)
+    assert new.results_versions == {stage: RESULTS_VERSION[stage] for stage in new.study.stages}
+    save_study(study, new, TASKS)
+    monkeypatch.setitem(RESULTS_VERSION, "train", RESULTS_VERSION["train"] + 3)
+    now = RESULTS_VERSION["train"]
+    for refused in (lambda: join_study(study, new, True), lambda: check_results_versions(study, read_study(study))):
+        with pytest.raises(
+            UserError, match=f"results of train of version {now - 3}, this code makes version {now}"
+        ) as caught:
+            refused()
+        assert "another study_dir" in caught.value.hint
+    monkeypatch.setitem(RESULTS_VERSION, "train", now - 3)
+    monkeypatch.setitem(RESULTS_VERSION, "bound", 99)  # the study has no such stage
+    assert join_study(study, new, False) == new
 
 
 def test_submissions_are_for_the_owner_alone_and_read_back(study):
@@ -307,18 +443,18 @@ def test_submissions_are_for_the_owner_alone_and_read_back(study):
     folder = submission.folder(study)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert read_submission(study, submission.token) == submission
-    with pytest.raises(UserError, match="describes no submission"):
+    with pytest.raises(UserError, match="does not describe a submission"):
         read_submission(study, "nowhere")
 
 
 def test_runs_are_named_by_the_beginning_of_their_id_or_their_folder(study):
-    views = look(study, Ledger(study).rows(), {})
-    assert [v.row.id for v in chosen(views, ["run1"])] == ["run1", "judge1"]
-    assert [v.row.id for v in chosen(views, [f"{study}/runs/run1"])] == ["run1", "judge1"]
-    assert [v.row.id for v in chosen(views, ["judge"])] == ["judge1"]
-    assert len(chosen(views, [])) == 3
+    statuses = read_statuses(study, {})
+    assert [s.task.id for s in select_tasks(statuses, ["run1"])] == ["run1", "judge1"]
+    assert [s.task.id for s in select_tasks(statuses, [f"{study}/runs/run1"])] == ["run1", "judge1"]
+    assert [s.task.id for s in select_tasks(statuses, ["judge"])] == ["judge1"]
+    assert len(select_tasks(statuses, [])) == 3
     with pytest.raises(UserError, match="is no run of the study"):
-        chosen(views, ["zzz"])
+        select_tasks(statuses, ["zzz"])
 
 
 def test_runs_that_their_seed_alone_sets_apart_are_averaged():

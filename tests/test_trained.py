@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from torch.nn import functional as F
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import DRAWINGS, ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
-from hpc_c2g.generators.trained import DRAWINGS, Member, TrainedGenerator, members_from, systematic_resample
+from hpc_c2g.generators.trained import Member, TrainedGenerator, members_from, systematic_resample
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.run_directory import RunDirectory
@@ -58,27 +60,27 @@ def shown(samples: torch.Tensor) -> torch.Tensor:
     return samples[:, 0, 0, 0].round().long()
 
 
-@pytest.mark.parametrize("drawing", DRAWINGS)
-@pytest.mark.parametrize("kind", GENERATORS)
-def test_samples_depend_on_the_seed_alone(kind, drawing):
-    trained = make(GENERATORS[kind])
-    torch.manual_seed(1)
-    first, labels = trained.sample(20, 5, drawing)
-    torch.manual_seed(2)
-    again, labels_again = trained.sample(20, 5, drawing)
-    assert torch.equal(first, again)
-    assert torch.equal(labels, labels_again)
-    other, _ = trained.sample(20, 6, drawing)
-    assert float((first - other).abs().mean()) > 1e-3
+def test_samples_depend_on_the_seed_alone(subtests):
+    for drawing, kind in product(DRAWINGS, GENERATORS):
+        with subtests.test(f"{kind} {drawing}"):
+            trained = make(GENERATORS[kind])
+            torch.manual_seed(1)
+            first, labels = trained.sample(20, 5, drawing)
+            torch.manual_seed(2)
+            again, labels_again = trained.sample(20, 5, drawing)
+            assert torch.equal(first, again)
+            assert torch.equal(labels, labels_again)
+            other, _ = trained.sample(20, 6, drawing)
+            assert float((first - other).abs().mean()) > 1e-3
 
 
-@pytest.mark.parametrize("drawing", DRAWINGS)
-@pytest.mark.parametrize("count", [1, 2, 3, 11])
-def test_labels_cycle_whatever_the_count(count, drawing):
-    samples, labels = make().sample(count, 0, drawing)
-    assert samples.shape == (count, *SHAPE)
-    assert samples.dtype == torch.float32
-    assert labels.tolist() == [i % CLASSES for i in range(count)]
+def test_labels_cycle_whatever_the_count(subtests):
+    for drawing, count in product(DRAWINGS, [1, 2, 3, 11]):
+        with subtests.test(f"{count=} {drawing}"):
+            samples, labels = make().sample(count, 0, drawing)
+            assert samples.shape == (count, *SHAPE)
+            assert samples.dtype == torch.float32
+            assert labels.tolist() == [i % CLASSES for i in range(count)]
 
 
 def test_plain_samples_do_not_change_with_the_count_or_the_chunk(monkeypatch):
@@ -90,12 +92,13 @@ def test_plain_samples_do_not_change_with_the_count_or_the_chunk(monkeypatch):
     torch.testing.assert_close(trained.sample(50, 0, "plain")[0], many, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", GENERATORS)
-def test_raw_samples_stay_within_the_value_range_and_use_it(kind):
-    samples, _ = make(GENERATORS[kind]).sample(300, 0)
-    assert float(samples.min()) >= -1 - 1e-5
-    assert float(samples.max()) <= 2 + 1e-5
-    assert float(samples.max() - samples.min()) > 1.5  # the last weights are loud enough to reach the edges
+def test_raw_samples_stay_within_the_value_range_and_use_it(subtests):
+    for kind in GENERATORS:
+        with subtests.test(kind):
+            samples, _ = make(GENERATORS[kind]).sample(300, 0)
+            assert float(samples.min()) >= -1 - 1e-5
+            assert float(samples.max()) <= 2 + 1e-5
+            assert float(samples.max() - samples.min()) > 1.5  # the last weights are loud enough to reach the edges
 
 
 def test_samples_of_a_class_are_made_for_that_class():
@@ -175,22 +178,22 @@ def test_the_weight_of_a_sample_is_the_sum_of_its_multipliers():
         assert float(weights[i]) == pytest.approx(float(F.softplus(h[i, others]).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [12, 14])
-@pytest.mark.parametrize("wanted", [5, 12, 14, 40])
-def test_free_images_keep_their_class_and_come_up_by_their_multipliers(count, wanted):
-    trained = make_free(count)
-    for drawing in DRAWINGS:
-        samples, labels = trained.sample(wanted, 0, drawing)
-        assert torch.equal(shown(samples) % CLASSES, labels)
-    plain = shown(trained.sample(wanted, 0, "plain")[0])
-    assert plain[:count].tolist() == list(range(min(count, wanted)))
-    # images are drawn floor or ceiling of their expectation: none counts twice where more are asked for than there are
-    samples, labels = trained.sample(400 * CLASSES, 0)
-    totals = 2 * F.softplus(torch.arange(count).float())
-    for c in range(CLASSES):
-        expected = 400 * totals[c::CLASSES] / totals[c::CLASSES].sum()
-        numbers = torch.bincount(shown(samples[labels == c]), minlength=count)[c::CLASSES]
-        assert float((numbers - expected).abs().max()) <= 1
+def test_free_images_keep_their_class_and_come_up_by_their_multipliers(subtests):
+    for count, wanted in product([12, 14], [5, 12, 14, 40]):
+        with subtests.test(f"{count=} {wanted=}"):
+            trained = make_free(count)
+            for drawing in DRAWINGS:
+                samples, labels = trained.sample(wanted, 0, drawing)
+                assert torch.equal(shown(samples) % CLASSES, labels)
+            plain = shown(trained.sample(wanted, 0, "plain")[0])
+            assert plain[:count].tolist() == list(range(min(count, wanted)))
+            # images are drawn floor or ceiling of their expectation: none counts twice where more are asked for than there are
+            samples, labels = trained.sample(400 * CLASSES, 0)
+            totals = 2 * F.softplus(torch.arange(count).float())
+            for c in range(CLASSES):
+                expected = 400 * totals[c::CLASSES] / totals[c::CLASSES].sum()
+                numbers = torch.bincount(shown(samples[labels == c]), minlength=count)[c::CLASSES]
+                assert float((numbers - expected).abs().max()) <= 1
 
 
 def test_free_images_need_one_per_class():

@@ -20,13 +20,14 @@ from benchmarks.launched import TIMED
 from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
-from hpc_c2g.fitting.fit import MarginFitConfig
-from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
+from hpc_c2g.fitting.make import make_classifier
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.signatures import SIGNATURES
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.preemption import Preempted
 from hpc_c2g.training.step.train_step import TrainStep
@@ -300,9 +301,9 @@ def test_a_full_disk_names_the_path_and_the_run_is_completed_later(base, tmp_pat
 
 
 @pytest.mark.parametrize(("batch", "told"), [(30, False), (31, True)])
-def test_a_batch_that_meets_some_codes_more_often_is_told(base, tmp_path, capfd, batch, told):
+def test_a_batch_that_meets_some_codes_more_often_is_a_warning(base, tmp_path, caplog, batch, told):
     codes = replace(base.generator, codes=5)
     train(replace(base, run_dir=str(tmp_path / "run"), steps=1, global_batch=batch, generator=codes, log=LogConfig()))
-    said = " ".join(capfd.readouterr().err.split())
+    said = " ".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
     assert ("is no multiple of classes x codes = 15" in said) is told
     assert ("45 would not" in said) is told

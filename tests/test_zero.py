@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,15 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
-from hpc_c2g.training.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine
 from hpc_c2g.training.engines.deepspeed_engine import DeepSpeedEngine
 from hpc_c2g.training.loop import train
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs, and the machine may be busy
-STEPS, EVERY, SHORT = 24, 6, 12  # bfloat16 runs are short
+STEPS, EVERY = 12, 3
 DTYPES = ("float32", "bfloat16")
 STAGES = (0, 1, 2, 3)
 CLASSIFIERS = {1: (1, 3, 2, 3), 2: (1, 2, 3, 2), 4: (3, 1, 2, 3)}  # by ranks and stage
@@ -106,12 +108,12 @@ def job(world: World, folder: Path) -> list[str]:
         run_of(folder, f"float32-{stage}-{n}", world, **settings)
         if n != 2:
             continue
-        run_of(folder, f"bfloat16-{stage}-{n}", world, dtype="bfloat16", steps=SHORT, zero_stage=stage, micro_batch=8)
-        for dtype, steps in zip(DTYPES, (STEPS, SHORT), strict=True):
+        low = {"zero_stage": stage, "micro_batch": 8, "dtype": "bfloat16"}
+        run_of(folder, f"bfloat16-{stage}-{n}", world, **low)
+        for dtype, again in zip(DTYPES, (settings, low), strict=True):
             name = f"{dtype}-{stage}-{n}"
-            world.broadcast_from_rank0(lambda name=name, steps=steps: cut(folder, name, f"{name}-again", steps - EVERY))
-            again = settings if dtype == "float32" else {"zero_stage": stage, "micro_batch": 8}
-            run_of(folder, f"{name}-again", world, dtype=dtype, steps=steps, **again)
+            world.broadcast_from_rank0(lambda name=name: cut(folder, name, f"{name}-again", STEPS - EVERY))
+            run_of(folder, f"{name}-again", world, **again)
         refused.append(poisoned(world, folder, stage))
     if n > 1:
         run_of(folder, "hops", world, zero_stage={2: 3, 4: 2}[n])
@@ -155,7 +157,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for count in (1, 2, 3):
         run_of(folder, f"{count}-alone", alone, classifier=several(folder, count))
     job(alone, folder)
-    run_of(folder, "float32-short", alone, steps=SHORT)
     for kind in GENERATORS:
         norms, engine = bare_engine(kind, None, 1, alone)
         torch.save([norms, engine.state_dict()], folder / f"bare-{kind}.pt")
@@ -175,7 +176,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(run_dir: Path) -> Tensor:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] in ([*range(1, STEPS + 1)], [*range(1, SHORT + 1)])
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     names = ["loss", "stationarity", "rho", "gradient/generator"]
     names += [name for name in lines[0] if name.endswith("alpha")]
     return torch.tensor([[line[name] for name in names] for line in lines], dtype=torch.float64)
@@ -203,10 +204,10 @@ def assert_same_run(run_dir: Path, other: Path, tolerance: float = 1e-4) -> None
     assert difference(flat(engine_state(run_dir)), flat(engine_state(other))) < tolerance
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_on_any_ranks_is_the_run_of_one_process(done: Path, stage: int, ranks: int) -> None:
-    assert_same_run(done / f"float32-{stage}-{ranks}", done / f"{CLASSIFIERS[ranks][stage]}-alone")
+def test_every_stage_on_any_ranks_is_the_run_of_one_process(subtests: pytest.Subtests, done: Path) -> None:
+    for ranks, stage in product([1, 2, 4], STAGES):
+        with subtests.test(f"{stage=} {ranks=}"):
+            assert_same_run(done / f"float32-{stage}-{ranks}", done / f"{CLASSIFIERS[ranks][stage]}-alone")
 
 
 def test_the_run_of_one_process_is_that_of_plain_adam(done: Path) -> None:
@@ -214,16 +215,16 @@ def test_the_run_of_one_process_is_that_of_plain_adam(done: Path) -> None:
     assert engine_state(done / "adam")["updates"] == engine_state(done / "float32-0-1")["updates"] == STEPS
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_killed_run_goes_on_bitwise(done: Path, dtype: str, stage: int) -> None:
-    whole, again = done / f"{dtype}-{stage}-2", done / f"{dtype}-{stage}-2-again"
-    assert torch.equal(curve(again), curve(whole))
-    for what in ("weights", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(flat(engine_state(again), what), flat(engine_state(whole), what))
+def test_a_killed_run_resumes_bitwise(subtests: pytest.Subtests, done: Path) -> None:
+    for stage, dtype in product(STAGES, DTYPES):
+        with subtests.test(f"{dtype} {stage=}"):
+            whole, again = done / f"{dtype}-{stage}-2", done / f"{dtype}-{stage}-2-again"
+            assert torch.equal(curve(again), curve(whole))
+            for what in ("weights", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(flat(engine_state(again), what), flat(engine_state(whole), what))
 
 
-def test_a_run_goes_over_other_ranks_and_stages(done: Path) -> None:
+def test_a_run_resumes_on_other_ranks_and_stages(done: Path) -> None:
     for step in (2 * EVERY, 3 * EVERY, STEPS):
         mine, whole = engine_state(done / "hops", step), engine_state(done / "float32-0-1", step)
         for what in ("weights", "exp_avg", "exp_avg_sq"):
@@ -232,87 +233,87 @@ def test_a_run_goes_over_other_ranks_and_stages(done: Path) -> None:
     assert_same_run(done / "hops", done / "float32-0-1")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_is_near_float32_and_keeps_float32_masters(done: Path, stage: int) -> None:
-    low, full = done / f"bfloat16-{stage}-2", done / "float32-short"
-    assert bool(torch.isfinite(curve(low)).all())
-    assert float((curve(low)[:, 0] / curve(full)[:, 0] - 1).abs().max()) < 0.01
-    # the gradient's norm among them
-    torch.testing.assert_close(curve(low)[0], curve(full)[0], rtol=0.01, atol=0.01)
-    state = engine_state(low)
-    assert all(t.dtype == torch.float32 for t in state["weights"].values() if t.is_floating_point())
-    assert not torch.equal(flat(state), flat(state).bfloat16().float())
-    for name in ("box.center", "box.half_range", "box.offset"):
-        assert torch.equal(state["weights"][name], engine_state(full)["weights"][name])
+def test_bfloat16_is_near_float32_and_keeps_float32_masters(subtests: pytest.Subtests, done: Path) -> None:
+    for stage in STAGES:
+        with subtests.test(f"{stage=}"):
+            low, full = done / f"bfloat16-{stage}-2", done / "1-alone"
+            assert bool(torch.isfinite(curve(low)).all())
+            assert float((curve(low)[:, 0] / curve(full)[:, 0] - 1).abs().max()) < 0.01
+            # the gradient's norm among them
+            torch.testing.assert_close(curve(low)[0], curve(full)[0], rtol=0.01, atol=0.01)
+            state = engine_state(low)
+            assert all(t.dtype == torch.float32 for t in state["weights"].values() if t.is_floating_point())
+            assert not torch.equal(flat(state), flat(state).bfloat16().float())
+            for name in ("box.center", "box.half_range", "box.offset"):
+                assert torch.equal(state["weights"][name], engine_state(full)["weights"][name])
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", GENERATORS)
-def test_norm_clipping_and_moments_are_those_of_plain_adam(done: Path, kind: str, stage: int, ranks: int) -> None:
-    norms, reference = torch.load(done / f"bare-{kind}.pt", weights_only=True)
-    assert min(norms) < CLIP / 2
-    assert max(norms) > 2 * CLIP
-    for rank in range(ranks):
-        mine, state = torch.load(done / f"bare-{kind}-{stage}-{ranks}-{rank}.pt", weights_only=True)
-        assert mine == pytest.approx(norms, rel=1e-5)
-        assert list(state["weights"]) == list(reference["weights"])
-        assert state["updates"] == len(LOUDNESS)
-        for what in ("weights", "exp_avg", "exp_avg_sq"):
-            assert difference(flat(state, what), flat(reference, what)) < 1e-5, what
+def test_norm_clipping_and_moments_are_those_of_plain_adam(subtests: pytest.Subtests, done: Path) -> None:
+    for ranks, stage, kind in product([1, 4], STAGES, GENERATORS):
+        with subtests.test(f"{kind} {stage=} {ranks=}"):
+            norms, reference = torch.load(done / f"bare-{kind}.pt", weights_only=True)
+            assert min(norms) < CLIP / 2
+            assert max(norms) > 2 * CLIP
+            for rank in range(ranks):
+                mine, state = torch.load(done / f"bare-{kind}-{stage}-{ranks}-{rank}.pt", weights_only=True)
+                assert mine == pytest.approx(norms, rel=1e-5)
+                assert list(state["weights"]) == list(reference["weights"])
+                assert state["updates"] == len(LOUDNESS)
+                for what in ("weights", "exp_avg", "exp_avg_sq"):
+                    assert difference(flat(state, what), flat(reference, what)) < 1e-5, what
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_state_comes_back_unchanged_from_another_stage(done: Path, stage: int) -> None:
-    for kind in GENERATORS:
-        _, state = torch.load(done / f"bare-{kind}-{stage}-1-0.pt", weights_only=True)
-        for what in ("weights", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(flat(state["again"], what), flat(state, what))
-        assert state["again"]["updates"] == state["updates"]
+def test_a_state_comes_back_unchanged_from_another_stage(subtests: pytest.Subtests, done: Path) -> None:
+    for stage in STAGES:
+        with subtests.test(f"{stage=}"):
+            for kind in GENERATORS:
+                _, state = torch.load(done / f"bare-{kind}-{stage}-1-0.pt", weights_only=True)
+                for what in ("weights", "exp_avg", "exp_avg_sq"):
+                    assert torch.equal(flat(state["again"], what), flat(state, what))
+                assert state["again"]["updates"] == state["updates"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(done: Path, stage: int) -> None:
-    for said in json.loads((done / "refused-2.json").read_text()):
-        assert "step 3: the term 'gradient/generator' is" in said[stage]
-    assert sorted(p.name for p in (done / f"poisoned-{stage}" / "checkpoints").iterdir())[-1] == "step_00000002"
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    subtests: pytest.Subtests, done: Path
+) -> None:
+    for stage in STAGES:
+        with subtests.test(f"{stage=}"):
+            for said in json.loads((done / "refused-2.json").read_text()):
+                assert "step 3: the term 'gradient/generator' is" in said[stage]
+            assert sorted(p.name for p in (done / f"poisoned-{stage}" / "checkpoints").iterdir())[-1] == "step_00000002"
 
 
-@pytest.mark.parametrize(
-    ("change", "fragments"),
-    [
+def test_a_state_of_another_network_or_format_is_named(subtests: pytest.Subtests, done: Path) -> None:
+    for change, fragments in [
         (lambda s: s["weights"].pop("image"), ("missing image",)),
         (lambda s: s["weights"].update(head=torch.zeros(2)), ("unexpected head",)),
         (lambda s: s["weights"].update(image=torch.zeros(2, 3)), ("image: [2, 3] instead of [24, 1, 3, 3]",)),
         (lambda s: s["moments"]["image"].pop("exp_avg"), ("moments exp_avg", "missing image")),
         (lambda s: s.update(module=s.pop("weights")), ("no weights", "module")),
-    ],
-)
-def test_a_state_of_another_network_or_format_is_named(done: Path, change, fragments: tuple[str, ...]) -> None:
-    alone = World.start("cpu", deterministic=False)
-    _, state = torch.load(done / "bare-free.pt", weights_only=True)
-    change(state)
-    for stage in (None, 3):
-        engine = bare_engine("free", stage, 1, alone)[1]
-        before = flat(engine.state_dict())
-        with pytest.raises(UserError) as caught:
-            engine.load_state_dict(state)
-        assert all(fragment in caught.value.problem for fragment in fragments), caught.value.problem
-        assert torch.equal(flat(engine.state_dict()), before)
+    ]:
+        with subtests.test(str(fragments)):
+            alone = World.start("cpu", deterministic=False)
+            _, state = torch.load(done / "bare-free.pt", weights_only=True)
+            change(state)
+            for stage in (None, 3):
+                engine = bare_engine("free", stage, 1, alone)[1]
+                before = flat(engine.state_dict())
+                with pytest.raises(UserError) as caught:
+                    engine.load_state_dict(state)
+                assert all(fragment in caught.value.problem for fragment in fragments), caught.value.problem
+                assert torch.equal(flat(engine.state_dict()), before)
 
 
-@pytest.mark.parametrize(
-    ("settings", "fragment"),
-    [
+def test_a_stage_that_cannot_be_is_refused(subtests: pytest.Subtests) -> None:
+    for settings, fragment in [
         ({"zero_stage": 4}, "zero_stage=4"),
         ({"zero_stage": 1, "deterministic": True}, "zero_stage=1"),
         ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage=2"),
-    ],
-)
-def test_a_stage_that_cannot_be_is_refused(settings: dict, fragment: str) -> None:
-    with pytest.raises(UserError) as caught:
-        TrainConfig(**settings)
-    assert fragment in caught.value.problem
+    ]:
+        with subtests.test(fragment):
+            with pytest.raises(UserError) as caught:
+                TrainConfig(**settings)
+            assert fragment in caught.value.problem
 
 
 def test_free_settings_are_laid_over_those_of_the_stage() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.bound import concentration
-from hpc_c2g.bound.summands import INDEPENDENT, Summands, drawing
+from hpc_c2g.bound.config import INDEPENDENT
+from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.generators.latents import fresh_latents
 
 REFERENCE = 2**60

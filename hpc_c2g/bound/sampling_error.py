@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +24,15 @@ import numpy as np
 from torch import Tensor
 
 from hpc_c2g.bound import concentration
+from hpc_c2g.bound.config import CONFIDENCE, BoundConfig
 from hpc_c2g.bound.moments import Moments, measure
-from hpc_c2g.bound.summands import DRAWS, Summands, drawing
+from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.distributed.environment import pick_device
-from hpc_c2g.errors import UserError, require
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.bundles import class_counts, load_bundles
 from hpc_c2g.training.step.sharding import batch_shares
-
-CONFIDENCE = 0.95
-"""Of the bound, and the quantile of the measured errors that it is held against."""
-
-
-@dataclass
-class BoundConfig:
-    """What to measure.
-
-    Attributes:
-        run_dir: of the generator; sampling_error.json is written into it.
-        batches: B, samples in one classifier's KKT sum; the run's own B is measured too.
-        repeats: batches drawn of each size.
-        reference_batch: samples behind the expectation (in lattices), and as many independent ones behind covariance and bound.
-        seed: of all draws.
-        schemes: ``independent`` labels and latents, or with labels in turn ``normal``, ``sobol`` or ``stratified`` latents.
-        micro_batch: samples of a backward; the result does not depend on it.
-        device: ``auto``, ``cpu`` or ``cuda``.
-    """
-
-    run_dir: str = "???"
-    batches: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048, 4096])
-    repeats: int = 64
-    reference_batch: int = 65536
-    seed: int = 0
-    schemes: list[str] = field(default_factory=lambda: list(DRAWS))
-    micro_batch: int = 1024
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        batches = bool(self.batches) and min(self.batches) >= 1
-        require(batches, "batches", self.batches, "give one or more batch sizes >= 1")
-        if self.repeats < 2:
-            raise UserError(f"repeats={self.repeats} is too small", "give at least 2, better 64")
-        if self.reference_batch < max(self.batches):
-            raise UserError(
-                f"reference_batch={self.reference_batch} is smaller than the largest of batches={self.batches}",
-                "give a reference_batch several times as large as every batch",
-            )
-        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
-        known = bool(self.schemes) and all(scheme in DRAWS for scheme in self.schemes)
-        require(known, "schemes", self.schemes, f"choose from {', '.join(DRAWS)}")
-        if self.micro_batch < 1:
-            raise UserError(f"micro_batch={self.micro_batch} is too small", "give at least 1")
-        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
 
 
 def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.bound import concentration
+from hpc_c2g.bound.config import INDEPENDENT
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.latents import (
-    SCHEMES,
-    LatentConfig,
-    Latents,
-    LatentSampler,
-    counted_uniforms,
-    normal_quantiles,
-)
+from hpc_c2g.generators.config import LatentConfig
+from hpc_c2g.generators.latents import Latents, LatentSampler, counted_uniforms, normal_quantiles
 from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.kkt import duality, stationarity
 from hpc_c2g.kkt.normalization import couples
@@ -27,9 +22,6 @@ from hpc_c2g.training.results import Run
 from hpc_c2g.training.step.objective import Objective
 from hpc_c2g.training.step.schedules import gate_width
 
-INDEPENDENT = "independent"
-DRAWS = (INDEPENDENT, *reversed(SCHEMES))
-"""How a batch may be drawn: labels and latents at random, or as ``LatentConfig.scheme`` says, with labels that cycle."""
 APART = 2**62
 """Steps from here on are no run's: draws never meet the latents that a generator was trained on."""
 ROWS, ELEMENTS = 16, 2**24

@@ -1,1 +1,1 @@
-"""The launch environment and what is reduced over processes."""
+"""The launch environment, the device mesh and the sums over processes."""

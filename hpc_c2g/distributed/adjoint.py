@@ -1,4 +1,4 @@
-"""A sum over ranks that autograd sees: linear and its own adjoint, so that derivatives of every order are right."""
+"""A differentiable sum over ranks: linear and its own adjoint, so that derivatives of every order are right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpc_c2g.distributed.mesh import Mesh
 
 
 class _Sum(torch.autograd.Function):
-    """R(x_r) = sum_r x_r. Where the loss is the sum of the ranks' losses its adjoint is R, which is what backward calls."""
+    """R(x_r) = sum_r x_r. If the loss is the sum of the ranks' losses, its adjoint is R, which backward calls."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
@@ -28,9 +28,9 @@ class _Sum(torch.autograd.Function):
 
 
 def adjoint_sum(mesh: Mesh) -> Callable[[Tensor], Tensor]:
-    """The sum over the data ranks of this process's group; collective in forward and in every backward, in the order of the graph.
+    """Return the sum over the data ranks of this process's group; collective in forward and in every backward, in graph order.
 
-    Every rank must build the same graph, and no other collective of the group may run meanwhile.
+    Every rank must build the same graph, and no other collective of the group may run at the same time.
     """
 
     def total(x: Tensor) -> Tensor:

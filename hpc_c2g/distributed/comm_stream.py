@@ -1,4 +1,4 @@
-"""A lane beside the computation on which collectives run in order: a thread on the CPU, a stream on a GPU."""
+"""Collectives that overlap with computation: on a CUDA stream, or on a thread on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class CommStream:
-    """Runs what is submitted, one after the other, while the caller computes.
+    """Queue that runs communication in order while the caller computes.
 
     Every rank must submit the same collectives in the same order.
     """
@@ -19,16 +19,16 @@ class CommStream:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.stream: Any = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
-        self._pool = None if self.on_gpu else ThreadPoolExecutor(1, thread_name_prefix="residual")
-        self._waiting: list[Future[float]] = []
+        self._pool = None if self.on_gpu else ThreadPoolExecutor(1, thread_name_prefix="comm")
+        self._pending: list[Future[float]] = []
         self._events: list[tuple[Any, Any]] = []
         self._busy = self._exposed = 0.0
         self._waits: list[tuple[Any, Any]] = []
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue ``work``; on a GPU it starts after the kernels that were launched before."""
+        """Queue ``work``; on a GPU it starts after the kernels launched so far."""
         if self._pool is not None:
-            self._waiting.append(self._pool.submit(_timed, work))
+            self._pending.append(self._pool.submit(_timed, work))
             return
         begin, end = _event(), _event()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -39,11 +39,11 @@ class CommStream:
         self._events.append((begin, end))
 
     def wait(self) -> None:
-        """Return once all is done (on a GPU: let the current stream wait); raises what the work raised."""
+        """Wait for all queued work (on a GPU: make the current stream wait); re-raises the work's exception."""
         if self._pool is not None:
             began = time.perf_counter()
-            waiting, self._waiting = self._waiting, []
-            for future in waiting:
+            pending, self._pending = self._pending, []
+            for future in pending:
                 self._busy += future.result()
             self._exposed += time.perf_counter() - began
             return
@@ -54,7 +54,7 @@ class CommStream:
             self._waits.append((reached, self._events[-1][1]))
 
     def seconds(self) -> tuple[float, float]:
-        """Time that the work took, and the part of it that the computation waited for, since the last call."""
+        """Seconds of communication since the last call, and the exposed part that computation waited for."""
         if self.on_gpu:
             torch.cuda.synchronize()
             self._busy = sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3

@@ -1,4 +1,4 @@
-"""The only module that reads or writes the launch environment: torchrun, then srun, then a single process."""
+"""Launch environment of torchrun, srun or a single process: the only module that reads or writes it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PORTS = range(20_000, 60_000)
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Who this process is among those that train together.
+    """Rank and world of this process, as its launcher set them.
 
     Attributes:
-        launcher: ``torchrun``, ``srun`` or ``single``.
-        rank: of this process, 0 .. world_size - 1.
-        world_size: number of processes.
-        local_rank: of this process on its node.
-        local_world_size: processes on its node.
-        master_address: host of rank 0; None for a single process.
-        master_port: where rank 0 listens.
+        launcher: Name of the launcher: ``torchrun``, ``srun`` or ``single``.
+        rank: Rank of this process, 0 .. world_size - 1.
+        world_size: Number of processes of the job.
+        local_rank: Rank of this process on its node.
+        local_world_size: Number of processes on this node.
+        master_address: Host of rank 0; None for a single process.
+        master_port: Port on which rank 0 listens.
     """
 
     launcher: str = "single"
@@ -43,31 +43,31 @@ class LaunchEnvironment:
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
             raise UserError(
-                f"{self.launcher} says rank {self.rank} of {self.world_size}, local rank {self.local_rank} of"
-                f" {self.local_world_size}: that contradicts itself",
+                f"{self.launcher} set rank {self.rank} of {self.world_size} and local rank {self.local_rank} of"
+                f" {self.local_world_size}, which contradict each other",
                 "unset these variables, or let the launcher set them",
             )
 
 
 def detect(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Read the launcher's variables; torchrun goes first, so that it works inside a Slurm allocation.
+    """Read the launcher's variables; torchrun comes first, so that it works inside a Slurm allocation.
 
     Raises:
-        UserError: some of a launcher's variables are missing, or no numbers, or contradict each other.
+        UserError: variables of a launcher are missing, not numbers, or contradict each other.
     """
     environ = os.environ if environ is None else environ
     if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         values = _complete(environ, TORCHRUN, "torchrun")
         rank, world, local, local_world, port = (_number(values, n) for n in TORCHRUN if n != "MASTER_ADDR")
         return LaunchEnvironment("torchrun", rank, world, local, local_world, values["MASTER_ADDR"], port)
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:  # a batch script has no step of its own
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:  # a batch script itself is no job step
         values = _complete(environ, SRUN, "srun")
         rank, world, local, job, step = (_number(values, n) for n in SRUN if n != "SLURM_STEP_NODELIST")
         if world == 1:
             return LaunchEnvironment()
-        # every task of a step computes the same port, two steps of one job different ones
+        # the same port for all tasks of a step, different ports for two steps of a job
         port = PORTS[(job * 97 + step) % len(PORTS)]
-        local_world = _tasks_here(environ, local)
+        local_world = _local_tasks(environ, local)
         master = first_host(values["SLURM_STEP_NODELIST"])
         return LaunchEnvironment("srun", rank, world, local, local_world, master, port)
     return LaunchEnvironment()
@@ -75,13 +75,13 @@ def detect(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The job that this process belongs to.
+    """Scheduler job of this process.
 
     Attributes:
-        job: its name for people and for Slurm's commands, such as ``123_4``.
-        node: host of this process.
-        restart: how often Slurm has restarted it.
-        rank: of this process.
+        job: Job id as Slurm's commands take it, such as ``123_4``.
+        node: Host name of this process.
+        restart: Number of times Slurm has restarted the job.
+        rank: Rank of this process.
     """
 
     job: str
@@ -91,7 +91,7 @@ class Allocation:
 
 
 def allocation(job: str | None = None, environ: Mapping[str, str] | None = None) -> Allocation:
-    """The Slurm job around this process, or ``job`` (None: the process itself) where there is none.
+    """Return the Slurm job of this process, or ``job`` without Slurm (None: the process id).
 
     Raises:
         UserError: the launcher's variables are incomplete or contradict each other.
@@ -110,7 +110,7 @@ def first_host(nodelist: str) -> str:
     """First name of a Slurm node list such as ``gpu[03-05,9],login1``.
 
     Raises:
-        UserError: no node list.
+        UserError: ``nodelist`` names no node.
     """
     match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?([^,\[\]]*)", nodelist)
     if not match:
@@ -136,7 +136,7 @@ def _number(values: Mapping[str, str], name: str) -> int:
         raise UserError(f"{name}={values[name]!r} is no number", "unset it, or let the launcher set it") from None
 
 
-def _tasks_here(environ: Mapping[str, str], local: int) -> int:
+def _local_tasks(environ: Mapping[str, str], local: int) -> int:
     """Tasks of the step on this node from ``SLURM_STEP_TASKS_PER_NODE`` (such as ``2(x3),1``)."""
     layout = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     node = int(environ.get("SLURM_NODEID", "0"))
@@ -147,7 +147,7 @@ def _tasks_here(environ: Mapping[str, str], local: int) -> int:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` takes a GPU where there is one, by local rank.
+    """Return the device ``name``; ``auto`` takes the GPU of the local rank if there is one.
 
     Raises:
         UserError: ``cuda`` without a GPU.
@@ -160,29 +160,30 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def prepare_libraries(device: torch.device, deterministic: bool) -> None:
-    """Settings that must be made before DeepSpeed is imported or CUDA starts.
+    """Set library options that must be set before DeepSpeed is imported or CUDA is initialized.
 
     Deterministic runs compute on one thread, because the order of a sum may depend on the number of threads.
     """
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for an accelerator otherwise
     else:
         torch.cuda.set_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_num_threads(1)
-    if (
-        deterministic != torch.are_deterministic_algorithms_enabled()
-    ):  # the call imports a compiler, for more than a second
+    # the call imports a compiler, which takes more than a second
+    if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
 
 
 @contextlib.contextmanager
 def deepspeed_variables(launch: LaunchEnvironment, device: torch.device) -> Iterator[None]:
-    """What DeepSpeed reads from the environment while an engine is made; taken back, since children must not inherit it."""
+    """Context that sets the variables DeepSpeed reads while it builds an engine; restored, since children must not inherit them."""
     wanted = {
         "RANK": launch.rank,
-        "LOCAL_RANK": launch.local_rank if device.index is None else device.index,  # it takes the GPU of this number
+        "LOCAL_RANK": launch.local_rank
+        if device.index is None
+        else device.index,  # DeepSpeed takes the GPU of this index
         "WORLD_SIZE": launch.world_size,
         "LOCAL_SIZE": launch.local_world_size,
     }
@@ -203,10 +204,10 @@ RECORDED = (
     "SLURM_NNODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_ALGO", "NCCL_PROTO", "GLOO_SOCKET_IFNAME",
 )  # fmt: skip
-"""Variables that may be written down: an environment holds tokens and passwords too."""
+"""Variables that may be recorded: an environment also holds tokens and passwords."""
 
 
 def recorded(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What of the environment is written down with a run: variables of ``RECORDED`` that are set, and no others."""
+    """Return the variables of ``RECORDED`` that are set, for the run's record."""
     environ = os.environ if environ is None else environ
     return {name: environ[name] for name in RECORDED if name in environ}

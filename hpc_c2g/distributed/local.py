@@ -1,4 +1,4 @@
-"""Processes of this machine that meet over a file and call one function together."""
+"""Run a function on several local ranks, in processes that rendezvous through a file."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ T = TypeVar("T")
 def on_local_ranks(
     count: int, function: Callable[..., T], *arguments: Any, device: str = "cpu", seconds: float = 180
 ) -> list[T]:
-    """What ``function(world, *arguments)`` returns on each of ``count`` new processes, in the order of ranks.
+    """Call ``function(world, *arguments)`` on each of ``count`` new processes and return the results in rank order.
 
     Raises:
-        UserError: one of them failed, ended, or gave no answer within ``seconds``; none of them is left behind.
+        UserError: a process failed, ended, or returned nothing within ``seconds``; all processes are ended.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        launches = [LaunchEnvironment("local", r, count, r, count, meeting) for r in range(count)]
+        rendezvous = f"file://{folder}/rendezvous"
+        launches = [LaunchEnvironment("local", r, count, r, count, rendezvous) for r in range(count)]
         processes = [
             context.Process(target=_main, args=(queue, launch, device, function, arguments)) for launch in launches
         ]
         try:
             for process in processes:
                 process.start()
-            return _answers(queue, processes, seconds)
+            return _collect_results(queue, processes, seconds)
         except BaseException:
             for process in processes:
                 if process.pid is not None:
@@ -48,22 +48,22 @@ def on_local_ranks(
                     process.kill()
 
 
-def _answers(queue: Any, processes: Sequence[Any], seconds: float) -> list[Any]:
-    answers: dict[int, Any] = {}
+def _collect_results(queue: Any, processes: Sequence[Any], seconds: float) -> list[Any]:
+    results: dict[int, Any] = {}
     end = time.monotonic() + seconds
-    while len(answers) < len(processes):
+    while len(results) < len(processes):
         try:
-            rank, fault, answer = queue.get(timeout=0.2)
+            rank, fault, result = queue.get(timeout=0.2)
         except Empty:
-            lost = [r for r, p in enumerate(processes) if r not in answers and p.exitcode is not None]
+            lost = [r for r, p in enumerate(processes) if r not in results and p.exitcode is not None]
             if not lost and time.monotonic() < end:
                 continue
-            rank = lost[0] if lost else next(r for r in range(len(processes)) if r not in answers)
-            fault = "ended without an answer" if lost else f"gave no answer within {seconds:.0f} s"
+            rank = lost[0] if lost else next(r for r in range(len(processes)) if r not in results)
+            fault = "ended without a result" if lost else f"returned nothing within {seconds:.0f} s"
         if fault:
-            raise UserError(f"process {rank} of {len(processes)}: {fault}", "look at its messages above")
-        answers[rank] = answer
-    return [answers[r] for r in range(len(processes))]
+            raise UserError(f"process {rank} of {len(processes)}: {fault}", "read its messages above")
+        results[rank] = result
+    return [results[r] for r in range(len(processes))]
 
 
 def _main(
@@ -72,5 +72,5 @@ def _main(
     try:
         world = World.start(device, deterministic=False, launch=launch, seconds=60)
         queue.put((launch.rank, "", function(world, *arguments)))
-    except BaseException as error:  # of any kind: the parent tells it
+    except BaseException as error:  # any exception is reported by the parent
         queue.put((launch.rank, " ".join(f"{type(error).__name__}: {error}".split()), None))

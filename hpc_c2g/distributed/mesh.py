@@ -1,4 +1,4 @@
-"""Which ranks work on which classifiers, and who adds up what with whom: a mesh of classifier groups x data ranks."""
+"""Device mesh of member groups x data ranks; a member is one solution of one classifier."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Group = Any
 
 @dataclass(frozen=True)
 class DataRanks:
-    """The ranks that share each of a group's classifiers by samples.
+    """Data-parallel ranks: they share the samples of each member of their group.
 
     Attributes:
-        rank: of this process among them.
-        size: their number.
-        group: all of them; None where there is one.
-        inside: those on this node, None where the sum is not hierarchical.
-        across: those at this process's place on every node, None where the sum is not hierarchical.
+        rank: Rank of this process among the data ranks.
+        size: Number of data ranks.
+        group: Process group of all data ranks; None for a single one.
+        intra_node: Process group of the data ranks on this node; None if the sum is not hierarchical.
+        inter_node: Process group of the data ranks with this local rank on every node; None if the sum is not hierarchical.
     """
 
     rank: int = 0
@@ -39,13 +39,13 @@ class DataRanks:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as ``groups`` x data ranks, group by group; group g works on classifiers g K / groups .. (g + 1) K / groups.
+    """Ranks as ``groups`` x data ranks, group by group; group g works on members g K / groups .. (g + 1) K / groups.
 
     Attributes:
-        world: all ranks.
-        members: K, every solution of every classifier counted.
-        groups: of ranks.
-        data: the ranks of this process's group.
+        world: All ranks of the job.
+        members: K, the number of members: classifiers x solutions.
+        groups: Number of groups of ranks.
+        data: Data ranks of this process's group.
     """
 
     world: World
@@ -54,28 +54,28 @@ class Mesh:
     data: DataRanks
 
     @classmethod
-    def over(cls, world: World, classifiers: int, groups: int | None = None, hierarchical: bool = False) -> Mesh:
-        """Lay out the ranks; collective.
+    def over(cls, world: World, members: int, groups: int | None = None, hierarchical: bool = False) -> Mesh:
+        """Build the mesh; collective.
 
         Args:
-            world: all ranks.
-            classifiers: K, each counted once for every solution.
-            groups: None takes as many as divide both ranks and classifiers.
-            hierarchical: sum inside the node first, then across nodes.
+            world: All ranks of the job.
+            members: K, the number of members.
+            groups: Number of groups; None takes the greatest common divisor of ranks and members.
+            hierarchical: Sum inside the node first, then across nodes.
 
         Raises:
-            UserError: the ranks or the classifiers cannot be shared by the groups.
+            UserError: ``groups`` does not divide the ranks or the members.
         """
-        groups = groups or math.gcd(world.size, classifiers)
-        for count, what in ((classifiers, "classifiers x solutions"), (world.size, "processes")):
+        groups = groups or math.gcd(world.size, members)
+        for count, kind in ((members, "classifiers x solutions"), (world.size, "processes")):
             if count % groups:
                 raise UserError(
-                    f"distributed.groups={groups} does not divide the {count} {what}",
-                    f"give a common divisor of {classifiers} classifiers x solutions and {world.size} processes, or null",
+                    f"distributed.groups={groups} does not divide the {count} {kind}",
+                    f"give a common divisor of {members} classifiers x solutions and {world.size} processes, or null",
                 )
         size = world.size // groups
         if size == 1:
-            return cls(world, classifiers, groups, DataRanks())
+            return cls(world, members, groups, DataRanks())
         flat = _device_mesh(world.launch, world.device.type, (groups, size), ("classifier", "data"))
         intra_node, inter_node = None, None
         local = math.gcd(size, *world.all_gather_object(world.launch.local_world_size))  # the same shape on every rank
@@ -85,14 +85,14 @@ class Mesh:
             intra_node, inter_node = nested.get_group("local"), nested.get_group("node")
         return cls(
             world,
-            classifiers,
+            members,
             groups,
             DataRanks(world.rank % size, size, flat.get_group("data"), intra_node, inter_node),
         )
 
     @property
     def local_members(self) -> range:
-        """Indices of the classifiers that this rank works on."""
+        """Indices of the members that this rank works on."""
         each = self.members // self.groups
         group = self.world.rank // self.data.size
         return range(group * each, (group + 1) * each)
@@ -100,6 +100,6 @@ class Mesh:
 
 @functools.cache
 def _device_mesh(launch: LaunchEnvironment, device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """Made once per process and shape, and let go of before the process groups are destroyed at exit (``World.start``)."""
+    """Build once per process and shape; released before the process groups are destroyed at exit (``World.start``)."""
     atexit.register(_device_mesh.cache_clear)
     return init_device_mesh(device, shape, mesh_dim_names=names)

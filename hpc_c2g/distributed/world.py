@@ -1,4 +1,4 @@
-"""The processes that train together: how they meet, what one does for all, and how a lost one is named."""
+"""The process group of a job: rendezvous, collectives on Python objects, and errors that name a lost rank."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore  # re-exported untyped elsewhere
+
+# the public torch.distributed re-exports these classes without types
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore
 
 from hpc_c2g.distributed.environment import LaunchEnvironment, detect, pick_device, prepare_libraries
 from hpc_c2g.errors import UserError
 
 T = TypeVar("T")
-MEETING_SECONDS = 120.0
+RENDEZVOUS_SECONDS = 120.0
 COLLECTIVE_SECONDS = 1800.0
 ROLL_CALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's view of all of them.
+    """One process's view of the job's process group.
 
     Attributes:
-        launch: who this process is.
-        device: where it computes.
-        store: the key-value store through which they met.
+        launch: Rank and world size of this process.
+        device: Device of this process.
+        store: Key-value store of the rendezvous.
     """
 
     launch: LaunchEnvironment
@@ -42,12 +44,16 @@ class World:
 
     @classmethod
     def start(
-        cls, device: str, deterministic: bool, launch: LaunchEnvironment | None = None, seconds: float = MEETING_SECONDS
+        cls,
+        device: str,
+        deterministic: bool,
+        launch: LaunchEnvironment | None = None,
+        seconds: float = RENDEZVOUS_SECONDS,
     ) -> World:
-        """Meet the other processes (gloo on CPU, nccl on GPU).
+        """Join the process group (gloo on CPU, nccl on GPU).
 
         Raises:
-            UserError: the launch environment is broken, or ranks are missing after ``seconds`` (they are named).
+            UserError: the launch environment is inconsistent, or ranks are missing after ``seconds`` (the message names them).
         """
         launch = launch or detect()
         place = pick_device(device, launch.local_rank)
@@ -56,12 +62,12 @@ class World:
 
     @classmethod
     def single_process(cls, device: torch.device) -> World:
-        """A world of one process, whatever else it belongs to."""
+        """Return a world of one process, whatever the launch environment."""
         return cls(LaunchEnvironment(), device, HashStore())
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return self.launch.rank
 
     @property
@@ -71,7 +77,7 @@ class World:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process writes files and speaks for all."""
+        """True on rank 0, which writes files and logs for all ranks."""
         return self.launch.rank == 0
 
     def sum(self, tensors: list[Tensor]) -> None:
@@ -84,7 +90,7 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's ``[n, P]``, stacked in the order of ranks: ``[world_size n, P]``."""
+        """Return every rank's ``[n, P]``, stacked in rank order: ``[world_size n, P]``."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -92,14 +98,14 @@ class World:
         return torch.cat(parts)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, plain data or tensors on the CPU, in the order of ranks."""
+        """Return every rank's value (plain data or CPU tensors) in rank order."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             self.with_rank_check(lambda: dist.all_gather_object(values, value))
         return values
 
     def gather_to_rank0(self, value: T) -> list[T]:
-        """Every rank's value on rank 0, in the order of ranks; nothing on the others."""
+        """Return every rank's value in rank order on rank 0, an empty list on the other ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_rank0 else None
@@ -107,7 +113,7 @@ class World:
         return values or []
 
     def any_rank(self, flag: str | None) -> str | None:
-        """A flag that some rank has raised (the lowest such rank's), on every rank; None where none has."""
+        """Return the flag of the lowest rank that raised one, on every rank; None if no rank did."""
         if self.size == 1:
             return flag
         raised = torch.tensor([1.0 if flag else 0.0], device=self.device)
@@ -117,9 +123,9 @@ class World:
         return next((f for f in self.all_gather_object(flag) if f), None)
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
-        """What rank 0's ``make`` returns, on every rank; its UserError is raised on every rank.
+        """Return rank 0's ``make()`` on every rank; its UserError is raised on every rank.
 
-        The value must be plain data where there are several ranks.
+        The value must be plain data if there are several ranks.
         """
         if self.size == 1:
             return make()
@@ -130,7 +136,7 @@ class World:
             except UserError as error:
                 message[0] = ("error", error.problem, error.hint)
             except BaseException as error:
-                message[0] = ("error", f"rank 0 failed: {error!r}", "look at its log")
+                message[0] = ("error", f"rank 0 failed: {error!r}", "read its log")
                 dist.broadcast_object_list(message, 0)
                 raise
         self.with_rank_check(lambda: dist.broadcast_object_list(message, 0))
@@ -140,7 +146,7 @@ class World:
         return value
 
     def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
-        """What this rank's ``make`` returns; a UserError of any rank (the lowest's) is raised on every rank.
+        """Return this rank's ``make()``; a UserError of any rank (the lowest one's) is raised on every rank.
 
         ``make`` may be collective as long as it fails between its collectives on all ranks or on none.
         """
@@ -159,7 +165,11 @@ class World:
         return result
 
     def with_rank_check(self, collective: Callable[[], Any]) -> None:
-        """Run a collective; where it breaks, call the roll and name who does not answer."""
+        """Run a collective; if it fails, find the ranks that no longer respond and name them.
+
+        Raises:
+            UserError: ranks are gone.
+        """
         try:
             collective()
         except RuntimeError as error:
@@ -168,11 +178,11 @@ class World:
                 raise
             raise UserError(
                 f"rank {', '.join(map(str, missing))} of {self.size} is gone ({str(error).splitlines()[0]})",
-                "look at that rank's log; the same command goes on from the last checkpoint",
+                "read that rank's log; the same command resumes from the last checkpoint",
             ) from error
 
     def _roll_call(self) -> list[int]:
-        """Ranks that do not answer within ``ROLL_CALL_SECONDS``; rank 0 may keep the store, and take it along."""
+        """Ranks that do not respond within ``ROLL_CALL_SECONDS``; the store may be lost with rank 0."""
         try:
             self.store.set(f"here/{self.rank}", "1")
             return _absent(self.store, "here", self.size, ROLL_CALL_SECONDS)
@@ -181,7 +191,7 @@ class World:
 
 
 def _absent(store: Any, key: str, world_size: int, seconds: float) -> list[int]:
-    """Ranks whose ``key/rank`` is not in the store after ``seconds``; returns as soon as all are there."""
+    """Ranks whose ``key/rank`` is not in the store after ``seconds``; returns as soon as all are."""
     end = time.monotonic() + seconds
     absent = list(range(world_size))
     while absent:
@@ -194,8 +204,8 @@ def _absent(store: Any, key: str, world_size: int, seconds: float) -> list[int]:
 
 @functools.cache
 def _open_group(launch: LaunchEnvironment, backend: str, seconds: float) -> Any:
-    """The process group, made once per process: DeepSpeed keeps handles to it. Returns the store through which its ranks met."""
-    store = _meet(launch, seconds)
+    """Initialize the process group once per process (DeepSpeed keeps handles to it); returns the rendezvous store."""
+    store = _rendezvous(launch, seconds)
     dist.init_process_group(
         backend,
         store=PrefixStore("group", store),
@@ -208,14 +218,14 @@ def _open_group(launch: LaunchEnvironment, backend: str, seconds: float) -> Any:
 
 
 def _close_group() -> None:
-    """Before the interpreter ends: a thread of a group that outlives it may still hold a tensor, and then ends the process by SIGABRT."""
+    """Destroy the group before the interpreter exits: a group's thread that still holds a tensor would abort the process (SIGABRT)."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()  # who holds a group may be part of a cycle
+    gc.collect()  # a group may be held by a reference cycle
 
 
-def _meet(launch: LaunchEnvironment, seconds: float) -> Any:
-    """The store, once every rank has signed in."""
+def _rendezvous(launch: LaunchEnvironment, seconds: float) -> Any:
+    """Return the store after every rank has joined it."""
     if launch.world_size == 1:
         return HashStore()
     address = launch.master_address or "127.0.0.1"
@@ -242,7 +252,7 @@ def _meet(launch: LaunchEnvironment, seconds: float) -> Any:
     absent = _absent(store, "rank", launch.world_size, seconds)
     if absent:
         raise UserError(
-            f"rank {', '.join(map(str, absent))} of {launch.world_size} did not come within {seconds:.0f} s",
-            "look at their logs and nodes; the others stopped without doing anything",
+            f"rank {', '.join(map(str, absent))} of {launch.world_size} did not join within {seconds:.0f} s",
+            "check their logs and nodes; the other ranks stopped before any work",
         )
     return store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.load import load_split
-from hpc_c2g.errors import UserError, require
+from hpc_c2g.errors import UserError
+from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
 from hpc_c2g.fitting.record import fitted_data
 from hpc_c2g.generators.config import FreeImagesConfig
-from hpc_c2g.generators.trained import TrainedGenerator, check_drawing
+from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.monitoring.evaluation_log import log_evaluation
 from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
 from hpc_c2g.training.config.train import DistributedConfig
@@ -34,38 +35,6 @@ from hpc_c2g.training.step.sharding import batch_shares
 
 PAIRS = 40
 """Training images in the side-by-side picture."""
-
-
-@dataclass
-class EvaluateConfig:
-    """What to judge.
-
-    Attributes:
-        run_dir: of the generator.
-        data: the classifier's own data; None takes what its record names.
-        count: samples to judge.
-        drawing: how samples are drawn, ``multipliers``, ``supported`` or ``plain`` (``TrainedGenerator.sample``).
-        seed: of the samples and of the split of held-out data.
-        baselines: train and judge the baselines too (kept in ``run_dir/baselines``).
-        classification_steps: steps of the baseline generator without stationarity, at most the run's own.
-        free_steps: steps of the free images.
-    """
-
-    run_dir: str = "???"
-    data: DataConfig | None = None
-    count: int = 1000
-    drawing: str = "multipliers"
-    seed: int = 0
-    baselines: bool = True
-    classification_steps: int = 1000
-    free_steps: int = 3000
-
-    def __post_init__(self) -> None:
-        check_drawing(self.drawing)
-        for name in ("count", "classification_steps", "free_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is too small", f"give {name} >= 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
 
 
 def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:

@@ -31,8 +31,9 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.fitting.coupled_product import coupled_product
 from hpc_c2g.fitting.equations import count_equations
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
-from hpc_c2g.kkt.normalization import BatchStatistics, couples, replace_norms, using
-from hpc_c2g.kkt.stationarity import AUTO, form_of, kkt_sum, left_side, residual, residual_weights, squared_norms
+from hpc_c2g.kkt.normalization import BatchStatistics, couples, replace_norms, use_statistics
+from hpc_c2g.kkt.options import AUTO
+from hpc_c2g.kkt.stationarity import kkt_sum, left_side, residual, residual_weights, resolve_form, squared_norms
 
 MEMORY = 2 * 10**9  # bytes of per-row gradients, with their temporaries, held at a time
 CHUNK = 256  # samples per forward pass
@@ -120,7 +121,7 @@ def certify(
     spans = _spans(len(x), size)
 
     def phi(parameters: Mapping[str, Tensor], batch: Tensor) -> Tensor:
-        with using(norms, BatchStatistics() if norms else None):
+        with use_statistics(norms, BatchStatistics() if norms else None):
             logits: Tensor = functional_call(model, dict(parameters), (batch,))
         return logits
 
@@ -150,7 +151,7 @@ def certify(
     own = {k: float(t.square().sum()) for k, t in left.items()}
     support = int((multipliers.amax(1) > 1e-6 * multipliers.max()).sum())
     mass, value = float(multipliers.sum()), float((multipliers * margins).sum())
-    with using(norms, BatchStatistics() if norms else None):
+    with use_statistics(norms, BatchStatistics() if norms else None):
         equations = count_equations(model, x, size)
     return Certificate(
         relative_residual=weight * sum(squares.values()),
@@ -163,7 +164,7 @@ def certify(
         weighted_margin=math.exp(alpha) * value / mass if mass > 0 else math.nan,
         equations=equations,
         unknowns=support * (x[0].numel() + margins.shape[1] - 1),
-        form=form_of(rates, form),
+        form=resolve_form(rates, form),
         alpha=alpha,
         statistics="batch" if norms else "frozen",
     )

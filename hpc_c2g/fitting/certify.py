@@ -13,7 +13,7 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.files import write_atomically
 from hpc_c2g.fitting.certificate import Certificate, certify
 from hpc_c2g.fitting.record import fitted_data
-from hpc_c2g.kkt.stationarity import LEFT_SIDES
+from hpc_c2g.kkt.options import LEFT_SIDES
 
 
 def certify_bundle(folder: str, data: DataConfig | None = None) -> tuple[dict[str, float], list[Certificate]]:

@@ -16,12 +16,12 @@ def coupled_product(
 ) -> Callable[[Tensor], Tensor]:
     """mu ``[M]`` -> J J^T mu ``[M]``, with J = {s_k grad_k m_ij} over all j != y_i, rows ordered by i, then j.
 
-    One graph of the whole batch is made; each product is a backward pass through it for J^T mu, and one through that pass for J of the
+    Builds one graph of the whole batch; each product is a backward pass through it for J^T mu, and one through that pass for J of the
     result. The matrix itself would take a backward pass per row.
 
     Args:
-        phi: the classifier, with the statistics of the batch that it is called on.
-        theta: its parameters.
+        phi: Classifier with the statistics of the batch that it is called on.
+        theta: Parameters of the classifier.
         scales: s_k = e^(a (1 - lambda_k)) per parameter.
         x: the whole batch ``[n, *S]``.
         y: labels ``[n]``.
@@ -37,8 +37,8 @@ def coupled_product(
 
     def product(mu: Tensor) -> Tensor:
         parts = torch.autograd.grad(rows, list(leaves.values()), mu, retain_graph=True, materialize_grads=True)
-        set_direction = [scales[k] ** 2 * part for k, part in zip(leaves, parts, strict=True)]
-        (result,) = torch.autograd.grad(sums, seeds, set_direction, retain_graph=True, materialize_grads=True)
+        direction = [scales[k] ** 2 * part for k, part in zip(leaves, parts, strict=True)]
+        (result,) = torch.autograd.grad(sums, seeds, direction, retain_graph=True, materialize_grads=True)
         return result
 
     return product

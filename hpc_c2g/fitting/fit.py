@@ -9,108 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_c2g.errors import UserError
+from hpc_c2g.fitting.config import InitConfig, MarginFitConfig, OrdinaryFitConfig
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 
 WITH_WEIGHTS_OF_ONE = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 Report = Callable[[int, float], None]
 """Called with (step, smallest margin or loss) now and then."""
-
-
-@dataclass
-class InitConfig:
-    """Initial weights: first ~ N(0, first^2), hidden ~ N(0, hidden^2 / fan_in), head ~ U(+-head / sqrt(fan_in)), biases like the first.
-
-    ``default`` leaves PyTorch's own initialization. ``norm`` is what the weights of normalization layers start from, with ``default`` too;
-    None keeps them, which is 1: what a wide layer's weights still mostly are when the margin is reached.
-    """
-
-    default: bool = False
-    first: float = 0.01
-    hidden: float = 0.3
-    head: float = 1.0
-    norm: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.norm is not None and not self.norm > 0:
-            raise UserError(f"init.norm={self.norm} is not positive", "give init.norm > 0, or null")
-
-
-@dataclass
-class FitConfig:
-    """How the weights come about."""
-
-    name: str = "???"
-
-
-@dataclass
-class MarginFitConfig(FitConfig):
-    """Rescaled gradient flow to a margin.
-
-    Attributes:
-        target_margin: the smallest margin at which it stops.
-        lr: drop of the smoothed margin's exponent per step.
-        max_steps: gives up (with an error) after so many steps.
-        dtype: float64 or float32.
-    """
-
-    name: str = "margin"
-    target_margin: float = 300.0
-    lr: float = 0.05
-    max_steps: int = 100_000
-    dtype: str = "float64"
-
-    def __post_init__(self) -> None:
-        _positive(target_margin=self.target_margin, lr=self.lr, max_steps=self.max_steps)
-        _dtype(self.dtype)
-
-
-@dataclass
-class OrdinaryFitConfig(FitConfig):
-    """Minibatch training on cross-entropy, as people do it."""
-
-    name: str = "ordinary"
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 32
-    epochs: int = 100
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        _positive(lr=self.lr, batch_size=self.batch_size, epochs=self.epochs)
-        _dtype(self.dtype)
-        if self.optimizer not in ("sgd", "adam"):
-            raise UserError(f"fit.optimizer={self.optimizer!r} is unknown", "choose sgd or adam")
-
-
-@dataclass
-class ImportFitConfig(FitConfig):
-    """No fit: a user's own weights, from a state_dict file (torch or safetensors, never unpickled code)."""
-
-    name: str = "import"
-    state_dict: str = "???"
-
-
-FITS: dict[str, type[FitConfig]] = {"margin": MarginFitConfig, "ordinary": OrdinaryFitConfig, "import": ImportFitConfig}
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise UserError(f"fit.{name}={value} is not positive", f"give fit.{name} > 0")
-
-
-def _dtype(name: str) -> None:
-    if name not in ("float32", "float64"):
-        raise UserError(f"fit.dtype={name!r} is unknown", "choose float32 or float64")
 
 
 def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,87 +25,23 @@ from hpc_c2g.classifiers.bundle import (
 )
 from hpc_c2g.classifiers.models import ARCHITECTURES
 from hpc_c2g.classifiers.normalization import Normalization
-from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.denormals import flush_denormals
-from hpc_c2g.errors import UserError, require
+from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
-from hpc_c2g.fitting.fit import (
-    FitConfig,
+from hpc_c2g.fitting.config import (
+    ClassifierConfig,
     ImportFitConfig,
-    InitConfig,
     MarginFitConfig,
+    NormalizationConfig,
     OrdinaryFitConfig,
-    fit_margin,
-    fit_ordinary,
-    initialize,
 )
+from hpc_c2g.fitting.fit import fit_margin, fit_ordinary, initialize
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
-KINDS = ("mean_image", "standard", "constant")
 RECORD = "fit.json"
 """What a fit measured, beside the bundle: for people and for evaluation, never read by generator training."""
-
-
-@dataclass
-class NormalizationConfig:
-    """What the classifier subtracts.
-
-    Attributes:
-        kind: ``mean_image`` subtracts the mean of the training part, ``standard`` also divides each entry by its deviation (1 where it
-            is constant), ``constant`` takes ``mean`` and ``scale``.
-        mean: a number, one per channel, or the full shape.
-        scale: likewise, what it is divided by.
-        value_range: smallest and largest raw value; None takes the data set's.
-    """
-
-    kind: str = "mean_image"
-    mean: Any = 0.0
-    scale: Any = 1.0
-    value_range: list[float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"normalization.kind={self.kind!r} is unknown", f"choose {', '.join(KINDS)}")
-        if self.value_range is not None and len(self.value_range) != 2:
-            raise UserError(f"normalization.value_range={self.value_range}", "give two numbers, such as [0, 1]")
-
-
-@dataclass
-class ClassifierConfig:
-    """A classifier bundle to make.
-
-    Attributes:
-        out: its folder.
-        seed: of the initial weights and minibatches.
-        data: what it is fitted to; not read by ``fit=import``.
-        model: ``_target_`` (built-in name or import path of an nn.Module; mlp) and its keyword arguments.
-        init: initial weights.
-        fit: to the margin, ordinary, or imported weights.
-        normalization: of the input.
-        input_shape: only for ``fit=import``: of one sample.
-        classes: only for ``fit=import``: the number or the names.
-        overwrite: replace another classifier in ``out``.
-    """
-
-    out: str = "???"
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: dict[str, Any] = field(default_factory=dict)
-    init: InitConfig = field(default_factory=InitConfig)
-    fit: FitConfig = field(default_factory=MarginFitConfig)
-    normalization: NormalizationConfig = field(default_factory=NormalizationConfig)
-    input_shape: list[int] | None = None
-    classes: Any = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
-        self.model = {
-            "_target_": "mlp",
-            **self.model,
-        }  # as a field's default it would stand in for model=custom's missing one
 
 
 def make_classifier(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hpc_c2g.fitting.fit import MarginFitConfig
+from hpc_c2g.fitting.config import MarginFitConfig
 
 LOG_EVERY_SECONDS = 60.0
 """Between lines of a log file."""

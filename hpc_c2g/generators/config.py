@@ -1,10 +1,15 @@
-"""Typed settings of the generators."""
+"""Typed settings of the generators, of their latents and of how samples are drawn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from hpc_c2g.errors import UserError
+
+SCHEMES = ("stratified", "sobol", "normal")
+
+DRAWINGS = ("multipliers", "supported", "plain")
+"""How samples are drawn: in proportion to their multipliers; evenly among those that carry some; evenly among all."""
 
 
 @dataclass
@@ -90,3 +95,37 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "conv": ConvGeneratorConfig,
     "free": FreeImagesConfig,
 }
+
+
+@dataclass
+class LatentConfig:
+    """How latents are drawn during training; evaluation always draws fresh normal ones.
+
+    Attributes:
+        dimensions: d.
+        scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
+            coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
+        bank_fraction: share of the steps during which the same bank of latents returns at every step.
+    """
+
+    dimensions: int = 4
+    scheme: str = "stratified"
+    bank_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 1:
+            raise UserError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
+        if self.scheme not in SCHEMES:
+            raise UserError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
+        if not 0 <= self.bank_fraction <= 1:
+            raise UserError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
+
+
+def check_drawing(drawing: str) -> None:
+    """Refuse an unknown way to draw.
+
+    Raises:
+        UserError: it is none of ``DRAWINGS``.
+    """
+    if drawing not in DRAWINGS:
+        raise UserError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")

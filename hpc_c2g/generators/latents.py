@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from hpc_c2g.errors import UserError
-
-SCHEMES = ("stratified", "sobol", "normal")
+from hpc_c2g.generators.config import LatentConfig
 
 
 @dataclass(frozen=True)
@@ -49,30 +47,6 @@ def normal_quantiles(u: np.ndarray) -> Tensor:
     """Standard normal numbers at the quantiles ``u``, float64, finite also at u = 0."""
     quantiles: Tensor = torch.special.ndtri(torch.from_numpy(u).clamp(2.0**-53, 1 - 2.0**-53))
     return quantiles
-
-
-@dataclass
-class LatentConfig:
-    """How latents are drawn during training; evaluation always draws fresh normal ones.
-
-    Attributes:
-        dimensions: d.
-        scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
-            coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
-        bank_fraction: share of the steps during which the same bank of latents returns at every step.
-    """
-
-    dimensions: int = 4
-    scheme: str = "stratified"
-    bank_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.dimensions < 1:
-            raise UserError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
-        if self.scheme not in SCHEMES:
-            raise UserError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
-        if not 0 <= self.bank_fraction <= 1:
-            raise UserError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
 
 
 class LatentSampler:

@@ -12,13 +12,9 @@ from torch.nn import functional as F
 
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.normalization import Normalization
-from hpc_c2g.errors import UserError
 from hpc_c2g.generators.latents import Latents, fresh_latents
 from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.kkt.margins import other_classes
-
-DRAWINGS = ("multipliers", "supported", "plain")
-"""How samples are drawn: in proportion to their multipliers; evenly among those that carry some; evenly among all."""
 
 SUPPORT = 0.7
 """A sample carries multipliers where they come to as much of its class's mean."""
@@ -158,16 +154,6 @@ class TrainedGenerator:
         turn = torch.arange(rows)
         images = torch.cat([torch.stack(own)[turn % len(own), turn] for own in parts.values()], 1)
         return images.flatten(0, 1), images.shape[1]
-
-
-def check_drawing(drawing: str) -> None:
-    """Refuse an unknown way to draw.
-
-    Raises:
-        UserError: it is none of ``DRAWINGS``.
-    """
-    if drawing not in DRAWINGS:
-        raise UserError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")
 
 
 def _chances(weights: Tensor, drawing: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The unknown scale alpha: where it starts (data-free probes) and how it is learned (feedback on the duality).
+"""The unknown scale alpha: its initial value (data-free probes) and its control (feedback on complementary slackness).
 
 L_stat alone cannot determine alpha. At a KKT point every supported scaled margin is 1, so rho = sum mu e^a m / sum mu is driven
 to its target (1) from the high side of e^a; the low side is a second, bad basin (samples saturate the box).
@@ -35,15 +35,15 @@ def ascended_margin(
     seed: int,
     count: int = 200,
     steps: int = 200,
-    rate: float = 0.05,
+    lr: float = 0.05,
 ) -> float:
-    """Mean runner-up margin that margin ascent reaches inside the box: Adam, ``rate`` in units of the half range."""
+    """Mean runner-up margin that margin ascent reaches inside the box: Adam, ``lr`` in units of the half range."""
     generator = torch.Generator().manual_seed(seed)
     center, half = (lower + upper) / 2, (upper - lower) / 2
     labels = torch.arange(count, device=lower.device) % classes
     start = 0.01 * torch.randn(count, *lower.shape, generator=generator, dtype=torch.float64).to(lower)
     t = start.requires_grad_()
-    optimizer = torch.optim.Adam([t], lr=rate)
+    optimizer = torch.optim.Adam([t], lr=lr)
     with torch.enable_grad():
         for _ in range(steps):
             margins = smallest_margins(pairwise_margins(classify(center + half * t), labels), labels)
@@ -55,8 +55,8 @@ def ascended_margin(
         return float(smallest_margins(pairwise_margins(classify(center + half * t), labels), labels).mean())
 
 
-def initial_alpha(probe: float, ascended: float, caution: float = 1.5) -> float:
-    """a0 = -log(sqrt(m_probe m_max) / caution): on the high side of e^a.
+def initial_alpha(probe: float, ascended: float, safety_factor: float = 1.5) -> float:
+    """a0 = -log(sqrt(m_probe m_max) / safety_factor): on the high side of e^a.
 
     Raises:
         UserError: the probes found no positive margin, the classifier's output does not depend on its input.
@@ -66,7 +66,7 @@ def initial_alpha(probe: float, ascended: float, caution: float = 1.5) -> float:
             f"the classifier shows no margin on probes (uniform {probe:.3g}, ascended {ascended:.3g})",
             "check that it is trained and that its normalization and value range are right",
         )
-    return -math.log(math.sqrt(probe * ascended) / caution)
+    return -math.log(math.sqrt(probe * ascended) / safety_factor)
 
 
 def feedback(

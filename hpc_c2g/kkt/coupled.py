@@ -5,8 +5,9 @@ F = sum mu m as a function of theta and of all s as if they were free, and the L
 
     L = F + sum_l <lambda_l, c_l - s_l>,       lambda_l = d/ds_l (F + sum_{m > l} <lambda_m, c_m>),        G = dL/dtheta.
 
-Each is a plain sum over micro-batches once those before it are known: s_l from the first layer up, lambda_l from the last layer down.
-The cotangents of <v, G> + losses follow in the same way, q_l upwards (the change of s_l along v) and p_l downwards:
+Each is a plain sum over micro-batches once the previous ones are known: s_l from the first layer up, the adjoints lambda_l from the last
+layer down. The cotangents of <v, G> + losses follow in the same way, the tangents q_l of s_l along v upwards and the adjoints p_l of R
+downwards:
 
     q_l = <v, dc_l/dtheta> + sum_{m < l} <q_m, dc_l/ds_m>,
     R   = <v, dL/dtheta> + sum_l <q_l, dL/ds_l> + losses + sum_l <p_l, c_l>,      p_l = dR/ds_l,      cotangents = dR/d(x, mu).
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hpc_c2g.kkt.margins import pairwise_margins
-from hpc_c2g.kkt.normalization import Moments, Reduction, channels_last
+from hpc_c2g.kkt.normalization import Moments, Reduction, flatten_positions
 
 MicroBatch = tuple[Tensor, Tensor, Tensor]
 """x ``[b, *S]``, labels ``[b]`` and mu ``[b, C]`` of a micro-batch."""
@@ -32,22 +33,22 @@ Losses = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(margins, mu, x, labels) of a micro-batch -> a scalar that is a plain sum over samples."""
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """The layer that is asked for has been called; what follows is not needed."""
+class _LayerReached(Exception):  # noqa: N818 - control flow, not an error
+    """Raised in the forward pass when the requested layer has been called: later layers are not needed."""
 
 
 @dataclass
 class PartialStats:
-    """What is known of the batch's statistics while a micro-batch goes through the classifier.
+    """Statistics of the whole batch for the forward pass of one micro-batch.
 
     Attributes:
         values: s_l ``[2, channels]`` of the first layers: the mean, and the second moment about the constant ``centers``.
-        centers: the mean's value, so that the second moment is the variance, without cancellation.
-        counts: N_l, positions of the whole batch.
-        until: the layer at which to stop; the others must be given.
-        parts: c_l ``[2, channels]`` of this micro-batch.
-        moments: as ``BatchStatistics`` notes them.
-        own: of the layer at which it stopped: its input ``[positions, channels]``.
+        centers: Value of the mean, so that the second moment is the variance, without cancellation.
+        counts: N_l, number of positions of the whole batch.
+        until: Index of the layer at which to stop; ``values`` must hold all earlier layers.
+        parts: c_l ``[2, channels]``, the micro-batch's contribution to s_l.
+        moments: Statistics per layer, as in ``BatchStatistics``.
+        stopped_input: Input ``[positions, channels]`` of the first layer without ``values``.
     """
 
     values: list[Tensor]
@@ -56,18 +57,18 @@ class PartialStats:
     until: int = -1
     parts: list[Tensor] = field(default_factory=list)
     moments: list[Moments] = field(default_factory=list)
-    own: Tensor | None = None
+    stopped_input: Tensor | None = None
 
     def __call__(self, x: Tensor, running_mean: Tensor, running_variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Mean and variance of the layer that is called, ``[channels]``."""
-        layer, positions = len(self.parts), channels_last(x)
+        layer, positions = len(self.parts), flatten_positions(x)
         if layer == len(self.values):
-            self.own = positions
-            raise _Reached
+            self.stopped_input = positions
+            raise _LayerReached
         centered = positions - self.centers[layer]
         self.parts.append(torch.stack([positions.sum(0), centered.square().sum(0)]) / self.counts[layer])
         if layer == self.until:
-            raise _Reached
+            raise _LayerReached
         mean, second = self.values[layer]
         variance = second - (mean - self.centers[layer]).square()
         self.moments.append(Moments(mean, variance, running_mean, running_variance, eps))
@@ -75,16 +76,16 @@ class PartialStats:
 
 
 class CoupledSum:
-    """One batch of one classifier.
+    """KKT sum of one batch of one classifier with batch statistics.
 
     Args:
         phi: (theta, x, statistics) -> logits.
-        theta: parameters.
-        pieces: yields this rank's micro-batches, detached and the same each time; called once per pass.
-        reduce: sums over ranks.
+        theta: Parameters of the classifier.
+        micro_batches: Returns an iterator over this rank's micro-batches, detached and the same each time; called once per pass.
+        reduce: Sum over ranks.
 
     Attributes:
-        moments: of the micro-batch that was evaluated last.
+        moments: Statistics per layer of the last evaluated micro-batch.
     """
 
     def __init__(
@@ -116,14 +117,16 @@ class CoupledSum:
         return margins.detach(), dict(zip(leaves, grads, strict=True))
 
     def set_direction(self, v: Mapping[str, Tensor], losses: Losses) -> None:
-        """Prepare ``directional_sum``: q and p of the direction ``v`` and of ``losses``."""
+        """Prepare ``directional_sum``: q (tangents) and p (product adjoints) of the direction ``v`` and of ``losses``."""
         self.v, self.losses = v, losses
-        self.changes: list[Tensor] = []
+        self.tangents: list[Tensor] = []
         for layer in range(len(self.values)):
-            self.changes.append(self._total(lambda micro_batch, layer=layer: self._change(micro_batch, layer)))  # type: ignore[misc]
-        self.pulls = [torch.zeros_like(s) for s in self.values]
+            self.tangents.append(self._total(lambda micro_batch, layer=layer: self._tangent(micro_batch, layer)))  # type: ignore[misc]
+        self.product_adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.pulls[layer] = self._total(lambda micro_batch, layer=layer: self._pull(micro_batch, layer))  # type: ignore[misc]
+            self.product_adjoints[layer] = self._total(
+                lambda micro_batch, layer=layer: self._product_adjoint(micro_batch, layer)
+            )  # type: ignore[misc]
 
     def directional_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Margins of one micro-batch and R without the losses, with their graph with respect to x and mu."""
@@ -131,7 +134,7 @@ class CoupledSum:
             return self._products([s.detach().requires_grad_() for s in self.values], (x, labels, multipliers))
 
     def _total(self, part: Callable[[MicroBatch], Tensor]) -> Tensor:
-        """The sum over micro-batches and ranks."""
+        """Sum of ``part`` over micro-batches and ranks."""
         with torch.enable_grad():
             parts = [part(micro_batch).detach() for micro_batch in self.micro_batches()]
         return self.reduce(torch.stack(parts).sum(0)).detach()
@@ -140,18 +143,18 @@ class CoupledSum:
         return {k: t.detach().requires_grad_() for k, t in self.theta.items()}
 
     def _measure(self) -> bool:
-        """s of the next layer; False where there is none."""
+        """Append s of the next layer; return False if there is none."""
         found: list[tuple[int, Tensor, Tensor]] = []
         for x, _, _ in self.micro_batches():
-            given = PartialStats(self.values, self.centers, self.counts)
+            stats = PartialStats(self.values, self.centers, self.counts)
             with torch.no_grad():
                 try:
-                    self.phi(self.theta, x, given)
+                    self.phi(self.theta, x, stats)
                     return False
-                except _Reached:
-                    assert given.own is not None
-                    mean = given.own.mean(0)
-                    found.append((len(given.own), mean, (given.own - mean).square().sum(0)))
+                except _LayerReached:
+                    assert stats.stopped_input is not None
+                    mean = stats.stopped_input.mean(0)
+                    found.append((len(stats.stopped_input), mean, (stats.stopped_input - mean).square().sum(0)))
         one = found[0][1].new_ones(1)
         sums = self.reduce(torch.stack([torch.cat([n * mean, n * one]) for n, mean, _ in found]).sum(0))
         mean, count = sums[:-1] / sums[-1], sums[-1]
@@ -166,11 +169,11 @@ class CoupledSum:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Margins, L without the constant <lambda, s>, and c."""
         x, labels, multipliers = micro_batch
-        given = PartialStats(values, self.centers, self.counts)
-        margins = pairwise_margins(self.phi(theta, x, given), labels)
-        self.moments = given.moments
-        terms = [(a * c).sum() for a, c in zip(self.adjoints, given.parts, strict=True)]
-        return margins, torch.stack([(multipliers * margins).sum(), *terms]).sum(), given.parts
+        stats = PartialStats(values, self.centers, self.counts)
+        margins = pairwise_margins(self.phi(theta, x, stats), labels)
+        self.moments = stats.moments
+        terms = [(a * c).sum() for a, c in zip(self.adjoints, stats.parts, strict=True)]
+        return margins, torch.stack([(multipliers * margins).sum(), *terms]).sum(), stats.parts
 
     def _adjoint(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of lambda_l."""
@@ -178,17 +181,17 @@ class CoupledSum:
         lagrangian = self._lagrangian(self.theta, values, micro_batch)[1]
         return torch.autograd.grad(lagrangian, values[layer], materialize_grads=True)[0]
 
-    def _change(self, micro_batch: MicroBatch, layer: int) -> Tensor:
+    def _tangent(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of q_l, by differentiating twice: d/dw <(v, q), d<w, c_l>/d(theta, s)>."""
         leaves, before = self._leaves(), [s.detach().requires_grad_() for s in self.values[:layer]]
-        given = PartialStats([*before, self.values[layer]], self.centers, self.counts, until=layer)
-        with contextlib.suppress(_Reached):
-            self.phi(leaves, micro_batch[0], given)
+        stats = PartialStats([*before, self.values[layer]], self.centers, self.counts, until=layer)
+        with contextlib.suppress(_LayerReached):
+            self.phi(leaves, micro_batch[0], stats)
         w = torch.zeros_like(self.values[layer]).requires_grad_()
         grads = torch.autograd.grad(
-            (w * given.parts[layer]).sum(), [*leaves.values(), *before], create_graph=True, allow_unused=True
+            (w * stats.parts[layer]).sum(), [*leaves.values(), *before], create_graph=True, allow_unused=True
         )
-        seeds = [*(self.v[k] for k in leaves), *self.changes[:layer]]
+        seeds = [*(self.v[k] for k in leaves), *self.tangents[:layer]]
         moved = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
         return torch.autograd.grad(torch.stack(moved).sum(), w)[0] if moved else torch.zeros_like(w)
 
@@ -197,12 +200,12 @@ class CoupledSum:
         leaves = self._leaves()
         margins, lagrangian, parts = self._lagrangian(leaves, values, micro_batch)
         grads = torch.autograd.grad(lagrangian, [*leaves.values(), *values], create_graph=True, allow_unused=True)
-        seeds = [*(self.v[k] for k in leaves), *self.changes]
+        seeds = [*(self.v[k] for k in leaves), *self.tangents]
         terms = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
-        terms += [(p * c).sum() for p, c in zip(self.pulls, parts, strict=True)]
+        terms += [(p * c).sum() for p, c in zip(self.product_adjoints, parts, strict=True)]
         return margins, torch.stack(terms).sum()
 
-    def _pull(self, micro_batch: MicroBatch, layer: int) -> Tensor:
+    def _product_adjoint(self, micro_batch: MicroBatch, layer: int) -> Tensor:
         """This micro-batch's part of p_l."""
         assert self.losses is not None
         values = [s.detach().requires_grad_() for s in self.values]

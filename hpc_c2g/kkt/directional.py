@@ -5,8 +5,8 @@ with delta = d(sum mu m)/dy_l, so that
 
     <V_l, G_W> + <v_l, G_b> = sum_i <delta_i, V_l a_i + v_l>.
 
-That spares one of the seven matrix products per layer that differentiating <v, G> through G takes. Parameters of anything else than
-linear maps and convolutions (the affine part of a normalization) go through their G as ever.
+This saves one of the seven matrix products per layer that differentiating <v, G> through G takes. Parameters of other layers
+than linear maps and convolutions (the affine part of a normalization) use their G.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ LINEAR_MAPS: set[Callable[..., Any]] = {
 
 
 class _Recorder(TorchFunctionMode):
-    """Takes the parameters of linear maps out of the graph, and notes each map's output y and V a + v beside it."""
+    """Detaches the parameters of linear maps, and records each map's output y and its tangent V a + v."""
 
     def __init__(self, leaves: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.directions = {id(leaf): v[name] for name, leaf in leaves.items()}
         self.outputs: list[GradientEdge] = []  # not y itself, which the classifier may overwrite in place
-        self.moved: list[Tensor] = []
+        self.tangents: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-        weight: Any = given.get("weight")
-        bias: Any = given.get("bias")
-        if func not in LINEAR_MAPS or id(weight) not in self.directions or not given["input"].requires_grad:
+        arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+        weight: Any = arguments.get("weight")
+        bias: Any = arguments.get("bias")
+        if func not in LINEAR_MAPS or id(weight) not in self.directions or not arguments["input"].requires_grad:
             return func(*args, **(kwargs or {}))
-        rest = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
-        ours = id(bias) in self.directions  # a bias may be no parameter, or none
-        y = func(given["input"], weight.detach(), bias.detach() if ours else bias, *args[3:], **rest)
-        moved = self.directions[id(bias)] if ours else None
+        rest = {name: value for name, value in arguments.items() if name not in ("input", "weight", "bias")}
+        bias_is_parameter = id(bias) in self.directions  # the bias may be a constant, or None
+        y = func(arguments["input"], weight.detach(), bias.detach() if bias_is_parameter else bias, *args[3:], **rest)
+        bias_direction = self.directions[id(bias)] if bias_is_parameter else None
         self.outputs.append(get_gradient_edge(y))
-        self.moved.append(func(given["input"], self.directions[id(weight)], moved, *args[3:], **rest))
+        self.tangents.append(func(arguments["input"], self.directions[id(weight)], bias_direction, *args[3:], **rest))
         return y
 
 
@@ -71,7 +71,7 @@ def directional_sum(
     Args:
         phi: the classifier with smooth gates.
         theta: parameters, any ``requires_grad``.
-        v: a direction per parameter.
+        v: Direction per parameter name.
         x: normalized inputs ``[B, *S]``, requires grad.
         labels: ``[B]``.
         multipliers: mu ``[B, C]``, zero at j = y_i.
@@ -87,8 +87,8 @@ def directional_sum(
             (multipliers * margins).sum(),
             [*recorder.outputs, *leaves.values()],
             create_graph=True,
-            allow_unused=True,  # a parameter of linear maps alone, a map whose output is not used
+            allow_unused=True,  # parameters used by linear maps only, maps whose output is unused
         )
-        seeds = [*recorder.moved, *(v[k] for k in leaves)]
+        seeds = [*recorder.tangents, *(v[k] for k in leaves)]
         products = [(g * seed).sum() for g, seed in zip(grads, seeds, strict=True) if g is not None]
         return margins, torch.stack(products).sum()

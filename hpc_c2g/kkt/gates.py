@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt.normalization import Statistics, replace_norms, using
+from hpc_c2g.kkt.normalization import Statistics, replace_norms, use_statistics
 
 _RELU_CALLS = {F.relu, torch.relu, torch.relu_, F.relu_}
 _LEAKY_CALLS = {F.leaky_relu, F.leaky_relu_}
@@ -43,7 +43,7 @@ class _Gate(torch.autograd.Function):
 
 
 class GatedReLU(nn.Module):
-    """A leaky ReLU with a smooth gate; the buffer ``width`` is given anew at each call of the classifier."""
+    """A leaky ReLU with a smooth gate; the buffer ``width`` is passed in at each call of the classifier."""
 
     width: Tensor
 
@@ -93,18 +93,18 @@ class GatedClassifier:
 
         Args:
             theta: parameters.
-            widths: one positive number per gate.
+            widths: gate width > 0 per gate name.
             x: normalized inputs ``[B, *S]``.
-            statistics: of this batch, which every BatchNorm then takes instead of its frozen ones, and notes here.
+            statistics: batch statistics that every BatchNorm uses instead of its frozen ones; None uses the frozen ones.
         """
         used = {k: t for k, t in theta.items() if k in self.known}
         state = {**used, **self.buffers, **{f"{gate}.width": x.new_full((), width) for gate, width in widths.items()}}
-        with using(self.norms, statistics):
+        with use_statistics(self.norms, statistics):
             logits: Tensor = functional_call(self.graph, state, (x,))
         return logits
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GatedClassifier:
-        """Move the buffers and weights; returns self."""
+        """Move the buffers and weights in place; returns self."""
         self.graph.to(device, dtype)
         self.buffers = {k: b.to(device, dtype if b.is_floating_point() else b.dtype) for k, b in self.buffers.items()}
         return self
@@ -130,7 +130,7 @@ class GatedClassifier:
 
 
 def _replace_activations(graph: fx.GraphModule) -> list[str]:
-    """Put a GatedReLU of its own in the place of every (leaky) ReLU call; returns their names."""
+    """Replace every (leaky) ReLU call by a GatedReLU module; returns the module names."""
     names: list[str] = []
     for node in list(graph.graph.nodes):
         slope = _slope(graph, node)
@@ -143,7 +143,7 @@ def _replace_activations(graph: fx.GraphModule) -> list[str]:
         with graph.graph.inserting_after(node):
             gate = graph.graph.call_module(name, (source,))
         node.replace_all_uses_with(gate)
-        if _in_place(graph, node):  # whoever reads the input later, reads what was written into it
+        if _in_place(graph, node):  # later readers of the input see the overwritten value
             order = {n: i for i, n in enumerate(graph.graph.nodes)}
             for user in [u for u in source.users if order[u] > order[gate]]:
                 user.replace_input_with(source, gate)
@@ -155,7 +155,7 @@ def _replace_activations(graph: fx.GraphModule) -> list[str]:
 
 
 def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an activation node overwrites its input."""
+    """Return True if an activation node overwrites its input."""
     if node.op == "call_module":
         return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -23,21 +23,20 @@ from torch.nn import functional as F
 
 from hpc_c2g.errors import UserError
 
-STATISTICS = ("auto", "batch", "frozen")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CALLS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 Reduction = Callable[[Tensor], Tensor]
 """The sum over the ranks that share a batch: linear, self-adjoint, differentiable twice."""
 
 
-def alone(x: Tensor) -> Tensor:
-    """The sum over one process."""
+def no_reduction(x: Tensor) -> Tensor:
+    """The sum over a single process: ``x`` itself."""
     return x
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One call of one layer: the batch's statistics with their graph, and the running ones; all ``[channels]``."""
+    """Statistics of one call of one BatchNorm: the batch's, with their graph, and the running ones; all ``[channels]``."""
 
     mean: Tensor
     variance: Tensor
@@ -47,7 +46,7 @@ class Moments:
 
 
 class Statistics(Protocol):
-    """What a BatchNorm asks instead of its running statistics."""
+    """Callable that gives a BatchNorm its mean and variance instead of the running statistics."""
 
     def __call__(self, x: Tensor, running_mean: Tensor, running_variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Mean and biased variance ``[channels]`` for an input ``[B, channels, *positions]``."""
@@ -55,15 +54,20 @@ class Statistics(Protocol):
 
 @dataclass
 class BatchStatistics:
-    """The statistics of one batch in one graph: how they are summed, and what they were in each layer, in the order of the calls."""
+    """Statistics of one batch in one graph.
 
-    reduce: Reduction = alone
+    Attributes:
+        reduce: Sum over the ranks that share the batch.
+        moments: Statistics of each layer, in the order of the calls.
+    """
+
+    reduce: Reduction = no_reduction
     moments: list[Moments] = field(default_factory=list)
 
     def __call__(self, x: Tensor, running_mean: Tensor, running_variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Those of this layer; collective where the reduction is."""
-        positions = channels_last(x)
-        # the ranks' numbers of samples may differ
+        """Mean and biased variance ``[channels]`` of ``x``; collective if the reduction is."""
+        positions = flatten_positions(x)
+        # ranks may hold different numbers of samples
         sums = self.reduce(torch.cat([positions.sum(0), x.new_full((1,), len(positions))]))
         mean, count = sums[:-1] / sums[-1], sums[-1].detach()
         variance = self.reduce((positions - mean).square().sum(0)) / count
@@ -71,13 +75,13 @@ class BatchStatistics:
         return mean, variance
 
 
-def channels_last(x: Tensor) -> Tensor:
+def flatten_positions(x: Tensor) -> Tensor:
     """``[B, channels, *positions]`` -> ``[all positions, channels]``."""
     return x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)
 
 
 class BatchNorm(nn.Module):
-    """In the place of a BatchNorm: frozen running statistics as in eval mode, unless ``statistics`` is set.
+    """Replacement of a BatchNorm: frozen running statistics as in eval mode, unless ``statistics`` is set.
 
     The affine tensors stay parameters under their names; the running statistics are read, never written.
     """
@@ -101,7 +105,7 @@ class BatchNorm(nn.Module):
         self.statistics: Statistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, channels, *positions]`` -> the same."""
+        """Normalized input, in the input's shape ``[B, channels, *positions]``."""
         weight, bias = cast("Tensor | None", self.weight), cast("Tensor | None", self.bias)
         if self.statistics is None:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
@@ -113,21 +117,21 @@ class BatchNorm(nn.Module):
         return y if bias is None else y + bias.view(shape)
 
 
-def normalizes(model: nn.Module) -> bool:
-    """Whether ``model`` has a BatchNorm."""
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return True if ``model`` has a BatchNorm."""
     return any(type(m) in NORMS for m in model.modules())
 
 
 def couples(model: nn.Module, statistics: str) -> bool:
-    """Whether the samples of a batch are coupled under this choice of statistics: it has a BatchNorm, and it is not frozen."""
-    return statistics != "frozen" and normalizes(model)
+    """Return True if the samples of a batch are coupled: ``model`` has a BatchNorm, and ``statistics`` are not frozen."""
+    return statistics != "frozen" and has_batch_norm(model)
 
 
 def replace_norms(model: nn.Module) -> list[BatchNorm]:
-    """Put a ``BatchNorm`` of ours in the place of every one of torch's, in ``model`` itself.
+    """Replace every BatchNorm of torch in ``model`` by our ``BatchNorm``, in place; returns the new modules.
 
     Raises:
-        UserError: one without running statistics.
+        UserError: a BatchNorm has no running statistics.
     """
     norms = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -138,11 +142,11 @@ def replace_norms(model: nn.Module) -> list[BatchNorm]:
     return norms
 
 
-def refuse_calls(graph: fx.Graph, statistics: str) -> None:
-    """Calls of functions cannot be replaced.
+def refuse_functional_batch_norm(graph: fx.Graph, statistics: str) -> None:
+    """Refuse a classifier that calls ``F.batch_norm`` itself, since a function call cannot be replaced.
 
     Raises:
-        UserError: a classifier that normalizes by ``F.batch_norm``, unless statistics are frozen.
+        UserError: the graph calls ``F.batch_norm`` and statistics are not frozen.
     """
     called = [n for n in graph.nodes if n.op == "call_function" and n.target in _CALLS]
     if called and statistics != "frozen":
@@ -154,8 +158,8 @@ def refuse_calls(graph: fx.Graph, statistics: str) -> None:
 
 
 @contextmanager
-def using(norms: Iterable[BatchNorm], statistics: Statistics | None) -> Iterator[None]:
-    """Within, ``norms`` take and note the batch's statistics, or where it is None the frozen ones."""
+def use_statistics(norms: Iterable[BatchNorm], statistics: Statistics | None) -> Iterator[None]:
+    """Context in which ``norms`` use and record the batch's statistics; None uses the frozen ones."""
     for norm in norms:
         norm.statistics = statistics
     try:

@@ -23,20 +23,18 @@ from torch import Tensor
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt.margins import pairwise_margins
+from hpc_c2g.kkt.options import AUTO, LEFT_SIDES, WEIGHTINGS
 
-LEFT_SIDES = ("identity", "rates", "top_rate")
-AUTO = "auto"
-WEIGHTINGS = ("relative", "per_tensor", "scale_free")
 Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
 
 
-def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
-    """``auto`` resolved: ``identity``, or ``rates`` where some rate is 0.
+def resolve_form(rates: Mapping[str, float], form: str = AUTO) -> str:
+    """Resolve ``auto``: ``identity`` if all rates are positive, ``rates`` if some rate is 0.
 
-    A tensor that the function does not scale with (all that is before a normalization) has <theta_k, G_k> = 0 by Euler, so a left side
-    c_k theta_k != 0 can never be met. Among the others a bias of the last layer alone has the largest rate, and next to no weight at any
-    margin that is reached: ``top_rate`` would leave only it (digits, three layers with BatchNorm: 0.73, ``rates`` 0.03).
+    A tensor with rate 0 (every tensor before a normalization) has <theta_k, G_k> = 0 by Euler, so a left side c_k theta_k != 0 can
+    never be met. Among the others a bias of the last layer alone has the largest rate, and next to no weight at any margin that is
+    reached: ``top_rate`` would keep only that bias (digits, three layers with BatchNorm: certificate 0.73, ``rates`` 0.03).
     """
     if form != AUTO:
         return form
@@ -44,17 +42,17 @@ def form_of(rates: Mapping[str, float], form: str = AUTO) -> str:
 
 
 def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
-    """c_k of the stationarity condition.
+    """Coefficients c_k of the left side of the stationarity condition.
 
     Args:
-        rates: lambda_k per tensor.
+        rates: lambda_k per tensor name.
         form: ``identity`` c_k = 1 (homogeneous nets, Lyu & Li), ``rates`` c_k = lambda_k, ``top_rate`` c_k = lambda_max for the
-            tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias), ``auto`` as ``form_of`` says.
+            tensors with the largest rate and 0 for the others (Kunin et al., asymmetric bias), ``auto`` as ``resolve_form`` chooses.
 
     Raises:
         UserError: an unknown form.
     """
-    top, form = max(rates.values()), form_of(rates, form)
+    top, form = max(rates.values()), resolve_form(rates, form)
     if form == "identity":
         return dict.fromkeys(rates, 1.0)
     if form == "rates":
@@ -98,8 +96,8 @@ def kkt_sum(
         x: normalized inputs ``[B, *S]``.
         labels: ``[B]``.
         multipliers: mu ``[B, C]``, zero at j = y_i.
-        keep_graph: keep the graph of both results with respect to x and mu (one pass), else they are detached.
-        on_ready: called with (name, G_k) as soon as the backward has G_k, last layers first; never for a tensor that phi does not use.
+        keep_graph: keep the graph of both results with respect to x and mu; the results are detached otherwise.
+        on_ready: hook called with (name, G_k) once the backward has computed G_k, last layers first; not for tensors that phi does not use.
 
     Returns:
         margins ``[B, C]`` and G, one tensor per parameter.
@@ -143,9 +141,9 @@ def residual_weights(
     """w_k from ||theta_k||^2, with the total L = sum_k ||c_k theta_k(a)||^2 of the left side.
 
     ``relative`` is 1 / L, ``per_tensor`` 1 / (K ||c_k theta_k(a)||^2) over K tensors. A tensor without a left side (c_k = 0) has no scale
-    of its own there and takes 1 / L. ``scale_free`` is 1 / L too, but for those: (||theta_k(a)||^2 / L)^p / L with p = ``own_scale``, 1
-    unless training is still on its way there. What is before a normalization can be scaled at will, G_k with the inverse: only
-    ||theta_k|| ||G_k|| means something, and it is comparable to L, since by Euler sum_k <theta_k, G_k> is.
+    of its own and takes 1 / L. ``scale_free`` is 1 / L except for those tensors: (||theta_k(a)||^2 / L)^p / L with p = ``own_scale``,
+    which training raises from 0 to 1. A tensor before a normalization can be scaled freely, G_k then scales by the inverse: only
+    ||theta_k|| ||G_k|| is meaningful, and it is comparable to L, since by Euler sum_k <theta_k, G_k> is.
     """
     norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
     total = sum(norms.values())
@@ -172,7 +170,7 @@ def terms_and_direction(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """w_k ||r_k||^2 per tensor, whose sum is L_stat (the relative residual), and v_k = weight dL_stat/dG_k = -2 weight w_k g_k r_k.
 
-    In as few passes over tensors of theta's size as there can be: with s_k = c_k e^(a lambda_k) and g_k = e^(a (1 - lambda_k)), r_k is
+    Uses the fewest passes over tensors of theta's size: with s_k = c_k e^(a lambda_k) and g_k = e^(a (1 - lambda_k)), r_k is
     s_k (theta_k - g_k / s_k G_k) or -g_k (G_k - s_k / g_k theta_k), the larger factor outside: the bracket is one pass, and becomes v_k.
     """
     terms, v = {}, {}
@@ -214,7 +212,7 @@ def cotangents(
         G: the micro-batch's own sum, with its graph.
         v: the direction from the *global* residual, detached.
         inputs: x ``[B, *S]`` and mu ``[B, C]`` (leaves or not).
-        sample_loss: any scalar that is a plain sum over samples (duality, prior).
+        sample_loss: scalar that is a plain sum over samples (duality, prior).
 
     Returns:
         one gradient per input, zeros where an input is not reached.

@@ -1,12 +1,12 @@
-"""What a run tells while it trains: metrics.jsonl (the truth), TensorBoard, and a progress bar."""
+"""The log of a run's steps: metrics.jsonl (the source of truth), TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import resource
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically, writing
+from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.images import bounded, grid
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.signatures import BY_NAME
@@ -26,8 +27,8 @@ from hpc_c2g.monitoring.signatures import BY_NAME
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from hpc_c2g.training.config.train import LogConfig
 
+logger = logging.getLogger(__name__)
 BOARD, SESSION = "tensorboard", "hparams"
 """Folders of a run: its curves, and its hyper-parameters beside its final metrics, apart: a study shows sessions of its own."""
 HEADLINES = ("stationarity", "loss", "diversity", "unsupported")
@@ -57,7 +58,7 @@ class MetricsFile:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a half-written last one is dropped, a damaged one before it told of and dropped."""
+    """Whole lines of a metrics file. A half-written last line is dropped; a damaged line before it is dropped with a warning."""
     lines = []
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
@@ -65,7 +66,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError:
             if number < len(texts):
-                warnings.warn(f"{path}: line {number} is damaged and left out", stacklevel=2)
+                logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
@@ -164,13 +165,9 @@ class RunLog:
                 add_scalars(self.session, {name: line[name] for name in HEADLINES if name in line}, step)
         for name in alarms:
             text = f"{BY_NAME[name].reason} -- {BY_NAME[name].advice}"
-            self.say(f"step {step}: {name}: {text}")
+            logger.warning("%s: %s", name, text, extra={"step": step})
             with writing(self.run_dir / BOARD):
                 self.board.add_text(f"alarm/{name}", text, step)
-
-    def say(self, text: str) -> None:
-        """A line beside the progress bar."""
-        self.progress.console.print(text, style="yellow", highlight=False, markup=False)
 
     def images(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Draw a grid of raw images ``[n, channels, h, w]`` in 0..1."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 from hpc_c2g.errors import UserError
@@ -27,11 +24,12 @@ from hpc_c2g.preflight.cluster_checks import (
 )
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.scheduling.programs import PATIENCE, Record, ask, records, settings
+from hpc_c2g.scheduling.programs import TIMEOUT_S, Record, query, records, settings
+from hpc_c2g.scheduling.sbatch import check_script
 
 
 def check_slurm(
-    profile: SlurmProfile, shape: Shape, folder: Path, seconds: float = PATIENCE
+    profile: SlurmProfile, shape: Shape, folder: Path, seconds: float = TIMEOUT_S
 ) -> tuple[list[CheckResult], bool]:
     """(all that the login node can ask, whether a job that is submitted now may start at all).
 
@@ -45,11 +43,11 @@ def check_slurm(
     found += check_variables(os.environ)
     if wrong(found):
         return found, False
-    found.append(check_ping(ask("scontrol", "ping", seconds=seconds)))
+    found.append(check_ping(query("scontrol", "ping", seconds=seconds)))
     if wrong(found):
         return found, False
-    config = settings(ask("scontrol", "show", "config", seconds=seconds).output)
-    partitions = records(ask("scontrol", "-a", "-o", "show", "partition", seconds=seconds).output)
+    config = settings(query("scontrol", "show", "config", seconds=seconds).output)
+    partitions = records(query("scontrol", "-a", "-o", "show", "partition", seconds=seconds).output)
     named, chosen = check_partitions(profile, partitions)
     found += named
     found += check_limits(profile, shape, chosen) + check_array(profile, config)
@@ -57,7 +55,7 @@ def check_slurm(
     hardware: list[CheckResult] = []
     service: list[CheckResult] = []
     if chosen:
-        nodes = records(ask("scontrol", "-a", "-o", "show", "node", seconds=seconds).output)
+        nodes = records(query("scontrol", "-a", "-o", "show", "node", seconds=seconds).output)
         hosts = {name: _hosts(getattr(profile, name), seconds) for name in ("nodelist", "exclude")}
         hardware, service = check_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
     taken, words = _rehearsal(profile, shape, folder, seconds)
@@ -67,14 +65,14 @@ def check_slurm(
 
 
 def _hosts(names: str | None, seconds: float) -> list[str] | None:
-    return ask("scontrol", "show", "hostnames", names, seconds=seconds).output.split() if names else None
+    return query("scontrol", "show", "hostnames", names, seconds=seconds).output.split() if names else None
 
 
 def _account(profile: SlurmProfile, config: Record, seconds: float) -> list[CheckResult]:
     if shutil.which("sacctmgr") is None:
         return []  # told already
     cluster = config.get("ClusterName", "")
-    answer = ask(
+    answer = query(
         *("sacctmgr", "-n", "-P", "show", "associations", f"user={pwd.getpwuid(os.getuid()).pw_name}"),
         *([f"cluster={cluster}"] if cluster else []),
         "format=account,partition,qos",
@@ -93,21 +91,5 @@ def _rehearsal(profile: SlurmProfile, shape: Shape, folder: Path, seconds: float
         text = sbatch_text(profile, shape, "c2g-doctor", folder)
     except UserError as error:
         return False, str(error)
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(text)
-        file.flush()
-        try:
-            done = subprocess.run(
-                ["sbatch", "--test-only", file.name],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=3 * seconds,  # it plans the whole queue
-            )
-        except subprocess.TimeoutExpired:
-            return None, f"sbatch --test-only took more than {3 * seconds:g} s"
-        except OSError as error:
-            return None, f"sbatch: {error.strerror}"
-    lines = [re.sub(r"^(sbatch: )?(error: )?", "", line).strip() for line in (done.stderr + done.stdout).splitlines()]
-    return done.returncode == 0, next((line for line in reversed(lines) if line), "no word")
+    answer = check_script(text, 3 * seconds)
+    return None if answer.code is None else answer.code == 0, answer.output or answer.fault

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hpc_c2g.preflight.check_result import CheckResult
-from hpc_c2g.scheduling.programs import Answer, ask
+from hpc_c2g.scheduling.programs import Answer, query
 
 TORCH = "import torch; print(torch.__version__, torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 
@@ -17,7 +17,7 @@ def check_host(seconds: float = 180.0) -> list[CheckResult]:
     """What ``cluster=local`` needs: Python, torch (in a process of its own), cores and memory."""
     version = ".".join(map(str, sys.version_info[:3]))
     found = [check_python(version)]
-    found.append(check_torch(ask(sys.executable, "-c", TORCH, seconds=seconds), seconds))
+    found.append(check_torch(query(sys.executable, "-c", TORCH, seconds=seconds), seconds))
     try:
         memory = Path("/proc/meminfo").read_text()
     except OSError:

@@ -30,7 +30,7 @@ from hpc_c2g.preflight.node_probe import (
 )
 from hpc_c2g.scheduling.batch_script import Shape, check_folder, python_command, submitit_parameters
 from hpc_c2g.scheduling.profile import SlurmProfile
-from hpc_c2g.scheduling.programs import ask, records
+from hpc_c2g.scheduling.programs import query, records
 from hpc_c2g.studies.slurm_executor import through_submitit
 
 FOLDER = "doctor"
@@ -122,12 +122,12 @@ def _submitted(profile: SlurmProfile, shape: Shape, folder: Path) -> Iterator[st
         yield job
     finally:
         if _state(job)["JobState"] not in ENDED:
-            ask("scancel", "--quiet", job)
+            query("scancel", "--quiet", job)
 
 
 def _state(job: str) -> dict[str, str]:
     """What Slurm says of the job; ``UNKNOWN`` where it does not answer."""
-    answer = ask("scontrol", "-o", "show", "job", job)
+    answer = query("scontrol", "-o", "show", "job", job)
     found = records(answer.output)
     if found:
         return {"JobState": "UNKNOWN", **found[0]}
@@ -167,7 +167,7 @@ def _watch(job: str, shape: Shape, folder: Path, wait: float, log_fn: LogFn) -> 
         time.sleep(0.1)
     if done < shape.tasks and state["JobState"] not in ENDED:
         log_fn(f"job {job} does not get on: it is cancelled")
-        ask("scancel", "--quiet", job)
+        query("scancel", "--quiet", job)
     return _ended(job, shape, folder)
 
 
@@ -176,7 +176,7 @@ def _ended(job: str, shape: Shape, folder: Path) -> Job:
     end = time.monotonic() + 2 * GRACE_SECONDS
     while (state := _state(job))["JobState"] not in ENDED and time.monotonic() < end:
         time.sleep(0.2)
-    nodes = tuple(ask("scontrol", "show", "hostnames", state.get("NodeList", "")).output.split())
+    nodes = tuple(query("scontrol", "show", "hostnames", state.get("NodeList", "")).output.split())
     return Job(
         job,
         state["JobState"],

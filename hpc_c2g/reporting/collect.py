@@ -44,8 +44,8 @@ from hpc_c2g.reporting.results import (
     without_seeds,
 )
 from hpc_c2g.reporting.tables import as_markdown, write_tables
+from hpc_c2g.studies.task_status import TaskStatus
 from hpc_c2g.studies.tasks import read_spec, spec_name
-from hpc_c2g.studies.view import View
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -67,14 +67,14 @@ class Collected:
     """
 
     results: Results
-    runs: dict[str, View]
+    runs: dict[str, TaskStatus]
     files: list[str]
     changed: list[str]
     complaints: dict[str, tuple[str, ...]]
     prediction: dict[int, float] | None
 
 
-def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
+def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
     """Write the tables and the board.
 
     Args:
@@ -86,7 +86,7 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         UserError: a file cannot be written.
     """
     found = results(study, views)
-    runs = {v.row.id: v for v in training_runs(views) if v.state != "new"}
+    runs = {v.task.id: v for v in training_runs(views) if v.state != "new"}
     prediction = None
     try:
         prediction = predicted(study, runs)
@@ -94,9 +94,9 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         found.left_out.append(str(error))
     files = write_tables(study, name, found)
     archive = Archive(study / FOLDER / CACHE)
-    gathered = gather(archive, {key: study / v.row.folder / BOARD for key, v in runs.items()}, _processes())
+    gathered = gather(archive, {key: study / v.task.folder / BOARD for key, v in runs.items()}, _processes())
     board = Board(study)
-    stamps = {key: list(event_files(study / v.row.folder / BOARD).items()) for key, v in runs.items()}
+    stamps = {key: list(event_files(study / v.task.folder / BOARD).items()) for key, v in runs.items()}
     sources = {label: {key: stamps[key] for key in own} for label, own in grouped(runs).items()}
     for label, own in sources.items():
         board.part(f"mean/{named(label)}", own, functools.partial(_write_means, archive, list(own)))
@@ -111,7 +111,7 @@ def collect(study: Path, name: str, views: Sequence[View]) -> Collected:
         point = {k: v for k, v in row.items() if k not in NO_POINT}
         board.part(f"hparams/{row['id']}", row, write_hyperparameters(point, row))
     pictures = {
-        row["id"]: stamp_of(study / runs[row["id"]].row.folder / "samples.png")
+        row["id"]: stamp_of(study / runs[row["id"]].task.folder / "samples.png")
         for row in found.rows
         if row["id"] in runs
     }
@@ -139,11 +139,11 @@ def _processes() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def grouped(runs: Mapping[str, View]) -> dict[str, list[str]]:
+def grouped(runs: Mapping[str, TaskStatus]) -> dict[str, list[str]]:
     """Ids of the runs of each group, those at work too, by its label."""
     found: dict[str, list[str]] = {}
     for key, view in runs.items():
-        found.setdefault(label_of(without_seeds(point_of(view.row.label))), []).append(key)
+        found.setdefault(label_of(without_seeds(point_of(view.task.label))), []).append(key)
     return found
 
 
@@ -163,21 +163,25 @@ def _only(curves: Curves, tags: Sequence[str]) -> Curves:
 
 
 def drawn(
-    study: Path, archive: Archive, found: Results, runs: Mapping[str, View], prediction: Mapping[int, float] | None
+    study: Path,
+    archive: Archive,
+    found: Results,
+    runs: Mapping[str, TaskStatus],
+    prediction: Mapping[int, float] | None,
 ) -> list[Figure]:
     """The study's figures."""
     curves = {label: averages(archive, keys, tuple(CURVES)) for label, keys in grouped(runs).items()}
     return figures(found.groups, bound_groups(found.sampling), curves, prediction)
 
 
-def mosaics(study: Path, found: Results, runs: Mapping[str, View]) -> list[Picture]:
+def mosaics(study: Path, found: Results, runs: Mapping[str, TaskStatus]) -> list[Picture]:
     """A picture per group: its best, median and worst run."""
-    folders = {key: study / view.row.folder for key, view in runs.items()}
+    folders = {key: study / view.task.folder for key, view in runs.items()}
     made = [mosaic(label, ranked(rows), folders) for label, rows in members(found.rows).items()]
     return [picture for picture in made if picture is not None]
 
 
-def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
+def predicted(study: Path, runs: Mapping[str, TaskStatus]) -> dict[int, float] | None:
     """Samples per second by nodes of the study's ``plan.json`` (`c2g plan ... out=`); None where there is none.
 
     Weak scaling where the runs' batch grows with their nodes, else strong.
@@ -197,17 +201,17 @@ def predicted(study: Path, runs: Mapping[str, View]) -> dict[int, float] | None:
     except (OSError, ValueError, LookupError, TypeError) as error:
         hint = "make it anew with `c2g plan ... out=`, or remove it"
         raise UserError(f"{PLAN} of the study cannot be read: {error!r}", hint) from error
-    batches = {v.row.nodes: read_spec(study / spec_name(v.row)).config.get("global_batch") for v in runs.values()}
+    batches = {v.task.nodes: read_spec(study / spec_name(v.task)).config.get("global_batch") for v in runs.values()}
     return rows["weak" if len(set(batches.values())) > 1 else "strong"]
 
 
-def links(study: Path, runs: Mapping[str, View]) -> dict[str, Path]:
+def links(study: Path, runs: Mapping[str, TaskStatus]) -> dict[str, Path]:
     """Event folders of every run, and of its evaluation, by names that people know."""
-    labels = {key: named(view.row.label) for key, view in runs.items()}
+    labels = {key: named(view.task.label) for key, view in runs.items()}
     times, found = Counter(labels.values()), {}
     for key, view in runs.items():
-        several = times[labels[key]] > 1 or not view.row.label
+        several = times[labels[key]] > 1 or not view.task.label
         name = f"{labels[key]} {key}" if several else labels[key]
-        found[name] = study / view.row.folder / BOARD
-        found[f"{name} evaluation (uses real data)"] = study / view.row.folder / EVALUATION
+        found[name] = study / view.task.folder / BOARD
+        found[f"{name} evaluation (uses real data)"] = study / view.task.folder / EVALUATION
     return found

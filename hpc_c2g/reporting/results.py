@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_c2g.files import last_line
 from hpc_c2g.studies.reports import load_report
-from hpc_c2g.studies.view import View
+from hpc_c2g.studies.task_status import TaskStatus
 
 METRICS = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diversity")
 """With real data."""
@@ -46,54 +46,54 @@ class Results:
     left_out: list[str]
 
 
-def results(study: Path, views: Sequence[View]) -> Results:
+def results(study: Path, views: Sequence[TaskStatus]) -> Results:
     """Read what the study's runs left in their folders."""
     found, left_out = rows(study, views)
     return Results(found, groups(found), bounds(study, views), left_out)
 
 
-def rows(study: Path, views: Sequence[View]) -> tuple[list[Row], list[str]]:
+def rows(study: Path, views: Sequence[TaskStatus]) -> tuple[list[Row], list[str]]:
     """(a row per training run that is done, what was left out and why)."""
-    by_id = {v.row.id: v for v in views}
-    judges = {v.row.folder: v for v in views if v.row.stage == "evaluate"}
-    trained = training_runs(views) or [v for v in views if v.row.stage == "classifier"]
-    several = len({v.row.nodes for v in trained}) > 1
+    by_id = {v.task.id: v for v in views}
+    judges = {v.task.folder: v for v in views if v.task.stage == "evaluate"}
+    trained = training_runs(views) or [v for v in views if v.task.stage == "classifier"]
+    several = len({v.task.nodes for v in trained}) > 1
     found: list[Row] = []
     left_out: list[str] = []
     for view in trained:
-        name = f"{view.row.stage} {view.row.id} ({public(view.row.label)})"
+        name = f"{view.task.stage} {view.task.id} ({public(view.task.label)})"
         if view.state != "done":
             left_out.append(f"{name}: {view.state}{f': {view.reason}' if view.reason else ''}")
             continue
-        row: Row = {"id": view.row.id, **point_of(view.row.label)}
+        row: Row = {"id": view.task.id, **point_of(view.task.label)}
         if several:
-            row["nodes"] = view.row.nodes
-        folders = [by_id[u].row.folder for u in view.row.upstream if u in by_id] or [view.row.folder]
+            row["nodes"] = view.task.nodes
+        folders = [by_id[u].task.folder for u in view.task.upstream if u in by_id] or [view.task.folder]
         for reader in (_certificates, _fits):
             row |= reader(study, folders)
-        if view.row.stage == "train":
-            row |= _measured(study / view.row.folder)
-            judge = judges.get(view.row.folder)
+        if view.task.stage == "train":
+            row |= _measured(study / view.task.folder)
+            judge = judges.get(view.task.folder)
             if judge is not None and judge.state == "done":
-                judged = _evaluation(study / view.row.folder)
+                judged = _evaluation(study / view.task.folder)
                 row |= judged
                 if not judged:
                     left_out.append(
-                        f"evaluation of {view.row.id} ({public(view.row.label)}): evaluation.json cannot be read"
+                        f"evaluation of {view.task.id} ({public(view.task.label)}): evaluation.json cannot be read"
                     )
             elif judge is not None:
-                left_out.append(f"evaluation of {view.row.id} ({public(view.row.label)}): {judge.state}")
+                left_out.append(f"evaluation of {view.task.id} ({public(view.task.label)}): {judge.state}")
             if view.alarms:
                 row["alarms"] = " ".join(view.alarms)
         found.append(row)
     return found, left_out + _strangers(study, trained)
 
 
-def _strangers(study: Path, trained: Sequence[View]) -> list[str]:
+def _strangers(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
     """Runs that other versions made than most: what sets them apart may be these."""
-    made: list[tuple[View, dict[str, str]]] = []
+    made: list[tuple[TaskStatus, dict[str, str]]] = []
     for view in trained:
-        report = load_report(study / view.row.folder / f"{view.row.stage}.report.json", view.row.id)
+        report = load_report(study / view.task.folder / f"{view.task.stage}.report.json", view.task.id)
         if report is not None and report.versions:
             made.append((view, report.versions))
     usual = {
@@ -105,14 +105,14 @@ def _strangers(study: Path, trained: Sequence[View]) -> list[str]:
         other = [f"{name} {value} (most: {usual[name]})" for name, value in versions.items() if value != usual[name]]
         if other:
             told.append(
-                f"{view.row.stage} {view.row.id} ({public(view.row.label)}) is kept, but was made by {', '.join(other)}"
+                f"{view.task.stage} {view.task.id} ({public(view.task.label)}) is kept, but was made by {', '.join(other)}"
             )
     return told
 
 
-def training_runs(views: Sequence[View]) -> list[View]:
+def training_runs(views: Sequence[TaskStatus]) -> list[TaskStatus]:
     """The study's training runs."""
-    return [v for v in views if v.row.stage == "train"]
+    return [v for v in views if v.task.stage == "train"]
 
 
 def point_of(label: str) -> Row:
@@ -214,15 +214,16 @@ def groups(found: Sequence[Row]) -> list[Row]:
     return result
 
 
-def bounds(study: Path, views: Sequence[View]) -> list[Row]:
+def bounds(study: Path, views: Sequence[TaskStatus]) -> list[Row]:
     """Rows of the sampling errors that the study's runs measured, each with its run's point."""
     found = []
     for view in views:
-        if view.row.stage == "bound" and view.state == "done":
-            content = _load(study / view.row.folder / "sampling_error.json") or {}
+        if view.task.stage == "bound" and view.state == "done":
+            content = _load(study / view.task.folder / "sampling_error.json") or {}
             for k, part in enumerate(content.get("classifiers", [])):
                 found += [
-                    {"id": view.row.upstream[0], **point_of(view.row.label), "classifier": k, **r} for r in part["rows"]
+                    {"id": view.task.upstream[0], **point_of(view.task.label), "classifier": k, **r}
+                    for r in part["rows"]
                 ]
     return found
 

@@ -1,4 +1,4 @@
-"""How programs, above all Slurm's, are run and asked, and what their words say."""
+"""Calls of programs, above all Slurm's, and parsers of their output."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-PATIENCE = 20.0
-"""Seconds after which a command counts as not answered."""
+TIMEOUT_S = 20.0
+"""Seconds after which a program counts as not answered."""
 USER_FORMAT_VARS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
-"""Variables of the user's own output formats, which would change an answer."""
+"""Prefixes of variables that set the user's own output formats, which would change an answer."""
 Record = Mapping[str, str]
 
 
 class Answer(NamedTuple):
-    """What a program said; ``code`` is None where it is missing or did not end in time."""
+    """Answer of a program.
+
+    Attributes:
+        code: Exit code; None if the program is missing or did not end in time.
+        output: Standard output if the code is 0, else empty.
+        fault: Error in one line; empty if the code is 0.
+    """
 
     code: int | None
     output: str
@@ -24,11 +30,11 @@ class Answer(NamedTuple):
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program without a shell, without input and without ``USER_FORMAT_VARS``, with further ``variables`` of its environment.
+    """Run a program without a shell, without input and without ``USER_FORMAT_VARS``; ``variables`` are added to its environment.
 
     Raises:
-        OSError: it is missing.
-        subprocess.TimeoutExpired: it did not end in time.
+        OSError: The program is missing.
+        subprocess.TimeoutExpired: It did not end in time.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARS)}
     return subprocess.run(
@@ -42,8 +48,8 @@ def run(command: Sequence[str], seconds: float, **variables: str) -> subprocess.
     )
 
 
-def ask(*command: str, seconds: float = PATIENCE) -> Answer:
-    """What a program says; nothing that goes wrong is raised."""
+def query(*command: str, seconds: float = TIMEOUT_S) -> Answer:
+    """Return a program's answer; nothing that goes wrong is raised."""
     try:
         done = run(command, seconds)
     except subprocess.TimeoutExpired:
@@ -56,10 +62,10 @@ def ask(*command: str, seconds: float = PATIENCE) -> Answer:
 
 
 def records(text: str) -> list[dict[str, str]]:
-    """Lines of ``scontrol -o show ...`` by key; a value ends at a blank."""
+    """Parse lines of ``scontrol -o show ...`` into values by key; a value ends at a blank."""
     return [dict(re.findall(r"(?:^|\s)([\w:/]+)=(\S*)", line)) for line in text.splitlines() if "=" in line]
 
 
 def settings(text: str) -> dict[str, str]:
-    """Lines ``Key = value`` of ``scontrol show config``."""
+    """Parse lines ``Key = value`` of ``scontrol show config``."""
     return {m[1]: m[2] for m in re.finditer(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE)}

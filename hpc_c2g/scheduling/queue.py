@@ -1,4 +1,4 @@
-"""Questions and orders to Slurm by its own commands. No answer is an error, never an empty queue."""
+"""Slurm's queue and accounting, by its own commands. No answer is an error, never an empty queue."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.scheduling.programs import run
+from hpc_c2g.scheduling.programs import TIMEOUT_S, run
 
 JOB_ID = r"\d+(?:_\d+)?"
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-_COLUMNS = ["ArrayJobID", "ArrayTaskID", "JobID", "State", "Reason", "NodeList", "StartTime", "RestartCnt", "Name"]
-_ENTRY = re.compile(
-    r"(\d+)\|(\d+|N/A)\|(\d+)\|(\w+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)\|(\d+)\|(.*)\|", re.ASCII | re.DOTALL
-)
-_AT_ONCE = 500
-"""Ids in one command line."""
-_FINAL = r"Invalid job id|denied|presently disabled|already finished|Not supported|invalid user|no longer"
+_COLUMNS = ["ArrayJobID", "ArrayTaskID", "State", "Reason", "NodeList", "StartTime", "RestartCnt", "Name"]
+_ENTRY = re.compile(r"(\d+)\|(\d+|N/A)\|(\w+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)\|(\d+)\|(.*)\|", re.ASCII | re.DOTALL)
+_IDS_PER_COMMAND = 500
+_PERMANENT = r"Invalid job id|denied|presently disabled|already finished|Not supported|invalid user|no longer"
 """Refusals that another try does not change."""
 
 
 class NoAnswerError(UserError):
-    """Slurm's controller is away or too busy: worth another try."""
+    """Slurm's controller is down or too busy; another try may succeed."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +31,16 @@ class Entry:
     """A job, or one element of an array, that Slurm still has.
 
     Attributes:
-        id: ``123`` or ``123_4``; an array has one entry per element, also where all of it waits.
-        raw_id: number of its own; elements that wait share the array's.
-        state: such as PENDING, RUNNING, COMPLETING.
-        reason: why it waits, "None" where there is none.
-        nodes: where it runs, such as ``gpu[01-04]``; empty while it waits.
-        start: seconds since the epoch, of the start or the expected one; None where Slurm cannot tell.
-        restarts: how often it was put back into the queue.
-        name: of the job.
+        id: Id such as ``123`` or ``123_4``; an array has one entry per element, even while all of them wait.
+        state: State such as PENDING, RUNNING, COMPLETING.
+        reason: Reason why it waits, "None" if there is none.
+        nodes: Hosts that it runs on, such as ``gpu[01-04]``; empty while it waits.
+        start: Start or expected start in seconds since the epoch; None if Slurm does not know.
+        restarts: Number of times that it was requeued.
+        name: Name of the job.
     """
 
     id: str
-    raw_id: str
     state: str
     reason: str
     nodes: str
@@ -55,47 +50,46 @@ class Entry:
 
 
 class Queue:
-    """Slurm as the user sees it.
+    """The user's jobs in Slurm.
 
     Args:
-        timeout: seconds after which a command counts as not answered.
-        pause: seconds between two tries.
+        timeout: Seconds after which a command counts as not answered.
+        pause: Seconds between two tries.
     """
 
-    def __init__(self, timeout: float = 20.0, pause: float = 5.0) -> None:
+    def __init__(self, timeout: float = TIMEOUT_S, pause: float = 5.0) -> None:
         self.timeout, self.pause = timeout, pause
 
-    def ask(self) -> dict[str, Entry]:
-        """The user's jobs that wait, run or end just now, by id, in one question.
+    def query(self) -> dict[str, Entry]:
+        """Return the user's jobs that wait, run or are ending, by id, from one call of squeue.
 
         Raises:
-            UserError: Slurm does not answer. (Where it does, a job that is missing is not in the queue.)
+            UserError: Slurm does not answer. (If it does, a job that is missing is not in the queue.)
         """
         columns = ",".join(f"{name}:|" for name in _COLUMNS)  # each as long as it is, with a bar behind it
         text = self._run(["squeue", "--me", "-h", "-r", "-O", columns])
         entries = {}
-        for record in (
-            re.split(r"\n(?=\d+\|)", text.rstrip("\n")) if text.strip() else []
-        ):  # a name may have several lines
+        # a name may have several lines
+        for record in re.split(r"\n(?=\d+\|)", text.rstrip("\n")) if text.strip() else []:
             parts = re.fullmatch(_ENTRY, record)
             if not parts:
                 raise UserError(
                     f"squeue answered {record!r}, which cannot be read", "this Slurm is too old, or too new"
                 )
-            job, element, raw, state, reason, nodes, start, restarts, name = parts.groups()
+            job, element, state, reason, nodes, start, restarts, name = parts.groups()
             id = job if element == "N/A" else f"{job}_{element}"
-            entries[id] = Entry(id, raw, state, reason, nodes, _seconds(start), int(restarts), name)
+            entries[id] = Entry(id, state, reason, nodes, _seconds(start), int(restarts), name)
         return entries
 
     def find(self, job_name: str, days: int = 30) -> list[str]:
-        """Ids of the user's jobs and arrays of exactly this name, ended ones too as far back as Slurm knows.
+        """Return the ids of the user's jobs and arrays of exactly this name, including ended ones that Slurm remembers.
 
         Args:
-            job_name: as it was submitted.
-            days: how far back accounting is searched, where there is any.
+            job_name: Name of the job as it was submitted.
+            days: Number of days that accounting, if there is any, is searched back.
 
         Raises:
-            UserError: Slurm does not answer. (No answer of accounting is no error: not every cluster has it.)
+            UserError: Slurm does not answer. (Accounting that does not answer is no error: not every cluster has it.)
         """
         check_name(job_name)
         found = self._run(["squeue", "--me", "-h", "--states=all", f"--name={job_name}", "-o", "%F|%j"]).splitlines()
@@ -105,20 +99,20 @@ class Queue:
         return sorted((job for job in ids if re.fullmatch(JOB_ID, job, re.ASCII)), key=int)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """Cancel jobs, elements or whole arrays; what has ended already stays as it is.
+        """Cancel jobs, elements or whole arrays; jobs that have ended are left alone.
 
         Raises:
             UserError: Slurm does not answer, or refuses.
         """
         check_ids(ids)
-        for begin in range(0, len(ids), _AT_ONCE):
-            self._run(["scancel", "--quiet", *ids[begin : begin + _AT_ONCE]])
+        for begin in range(0, len(ids), _IDS_PER_COMMAND):
+            self._run(["scancel", "--quiet", *ids[begin : begin + _IDS_PER_COMMAND]])
 
     def requeue(self, id: str, attempts: int = 12) -> None:
-        """Put a job back into the queue; waits for a controller that restarts.
+        """Requeue a job; wait for a controller that restarts.
 
-        A job may do this to itself, as its last act: all of its processes get SIGTERM at once. One that has ended is run
-        again as well, as long as Slurm remembers it.
+        A job may requeue itself as its last command: all of its processes get SIGTERM at once. A job that has ended runs
+        again too, as long as Slurm remembers it.
 
         Raises:
             UserError: Slurm refuses, or did not answer ``attempts`` times.
@@ -137,11 +131,11 @@ class Queue:
                 return
 
     def outcome(self, ids: Sequence[str]) -> dict[str, tuple[str, int]]:
-        """State and exit code (128 + number for a signal) of the last attempt, as far as accounting knows; {} without it."""
+        """Return state and exit code (128 + number for a signal) of each job's last attempt from accounting; {} without accounting."""
         check_ids(ids)
         outcomes = {}
-        for begin in range(0, len(ids), _AT_ONCE):
-            some = ids[begin : begin + _AT_ONCE]
+        for begin in range(0, len(ids), _IDS_PER_COMMAND):
+            some = ids[begin : begin + _IDS_PER_COMMAND]
             for line in self._account(["sacct", "-n", "-X", "-P", "-j", ",".join(some), "-o", "JobID,State,ExitCode"]):
                 parts = re.fullmatch(r"([^|]*)\|(\w+)[^|]*\|(\d+):(\d+)", line, re.ASCII)
                 for job in _elements(parts[1]) if parts else []:
@@ -168,20 +162,20 @@ class Queue:
         if done.returncode == 0:
             return done.stdout
         problem = " ".join(done.stderr.split()) or f"{command[0]} ended with {done.returncode}"
-        if re.search(_FINAL, problem):
+        if re.search(_PERMANENT, problem):
             raise UserError(f"Slurm refuses: {problem}", f"see {command[0]}'s manual")
         raise _no_answer(problem)
 
 
 def check_ids(ids: Sequence[str]) -> None:
-    """Raise unless each is ``123`` or ``123_4``."""
+    """Raise a UserError unless each id is of the form ``123`` or ``123_4``."""
     for job in ids:
         if not re.fullmatch(JOB_ID, job, re.ASCII):
             raise UserError(f"{job!r} is no id of a Slurm job", "give ids such as 123 or 123_4")
 
 
 def check_name(job_name: str) -> None:
-    """Raise unless the name has one meaning for sbatch, squeue and the shell."""
+    """Raise a UserError unless the name has one meaning for sbatch, squeue and the shell."""
     if not re.fullmatch(JOB_NAME, job_name):
         raise UserError(f"job name {job_name!r} is not possible", "use letters, digits and . _ + -")
 
@@ -191,7 +185,7 @@ def _no_answer(problem: str) -> NoAnswerError:
 
 
 def _elements(job: str) -> list[str]:
-    """Ids of what accounting shows in one line, such as ``7_[1-3,9%2]`` for elements that never started."""
+    """Return the ids in one line of accounting, such as ``7_[1-3,9%2]`` for elements that never started."""
     parts = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", job, re.ASCII)
     if not parts:
         return [job]

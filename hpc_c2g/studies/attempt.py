@@ -1,7 +1,7 @@
-"""One attempt at a task, on every process of its job: hold it, do its work, tell how it ended.
+"""One attempt at a task, on every process of its job: hold its lease, do its work, report how it ended.
 
-``python -m hpc_c2g.studies.attempt STUDY SPEC JOB`` or, through submitit, an ``Attempt``. Exit codes: 0 done (also before), 75 saved and
-to be gone on with, 3 what it builds on is missing, else failed.
+``python -m hpc_c2g.studies.attempt STUDY SPEC JOB`` or, through submitit, an ``Attempt``. Exit codes: 0 done (now or before), 75 saved
+and to be resumed, 3 an input is missing, any other failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hpc_c2g.files import last_line
 from hpc_c2g.monitoring.signatures import firing
 from hpc_c2g.studies.config import NEEDS
 from hpc_c2g.studies.reports import Report, load_report, read_report, write_report
+from hpc_c2g.studies.results_version import RESULTS_VERSION
 from hpc_c2g.studies.tasks import Task, read_spec
 from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
 
@@ -27,42 +28,42 @@ if TYPE_CHECKING:
     from hpc_c2g.distributed.environment import Allocation
 
 EXIT_BLOCKED = 3
-MEETING_SECONDS = 120.0
-"""How long other ranks wait for rank 0 to hold the task; longer than a lease lasts that nobody renews."""
+FOLLOW_SECONDS = 120.0
+"""Seconds that other ranks wait for rank 0 to hold the task; longer than a lease that nobody renews lasts."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What submitit carries to a node: names alone, so that everything is read from the disk there, at every start.
+    """The pickle that submitit carries to a node: names alone, so that each start reads everything from the disk.
 
     Attributes:
-        study: its folder.
-        spec: the task's description, below it.
+        study: Folder of the study.
+        spec: Path of the task's description, relative to it.
     """
 
     study: str
     spec: str
 
     def __call__(self) -> None:
-        """Make an attempt, and end the process with its exit code."""
+        """Make the attempt and exit with its code."""
         code = attempt(Path(self.study), self.spec)
         if code:
             sys.exit(code)
 
     def checkpoint(self) -> Any:
-        """What submitit restarts where its own handler gets the signal, before this module's is in place: the same once more."""
+        """Return the same attempt for submitit to resubmit, if its handler gets a signal before this module's is installed."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def attempt(study: Path, spec: str, job: str | None = None) -> int:
-    """Make one; returns the exit code.
+    """Make one attempt; return the exit code.
 
     Args:
-        study: the study's folder.
-        spec: the task's description, below it.
-        job: what to call the job where no scheduler names it.
+        study: Folder of the study.
+        spec: Path of the task's description, relative to it.
+        job: Id of the job where no scheduler gives one.
     """
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
@@ -86,23 +87,23 @@ def attempt(study: Path, spec: str, job: str | None = None) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Outside of training nothing is saved step by step: leave at once. Training sets its own handlers."""
+    """Exit at once: outside of training nothing is saved step by step. Training installs its own handlers."""
     raise Preempted(signal.Signals(number).name, 0)
 
 
 def _lead(study: Path, task: Task, place: Allocation, imported: float) -> int:
-    """Rank 0: holds the task and writes its report."""
+    """Make the attempt as rank 0, which holds the task's lease and writes its report."""
     from hpc_c2g.lease import Lease
 
     if _is_done(study, task):
         return 0
     waited = time.monotonic()
-    with Lease(study / task.folder, f"job {place.job} on {place.node}", place.job).acquire(MEETING_SECONDS / 2):
+    with Lease(study / task.folder, f"job {place.job} on {place.node}", place.job).acquire(FOLLOW_SECONDS / 2):
         report = read_report(study, task) or Report(task.id)
         if report.state == "done":  # by another, while this one waited
             return 0
         report.next_attempt(place.job, place.node, place.restart)
-        report.code, report.versions = _code(task), _versions()
+        report.results_version, report.versions = RESULTS_VERSION[task.stage], _versions()
         report.seconds = {"import": imported, "hold": time.monotonic() - waited}
         missing = _missing(study, task)
         if missing:
@@ -133,8 +134,8 @@ def _lead(study: Path, task: Task, place: Allocation, imported: float) -> int:
 
 
 def _follow(study: Path, task: Task, place: Allocation) -> int:
-    """The other ranks: work once rank 0 of this very job holds the task, or leave with it."""
-    end = time.monotonic() + MEETING_SECONDS
+    """Make the attempt as another rank: work once rank 0 of the same job holds the task, or exit as it does."""
+    end = time.monotonic() + FOLLOW_SECONDS
     while time.monotonic() < end:
         report = read_report(study, task)
         if report and report.state == "done":
@@ -149,14 +150,14 @@ def _follow(study: Path, task: Task, place: Allocation) -> int:
                 return 1
             return 0
         time.sleep(0.1)
-    raise UserError(f"rank 0 did not begin {task.stage} {task.id} within {MEETING_SECONDS:.0f} s", "look at its log")
+    raise UserError(f"rank 0 did not begin {task.stage} {task.id} within {FOLLOW_SECONDS:.0f} s", "see its log")
 
 
 def _work(study: Path, task: Task, seconds: dict[str, float]) -> None:
-    from hpc_c2g.studies.stages import prepared
+    from hpc_c2g.studies.stages import load_stage
 
     began = time.monotonic()
-    work = prepared(task.stage)
+    work = load_stage(task.stage)
     seconds["import"] = seconds.get("import", 0.0) + time.monotonic() - began
     began = time.monotonic()
     try:
@@ -171,7 +172,7 @@ def _is_done(study: Path, task: Task) -> bool:
 
 
 def _missing(study: Path, task: Task) -> str:
-    """Why the task cannot begin; empty where all that it builds on is done."""
+    """Return why the task cannot begin; empty if all tasks that it depends on are done."""
     needed = NEEDS[task.stage]
     for folder, upstream in zip(task.inputs, task.upstream, strict=True):
         report = load_report(study / folder / f"{needed}.report.json", upstream)
@@ -186,12 +187,6 @@ def _cause(error: BaseException) -> str:
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-def _code(task: Task) -> str:
-    from hpc_c2g.studies.identity import code_version
-
-    return code_version(task.stage)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a study is: the settings that its runs share, the variants they come in, and the grid that is swept."""
+"""Definition of a study: the settings that its runs share, their variants, and the grid."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 from hpc_c2g.errors import UserError
 
 STAGES = ("classifier", "certify", "train", "evaluate", "bound")
-"""In the order in which they run; each but the first builds on results of an earlier one."""
+"""Stages in the order in which they run; each but the first takes results of an earlier one."""
 NEEDS = {"classifier": None, "certify": "classifier", "train": "classifier", "evaluate": "train", "bound": "train"}
+"""Stage whose results a stage takes."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 
 @dataclass
 class Variant:
-    """One way in which a study's runs may differ that no grid of single fields can say.
+    """Settings of a run that no grid of single fields can express, chosen in the grid by name.
 
     Attributes:
-        classifiers: of one generator, each as overrides of ``c2g classifier``; empty: one, as the study says.
-        classifier: overrides for each of them.
-        train: overrides of ``c2g train``.
-        evaluate: overrides of ``c2g evaluate``.
-        nodes: of training; None: as the study says.
-        tasks_per_node: processes on each; None: as the study says.
+        classifiers: Classifiers of one generator, each as overrides of ``c2g classifier``; empty: one, as the study defines it.
+        classifier: Overrides of ``c2g classifier`` for each of them.
+        train: Overrides of ``c2g train``.
+        evaluate: Overrides of ``c2g evaluate``.
+        nodes: Number of nodes of training; None: as the study defines it.
+        tasks_per_node: Number of processes on each node; None: as the study defines it.
     """
 
     classifiers: list[list[str]] = field(default_factory=list)
@@ -37,21 +38,21 @@ class Variant:
 
 @dataclass
 class StudyConfig:
-    """A study.
+    """A study: many runs that differ by a grid of settings.
 
     Attributes:
-        name: goes into the names of its jobs.
-        about: the question that it answers, in a line.
-        stages: those of ``STAGES`` that it has.
-        classifier: overrides of ``c2g classifier`` that all runs share; likewise the next four.
-        certify: of ``c2g certify``.
-        train: of ``c2g train``.
-        evaluate: of ``c2g evaluate``.
-        bound: of ``c2g bound``.
-        variants: by name; the grid chooses among them as ``variant``.
-        grid: values by field, in Hydra's syntax for sweeps; a field belongs to every stage that has it, ``train.seed`` to that stage.
-        nodes: of a training run.
-        tasks_per_node: processes of a training run on each node.
+        name: Name of the study, part of the names of its jobs.
+        about: Question that the study answers, in one line.
+        stages: Stages that each point of the grid goes through.
+        classifier: Overrides of ``c2g classifier`` that all runs share.
+        certify: Overrides of ``c2g certify`` that all runs share.
+        train: Overrides of ``c2g train`` that all runs share.
+        evaluate: Overrides of ``c2g evaluate`` that all runs share.
+        bound: Overrides of ``c2g bound`` that all runs share.
+        variants: Variants by name; the grid chooses among them as ``variant``.
+        grid: Values by field, in Hydra's syntax for sweeps; a field applies to every stage that has it, ``train.seed`` to that stage.
+        nodes: Number of nodes of a training run.
+        tasks_per_node: Number of processes of a training run on each node.
     """
 
     name: str = "???"

@@ -1,4 +1,4 @@
-"""The launcher: the one process at a time that hands out a study's tasks and writes its ledger."""
+"""The launcher: the one process at a time that hands out a study's tasks and writes its journal."""
 
 from __future__ import annotations
 
@@ -11,99 +11,88 @@ from hpc_c2g.lease import Lease
 from hpc_c2g.scheduling.queue import Entry
 from hpc_c2g.studies.config import STAGES
 from hpc_c2g.studies.epilog import cancel_mark
-from hpc_c2g.studies.ledger import Ledger, Row
-from hpc_c2g.studies.reports import read_report
-from hpc_c2g.studies.tasks import Task
-from hpc_c2g.studies.view import ACTIVE, View, look
+from hpc_c2g.studies.journal import open_journal
+from hpc_c2g.studies.task_status import ACTIVE, TaskStatus, task_statuses
+from hpc_c2g.studies.tasks import TaskInfo
 
 HOLD_SECONDS = 20.0
-"""How long a launcher waits for another that is about to end."""
+"""Seconds that a launcher waits for another that is about to end."""
 
 
 @contextlib.contextmanager
 def launching(study: Path, wait: float = HOLD_SECONDS) -> Iterator[None]:
-    """Hold the study: within, this process is its launcher.
+    """Hold the study's lease: within the context, this process is its launcher.
 
     Raises:
-        UserError: another launcher is at work (it is named), or the folder cannot be written.
+        UserError: Another launcher holds it (the error names it), or the folder cannot be written.
     """
     with Lease(study).acquire(wait):
         yield
 
 
 class Launcher:
-    """A held study, its tasks, and what of them may be handed out.
+    """A study whose lease this process holds, and the tasks of it that may be handed out.
 
     Args:
-        study: its folder, which the caller holds (see ``launching``).
-        ledger: of the study, writable.
-        tasks: by id.
+        study: Folder of the study.
+        retries: Number of failures after which a task is still tried again.
     """
 
-    def __init__(self, study: Path, ledger: Ledger, tasks: Mapping[str, Task]) -> None:
-        self.study, self.ledger, self.tasks = study, ledger, tasks
-        self._absorb(self.ledger.rows())
+    def __init__(self, study: Path, retries: int) -> None:
+        self.study, self.retries = study, retries
+        self.journal = open_journal(study)
+        self._done: dict[str, TaskStatus] = {}
 
-    def look(self, queue: Mapping[str, Entry] | None) -> list[View]:
-        """Where every task stands; what is new goes into the ledger."""
-        views = look(self.study, self.ledger.rows(), queue)
-        self.ledger.report(v.report for v in views if v.report and _is_news(v.row, v))
-        return views
+    def statuses(self, queue: Mapping[str, Entry] | None) -> list[TaskStatus]:
+        """Return the status of every task; ``queue`` as in ``read_statuses``."""
+        found = task_statuses(self.study, self.journal, self.retries, queue, self._done)
+        self._done.update((s.task.id, s) for s in found if s.state == "done")
+        return found
 
-    def _absorb(self, rows: Sequence[Row]) -> None:
-        """Take over reports of tasks that the ledger believes untouched: it may have been built anew."""
-        found = []
-        for row in rows:
-            if row.state == "new":
-                report = read_report(self.study, row)
-                found += [report] if report else []
-        self.ledger.report(found)
-
-    def wanted(self, views: Sequence[View], only: str = "") -> list[View]:
-        """Tasks that nobody works on and that are to be done, in the order of stages; a task without hope is not among them.
+    def runnable(self, statuses: Sequence[TaskStatus], only: str = "") -> list[TaskStatus]:
+        """Return the tasks to hand out, by stage: not done, not active, not given up, and depending on nothing given up.
 
         Args:
-            views: of all tasks.
-            only: ``failed``: leave alone what did not fail, unless it builds on what did.
+            statuses: Status of every task.
+            only: ``failed`` leaves out what did not fail, unless it depends on a task that did.
         """
-        chosen: list[View] = []
+        chosen: list[TaskStatus] = []
         ids: set[str] = set()
-        under_way = {v.row.id for v in views if v.state in ("done", *ACTIVE)}
-        for view in sorted(views, key=lambda v: STAGES.index(v.row.stage)):
-            if view.row.id not in self.tasks or view.state in ("done", *ACTIVE) or view.given_up:
+        under_way = {s.task.id for s in statuses if s.state in ("done", *ACTIVE)}
+        for status in sorted(statuses, key=lambda s: STAGES.index(s.task.stage)):
+            if status.task.id in under_way or status.given_up:
                 continue
-            below = any(u in ids for u in view.row.upstream)
-            stuck = view.state == "blocked" and not all(u in ids or u in under_way for u in view.row.upstream)
-            if stuck or (only == "failed" and not (below or view.state in ("failed", "blocked", "lost"))):
-                continue
-            chosen.append(view)
-            ids.add(view.row.id)
+            upstream = status.task.upstream
+            stuck = status.state == "blocked" and not all(u in ids or u in under_way for u in upstream)
+            left_out = only == "failed" and not (
+                any(u in ids for u in upstream) or status.state in ("failed", "blocked", "lost")
+            )
+            if not stuck and not left_out:
+                chosen.append(status)
+                ids.add(status.task.id)
         return chosen
 
-    def forgive(self, views: Sequence[View], retries: int) -> None:
-        """Give tasks that were given up another chance."""
-        self.ledger.allow([v.row.id for v in views if v.given_up], retries)
+    def ready(self, status: TaskStatus, by_id: Mapping[str, TaskStatus]) -> bool:
+        """Return True if all tasks that it depends on are done."""
+        return all(u in by_id and by_id[u].state == "done" for u in status.task.upstream)
 
-    def clear_marks(self, views: Sequence[View]) -> None:
-        """Tasks that are handed out again are no longer cancelled.
+    def max_failures(self, task: TaskInfo) -> int:
+        """Return the number of failures after which the task is still tried again."""
+        return self.journal.limit_of(task.id, self.retries)
+
+    def reset_failures(self, statuses: Sequence[TaskStatus]) -> None:
+        """Allow tasks that were given up ``retries`` more failures."""
+        self.journal.set_max_failures({s.task.id: s.failures + self.retries for s in statuses if s.given_up})
+
+    def clear_cancel_marks(self, statuses: Sequence[TaskStatus]) -> None:
+        """Remove the cancel marks of tasks that are about to be handed out.
 
         Raises:
-            UserError: a mark cannot be removed.
+            UserError: A mark cannot be removed.
         """
-        for view in views:
-            mark = cancel_mark(self.study, self.tasks[view.row.id])
+        for status in statuses:
+            mark = cancel_mark(self.study, status.task)
             try:
                 mark.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"{mark} cannot be removed: {error.strerror}", "remove it by hand") from error
-
-    def ready(self, view: View, views: Mapping[str, View]) -> bool:
-        """Whether all that the task builds on is done."""
-        return all(views[u].state == "done" for u in view.row.upstream)
-
-
-def _is_news(row: Row, view: View) -> bool:
-    report = view.report
-    if report is None:
-        return False
-    return (row.state, row.attempts, row.failures) != (report.state, report.attempts, report.failures)

@@ -1,4 +1,4 @@
-"""What a task tells of itself: a file in its own folder, complete or absent, written by whoever works on the task and read by all."""
+"""A task's own report: a file in its folder, complete or absent, written by the process that works on the task."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.files import write_atomically
-from hpc_c2g.studies.tasks import Placed
+from hpc_c2g.studies.tasks import Task, TaskInfo
 
 KEPT = 20
-"""Attempts whose story is kept."""
-FINAL = ("done", "failed", "blocked")
+"""Number of earlier attempts that are kept."""
 
 
 @dataclass
 class Report:
-    """How far a task is.
+    """Outcome of a task's last attempt and a history of those before, as ``STAGE.report.json`` holds them.
 
     Attributes:
-        id: of the task that it tells of: a report of other settings counts for nothing.
-        state: ``running``, ``interrupted`` (saved, to be gone on with), ``done``, ``failed`` or ``blocked`` (what it builds on is missing).
-        attempts: how often it was started.
-        failures: how often it failed for a reason of its own.
-        cause: of the last failure, in a line.
-        job: the job that works or worked on it.
-        node: where.
-        restart: how often Slurm had restarted that job.
-        began: when the last attempt began, seconds since 1970.
-        ended: when it ended.
-        seconds: phases of the last attempt.
-        alarms: signatures of failure that fired when it ended.
-        code: version of the code that ran.
-        versions: of Python, torch and hpc_c2g.
-        history: of earlier attempts.
+        id: Id of the task; a report of another id (other settings) is ignored.
+        state: ``running``, ``interrupted`` (saved, to be resumed), ``done``, ``failed`` or ``blocked`` (an input is missing).
+        attempts: Number of attempts so far.
+        failures: Number of attempts that failed by their own fault.
+        cause: Cause of the last failure, in one line.
+        job: Id of the job that makes or made the last attempt.
+        node: Host of that attempt.
+        restart: Number of times that Slurm had restarted the job.
+        began: Start of the last attempt, in seconds since 1970.
+        ended: End of the last attempt; None while it runs.
+        seconds: Seconds of each phase of the last attempt.
+        alarms: Failure signatures that fired when it ended.
+        results_version: The stage's ``RESULTS_VERSION`` in the code that ran.
+        versions: Versions of Python, torch and hpc_c2g.
+        history: Earlier attempts, at most ``KEPT``.
     """
 
     id: str
@@ -50,16 +49,16 @@ class Report:
     ended: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
-    code: str = ""
+    results_version: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def next_attempt(self, job: str, node: str, restart: int) -> None:
-        """Begin another attempt; one that was running was cut off without a word."""
+        """Begin another attempt; an earlier one that still counts as running was killed before it could report."""
         if self.attempts:
             outcome = "cut off" if self.state == "running" else self.state
-            told = {"attempt": self.attempts, "job": self.job, "node": self.node, "began": self.began}
-            self.history = [*self.history, {**told, "ended": self.ended, "outcome": outcome, "cause": self.cause}][
+            last = {"attempt": self.attempts, "job": self.job, "node": self.node, "began": self.began}
+            self.history = [*self.history, {**last, "ended": self.ended, "outcome": outcome, "cause": self.cause}][
                 -KEPT:
             ]
         self.state, self.attempts, self.cause = "running", self.attempts + 1, ""
@@ -67,36 +66,39 @@ class Report:
         self.began, self.ended, self.seconds = time.time(), None, {}
 
     def end(self, state: str, cause: str = "") -> None:
-        """Close the attempt; one that failed adds to the failures."""
+        """End the attempt; one that failed adds to the failures."""
         self.state, self.cause, self.ended = state, " ".join(cause.split())[:500], time.time()
         self.failures += state == "failed"
 
 
-def report_file(study: Path, task: Placed) -> Path:
-    """Where a task's report lies."""
+_FIELDS = frozenset(f.name for f in fields(Report))
+
+
+def report_file(study: Path, task: Task | TaskInfo) -> Path:
+    """Return the path of the task's report."""
     return study / task.folder / f"{task.stage}.report.json"
 
 
-def read_report(study: Path, task: Placed) -> Report | None:
-    """The task's report; None where there is none, or one of other settings, or a damaged one."""
-    return load_report(report_file(study, task), task.id)
+def read_report(study: Path, task: Task | TaskInfo) -> Report | None:
+    """Return the task's report; None if there is none, or one of another id, or a damaged one."""
+    return load_report(f"{study}/{task.folder}/{task.stage}.report.json", task.id)
 
 
 def load_report(file: Path | str, task_id: str) -> Report | None:
-    """As ``read_report``, from the file itself."""
+    """Return the report in ``file``; None under the same conditions as ``read_report``."""
     try:
         with open(file, "rb") as content:
             values = json.loads(content.read())
-        report = Report(**{f.name: values[f.name] for f in fields(Report) if f.name in values})
-    except (OSError, ValueError, TypeError):
+        report = Report(**{k: v for k, v in values.items() if k in _FIELDS})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     return report if report.id == task_id else None
 
 
-def write_report(study: Path, task: Placed, report: Report) -> None:
-    """Publish it.
+def write_report(study: Path, task: Task | TaskInfo, report: Report) -> None:
+    """Write the report in one piece.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: The folder cannot be written.
     """
     write_atomically(report_file(study, task), json.dumps(asdict(report), indent=1).encode())

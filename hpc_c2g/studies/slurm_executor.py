@@ -1,4 +1,4 @@
-"""``cluster=PROFILE``: a study's tasks as Slurm arrays, one per stage and shape, each waiting for those that it builds on."""
+"""``cluster=PROFILE``: a study's tasks as Slurm arrays, one per stage and shape, each waiting for those that it depends on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import shlex
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,52 +13,54 @@ from pathlib import Path
 from typing import Any
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.files import write_atomically
 from hpc_c2g.scheduling.batch_script import Shape, check_folder, python_command, sbatch_text, submitit_parameters
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import NoAnswerError, Queue
+from hpc_c2g.scheduling.sbatch import check_script, first_error
 from hpc_c2g.studies.attempt import Attempt
 from hpc_c2g.studies.epilog import STOPPED, finalize_attempt
 from hpc_c2g.studies.launcher import Launcher
-from hpc_c2g.studies.submissions import FOLDER, Submission, read_submission
-from hpc_c2g.studies.tasks import Task
-from hpc_c2g.studies.view import ACTIVE, View
+from hpc_c2g.studies.reports import read_report
+from hpc_c2g.studies.submissions import Submission, read_submission
+from hpc_c2g.studies.task_status import ACTIVE, TaskStatus
+from hpc_c2g.studies.tasks import Task, TaskInfo
 
-JOB = "job"
-"""File in a submission's folder: the number of its job."""
-FOUND_WITHIN = 5.0
-"""Seconds after which a job that its launcher was killed over cannot come up any more: sbatch has long ended."""
+RECOVERY_SECONDS = 5.0
+"""Seconds after which the job of a killed launcher cannot appear any more: its sbatch has ended long ago."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Tasks of one stage and shape, at most as many as an array may have."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task | TaskInfo, ...]
 
     @property
     def shape(self) -> Shape:
-        """Of each task's job."""
+        """Shape of each task's job."""
         return Shape(self.tasks[0].nodes, self.tasks[0].tasks_per_node)
 
 
-def batches(tasks: Sequence[Task], longest: int) -> list[Batch]:
-    """Arrays of neighbors in ``tasks`` that have stage and shape in common."""
+def split_batches(tasks: Sequence[Task | TaskInfo], max_array: int) -> list[Batch]:
+    """Return arrays of neighbors in ``tasks`` that have stage and shape in common."""
     grouped = itertools.groupby(tasks, key=lambda t: (t.stage, t.nodes, t.tasks_per_node))
     found = []
     for _, group in grouped:
         members = list(group)
-        found += [Batch(tuple(members[i : i + longest])) for i in range(0, len(members), longest)]
+        found += [Batch(tuple(members[i : i + max_array])) for i in range(0, len(members), max_array)]
     return found
 
 
-def in_order(tasks: Sequence[Task], stages: Sequence[str]) -> list[Task]:
-    """By stage, then by shape."""
+def sort_tasks(tasks: Sequence[Task | TaskInfo], stages: Sequence[str]) -> list[Task | TaskInfo]:
+    """Return the tasks by stage, then by shape."""
     return sorted(tasks, key=lambda t: (stages.index(t.stage), t.nodes, t.tasks_per_node))
 
 
 def epilog_command(profile: SlurmProfile, study: Path, token: str, several: bool) -> str:
-    """What a job's shell calls, with the exit code, when the job's processes have ended; outside of the container, where Slurm is."""
+    """Return the command that a job's shell calls, with the exit code, after the job's processes have ended.
+
+    It runs outside of the container, where Slurm's commands are.
+    """
     python = python_command(replace(profile, container=[]))
     job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"' if several else '"$SLURM_JOB_ID"'
     index = '"$SLURM_ARRAY_TASK_ID"' if several else "0"
@@ -70,113 +70,106 @@ def epilog_command(profile: SlurmProfile, study: Path, token: str, several: bool
     )
 
 
-def script(profile: SlurmProfile, study: Path, submission: Submission, shape: Shape, after: Sequence[str]) -> str:
-    """The text that sbatch gets: a pure function of the profile and the submission."""
+def submission_script(
+    profile: SlurmProfile, study: Path, submission: Submission, shape: Shape, after: Sequence[str]
+) -> str:
+    """Return the text that sbatch receives: a pure function of the profile and the submission."""
     count = len(submission.elements)
     epilog = epilog_command(profile, study, submission.token, count > 1)
     return sbatch_text(profile, shape, submission.name, submission.folder(study), count, after, epilog)
 
 
 class SlurmExecutor:
-    """Hands tasks to Slurm.
+    """Submits a study's tasks to Slurm.
 
     Args:
-        launcher: of the study.
-        profile: of the cluster.
-        cluster: its name, for the ledger.
+        launcher: Launcher of the study.
+        profile: Profile of the cluster.
+        study_name: Name of the study, for the names of its jobs.
     """
 
-    def __init__(self, launcher: Launcher, profile: SlurmProfile, cluster: str, study_name: str) -> None:
+    def __init__(self, launcher: Launcher, profile: SlurmProfile, study_name: str) -> None:
         check_folder(launcher.study)
-        self.launcher, self.profile, self.cluster, self.name = launcher, profile, cluster, study_name
+        self.launcher, self.profile, self.name = launcher, profile, study_name
         self.queue = Queue()
 
     def recover(self) -> None:
-        """Find the jobs of submissions whose launcher was killed before it learned them, and forget those that never became one.
+        """Find the jobs of submissions whose launcher was killed before it recorded them; withdraw those that never became one.
 
         Raises:
             UserError: Slurm does not answer.
         """
-        ledger, study = self.launcher.ledger, self.launcher.study
-        for token, name in ledger.unknown_submissions():
-            try:
-                submission = read_submission(study, token)
-            except UserError:  # it was not even written
-                submission = Submission(token, name, "", ())
-            end = time.monotonic() + FOUND_WITHIN
+        journal, study = self.launcher.journal, self.launcher.study
+        for token, name in list(journal.pending.items()):
+            end = time.monotonic() + RECOVERY_SECONDS
             while not (found := self.queue.find(name)) and time.monotonic() < end:
                 time.sleep(0.5)
-            if found:
-                self._known(submission, found[0])
-            else:
-                ledger.withdraw(submission)
-        known = {row.submission for row in ledger.rows()}
-        for file in study.glob(f"{FOLDER}/*/{JOB}"):  # of a ledger that was built anew
-            if file.parent.name not in known:
-                try:
-                    submission = read_submission(study, file.parent.name)
-                    self.launcher.ledger.adopt(submission, self.cluster, file.read_text().strip())
-                except (UserError, OSError) as error:  # its runs' leases keep them from being made twice at once
-                    told = f"submission {file.parent.name} cannot be read, its job is not known: {error}"
-                    print(f"c2g: {told}", file=sys.stderr)
+            if not found:
+                journal.withdraw(token)
+                continue
+            with contextlib.suppress(UserError):  # without its folder the job fails, and its tasks are submitted again
+                self._write_pickles(read_submission(study, token), found[0])
+            journal.submit(token, found[0])
 
-    def views(self) -> list[View]:
-        """Where every task stands by Slurm's own word; what vanished from its queue without a word is settled.
+    def statuses(self) -> list[TaskStatus]:
+        """Return every task's status by Slurm's queue; the reports of tasks that vanished from it are completed first.
 
         Raises:
             UserError: Slurm does not answer.
         """
-        views = self.launcher.look(self.queue.ask())
-        lost = [v for v in views if v.state == "lost"]
+        statuses = self.launcher.statuses(self.queue.query())
+        lost = [s for s in statuses if s.state == "lost"]
         if not lost:
-            return views
-        outcomes = self.queue.outcome([v.row.job for v in lost if v.row.job])
-        for view in lost:
-            state = outcomes.get(view.row.job, ("UNKNOWN", 0))[0]
-            code = {"OUT_OF_MEMORY": 137, "FAILED": 1}.get(state, STOPPED[0])
-            if view.report:
-                task, report = self.launcher.tasks.get(view.row.id), view.report
-                if task:
-                    finalize_attempt(self.launcher.study, task, report.job, report.restart, code, view.row.allowed)
-        return self.launcher.look(self.queue.ask())
+            return statuses
+        outcomes = self.queue.outcome([s.job for s in lost if s.job])
+        for status in lost:
+            outcome = outcomes.get(status.job, ("UNKNOWN", 0))[0]
+            code = {"OUT_OF_MEMORY": 137, "FAILED": 1}.get(outcome, STOPPED[0])
+            report = read_report(self.launcher.study, status.task)
+            if report:
+                finalize_attempt(
+                    self.launcher.study, status.task, report.job, report.restart, code, status.max_failures
+                )
+        return self.launcher.statuses(self.queue.query())
 
-    def submit(self, wanted: Sequence[View], views: Sequence[View], stages: Sequence[str]) -> list[str]:
-        """Submit all that is wanted, or nothing; returns the jobs.
+    def submit(
+        self, runnable: Sequence[TaskStatus], statuses: Sequence[TaskStatus], stages: Sequence[str]
+    ) -> list[str]:
+        """Submit all runnable tasks, or none; return the job ids.
 
         Raises:
-            UserError: sbatch refuses or does not answer; what was submitted in this call is cancelled again.
+            UserError: sbatch refuses or does not answer; jobs of this call that were submitted are cancelled again.
         """
         launcher = self.launcher
-        tasks = in_order([launcher.tasks[v.row.id] for v in wanted], stages)
-        allowed = {v.row.id: v.row.allowed for v in wanted}
-        job_of = {v.row.id: v.row.job for v in views if v.state in ACTIVE and v.row.job}
+        limits = {s.task.id: s.max_failures for s in runnable}
+        job_of = {s.task.id: s.job for s in statuses if s.state in ACTIVE and s.job}
         planned = [
-            (Submission.of(self.name, batch.tasks, [allowed[t.id] for t in batch.tasks]), batch)
-            for batch in batches(tasks, self.profile.max_array)
+            (Submission.of(self.name, batch.tasks, [limits[t.id] for t in batch.tasks]), batch)
+            for batch in split_batches(sort_tasks([s.task for s in runnable], stages), self.profile.max_array)
         ]
-        self._trace(planned)
-        launcher.clear_marks(wanted)
-        made: list[tuple[Submission, str]] = []
+        self._check_scripts(planned)
+        launcher.clear_cancel_marks(runnable)
+        submitted: list[tuple[Submission, str]] = []
         try:
             for submission, batch in planned:
                 upstream = {job_of[u].partition("_")[0] for t in batch.tasks for u in t.upstream if job_of.get(u)}
                 job = self._submit(submission, batch, sorted(upstream, key=int))
-                made.append((submission, job))
+                submitted.append((submission, job))
                 job_of.update({e.id: job for e in submission.elements})
         except BaseException:
-            if made:
+            if submitted:
                 with contextlib.suppress(UserError):
-                    self.queue.cancel([job for _, job in made])
-                for submission, _ in made:
-                    launcher.ledger.withdraw(submission)
+                    self.queue.cancel([job for _, job in submitted])
+                for submission, _ in submitted:
+                    launcher.journal.withdraw(submission.token)
             raise
-        return [job for _, job in made]
+        return [job for _, job in submitted]
 
-    def _trace(self, planned: Sequence[tuple[Submission, Batch]]) -> None:
-        """Let sbatch check one script of each kind, so that nothing is half-submitted.
+    def _check_scripts(self, planned: Sequence[tuple[Submission, Batch]]) -> None:
+        """Let sbatch check one script of each kind, so that a refusal comes before the first submission.
 
         Raises:
-            UserError: it refuses.
+            UserError: sbatch refuses a script, or does not answer.
         """
         seen = set()
         for submission, batch in planned:
@@ -184,18 +177,19 @@ class SlurmExecutor:
             if kind in seen:
                 continue
             seen.add(kind)
-            text = script(self.profile, self.launcher.study, submission, batch.shape, [])
-            with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-                file.write(text)
-                file.flush()
-                _sbatch("--test-only", file.name)
+            answer = check_script(submission_script(self.profile, self.launcher.study, submission, batch.shape, []))
+            if answer.code is None:
+                raise UserError(answer.fault, "see `sinfo` and `c2g doctor`, or use cluster=local")
+            if answer.code:
+                raise UserError(
+                    f"sbatch refuses: {answer.fault}", "correct the profile (profile.FIELD=VALUE), see `sinfo`"
+                )
 
     def _submit(self, submission: Submission, batch: Batch, after: Sequence[str]) -> str:
         study, folder = self.launcher.study, submission.folder(self.launcher.study)
         submission.write(study)
-        self.launcher.ledger.intend(submission, self.cluster)
-        count = len(submission.elements)
-        epilog = epilog_command(self.profile, study, submission.token, count > 1)
+        self.launcher.journal.begin(submission)
+        epilog = epilog_command(self.profile, study, submission.token, len(submission.elements) > 1)
         try:
             job = through_submitit(
                 self.profile,
@@ -204,13 +198,14 @@ class SlurmExecutor:
                 [Attempt(str(study), e.spec) for e in submission.elements],
             )
         except UserError:
-            self.launcher.ledger.withdraw(submission)
+            self.launcher.journal.withdraw(submission.token)
             raise
-        self._known(submission, job)
+        self._write_pickles(submission, job)
+        self.launcher.journal.submit(submission.token, job)
         return job
 
-    def _known(self, submission: Submission, job: str) -> None:
-        """Note a submission's job, and see that its pickles are where submitit looks for them."""
+    def _write_pickles(self, submission: Submission, job: str) -> None:
+        """Write the pickles that submitit's jobs look for, where a killed launcher did not; the folder's files are the owner's alone."""
         study, folder = self.launcher.study, submission.folder(self.launcher.study)
         from submitit.core.utils import DelayedSubmission
 
@@ -219,17 +214,15 @@ class SlurmExecutor:
             pickle = folder / f"{job}{f'_{i}' if several else ''}_submitted.pkl"
             if not pickle.exists():
                 DelayedSubmission(Attempt(str(study), element.spec)).dump(pickle)
-        write_atomically(folder / JOB, job.encode())
         for file in folder.iterdir():
             with contextlib.suppress(OSError):
                 file.chmod(0o600)
-        self.launcher.ledger.submitted(submission, job)
 
 
 def through_submitit(
     profile: SlurmProfile, parameters: dict[str, Any], folder: Path, attempts: Sequence[Callable[[], None]]
 ) -> str:
-    """The job's number.
+    """Submit through submitit; return the job id.
 
     Raises:
         UserError: sbatch is missing or refuses.
@@ -238,52 +231,34 @@ def through_submitit(
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        # submitit's own count of time limits is none of ours: a study goes on until it is done
+        # submitit's own count of time limits does not apply: a study resumes until it is done
         executor = SlurmExecutor(folder, max_num_timeout=10**6, python=python_command(profile))
         executor.update_parameters(**parameters)
         jobs = executor.submit_array(list(attempts)) if len(attempts) > 1 else [executor.submit(attempts[0])]
     except (FailedJobError, FailedSubmissionError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"sbatch failed: {_last(str(error))}", "see `c2g doctor`; nothing was submitted") from error
+        raise UserError(
+            f"sbatch failed: {first_error(str(error))}", "see `c2g doctor`; nothing was submitted"
+        ) from error
     return str(jobs[0].job_id).partition("_")[0]
 
 
-def _sbatch(*arguments: str) -> None:
-    try:
-        done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError as error:
-        raise UserError("sbatch is not on this machine", "log in to the cluster, or use cluster=local") from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError("sbatch does not answer within 60 s", "see `sinfo` and `c2g doctor`") from error
-    if done.returncode:
-        raise UserError(
-            f"sbatch refuses: {_last(done.stderr or done.stdout)}",
-            "correct the profile (profile.FIELD=VALUE), see `sinfo`",
-        )
-
-
-def _last(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "error" in line.lower()]
-    return (told or lines or ["no word"])[0 if told else -1].removeprefix("sbatch: error: ")
-
-
-def watch(arrays: SlurmExecutor, stages: Sequence[str], only: str, seconds: float) -> Iterator[list[View]]:
-    """Submit, look every ``seconds``, submit again what was lost, until nothing is left that Slurm or we could do.
+def watch(executor: SlurmExecutor, stages: Sequence[str], only: str, seconds: float) -> Iterator[list[TaskStatus]]:
+    """Submit, check every ``seconds``, submit again what was lost, until nothing is left to run; yield every task's status.
 
     Raises:
         UserError: sbatch refuses. A Slurm that does not answer is waited for.
     """
     while True:
         try:
-            views = arrays.views()
-            wanted = arrays.launcher.wanted(views, only)
-            if wanted:
-                arrays.submit(wanted, views, stages)
-                views = arrays.views()
+            statuses = executor.statuses()
+            runnable = executor.launcher.runnable(statuses, only)
+            if runnable:
+                executor.submit(runnable, statuses, stages)
+                statuses = executor.statuses()
         except NoAnswerError:
             time.sleep(seconds)
             continue
-        yield views
-        if not any(v.state in ACTIVE for v in views) and not arrays.launcher.wanted(views, only):
+        yield statuses
+        if not any(s.state in ACTIVE for s in statuses) and not executor.launcher.runnable(statuses, only):
             return
         time.sleep(seconds)

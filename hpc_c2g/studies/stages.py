@@ -1,4 +1,4 @@
-"""What each stage does, on settings and folders alone. Imports of the science wait until they are needed: they take seconds."""
+"""Work of each stage, on settings and folders alone. A stage's imports, which take seconds, are made when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ from pathlib import Path
 from hpc_c2g.settings import from_plain
 from hpc_c2g.studies.tasks import Task
 
-OpCost = Callable[[Path, Task], None]
+StageFn = Callable[[Path, Task], None]
 """Called with the study's folder and the task; several processes at once where the task has several ranks."""
 
 
-def prepared(stage: str) -> OpCost:
-    """The stage's work, everything imported that it needs."""
-    return _PREPARE[stage]()
+def load_stage(stage: str) -> StageFn:
+    """Return the function that does the stage's work, with all its imports made; it logs as the task's settings say."""
+    from hpc_c2g.distributed.environment import detect
+    from hpc_c2g.logs import run_logging
+    from hpc_c2g.monitoring.config import LogConfig
+
+    work = _LOADERS[stage]()
+
+    def logged(study: Path, task: Task) -> None:
+        log = from_plain(LogConfig, task.config.get("log", {}))
+        with run_logging(log.level, detect().rank, study / task.folder if log.all_ranks else None):
+            work(study, task)
+
+    return logged
 
 
-def _classifier() -> OpCost:
-    from hpc_c2g.fitting.fit import FITS
-    from hpc_c2g.fitting.make import ClassifierConfig, make_classifier
+def _classifier() -> StageFn:
+    from hpc_c2g.fitting.config import FITS, ClassifierConfig
+    from hpc_c2g.fitting.make import make_classifier
     from hpc_c2g.fitting.progress import LogLines
 
     def work(study: Path, task: Task) -> None:
-        # whatever an attempt that was cut off left there is replaced
+        # replaces what a killed attempt left there
         values = {**task.config, "out": str(study / task.folder), "overwrite": True}
         config = from_plain(ClassifierConfig, values, {"fit": FITS})
         make_classifier(config, LogLines(config.fit, functools.partial(print, flush=True)))
@@ -32,7 +43,7 @@ def _classifier() -> OpCost:
     return work
 
 
-def _certify() -> OpCost:
+def _certify() -> StageFn:
     from hpc_c2g.data.config import DataConfig
     from hpc_c2g.fitting.certify import certify_bundle
 
@@ -43,7 +54,7 @@ def _certify() -> OpCost:
     return work
 
 
-def _train() -> OpCost:
+def _train() -> StageFn:
     from hpc_c2g.training.config.train import config_from
     from hpc_c2g.training.loop import train
 
@@ -55,8 +66,9 @@ def _train() -> OpCost:
     return work
 
 
-def _evaluate() -> OpCost:
-    from hpc_c2g.evaluation.evaluate import EvaluateConfig, evaluate
+def _evaluate() -> StageFn:
+    from hpc_c2g.evaluation.config import EvaluateConfig
+    from hpc_c2g.evaluation.evaluate import evaluate
 
     def work(study: Path, task: Task) -> None:
         config = from_plain(EvaluateConfig, {**task.config, "run_dir": str(study / task.folder)})
@@ -65,8 +77,9 @@ def _evaluate() -> OpCost:
     return work
 
 
-def _bound() -> OpCost:
-    from hpc_c2g.bound.sampling_error import BoundConfig, sampling_error
+def _bound() -> StageFn:
+    from hpc_c2g.bound.config import BoundConfig
+    from hpc_c2g.bound.sampling_error import sampling_error
 
     def work(study: Path, task: Task) -> None:
         sampling_error(from_plain(BoundConfig, {**task.config, "run_dir": str(study / task.folder)}))
@@ -74,7 +87,7 @@ def _bound() -> OpCost:
     return work
 
 
-_PREPARE: dict[str, Callable[[], OpCost]] = {
+_LOADERS: dict[str, Callable[[], StageFn]] = {
     "classifier": _classifier,
     "certify": _certify,
     "train": _train,

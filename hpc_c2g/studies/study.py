@@ -1,4 +1,4 @@
-"""A study's folder: ``study.yaml`` (what it is), ``ledger.sqlite`` (where it stands), and a folder per classifier and run."""
+"""A study's folder: ``study.yaml`` (its definition), ``journal.jsonl`` (its submissions), and a folder per classifier and run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
 from hpc_c2g.settings import from_plain, read_plain
 from hpc_c2g.studies.config import StudyConfig
-from hpc_c2g.studies.identity import code_version
-from hpc_c2g.studies.ledger import Ledger
-from hpc_c2g.studies.tasks import Task, find_specs, write_spec
+from hpc_c2g.studies.journal import open_journal
+from hpc_c2g.studies.results_version import RESULTS_VERSION
+from hpc_c2g.studies.tasks import Task, write_spec
 
 FILE = "study.yaml"
 
 
 @dataclass
 class StudyFile:
-    """What ``study.yaml`` holds.
+    """Content of ``study.yaml``.
 
     Attributes:
-        study: the study itself.
-        grids: overrides of the grid, one list per command that added runs.
-        cluster: where it was submitted last.
-        profile: settings laid over the cluster's profile.
-        parallel: tasks at once; None leaves it to the cluster.
-        retries: failures after which a task is tried again.
-        code: version of each stage's code that the runs' identities hold.
+        study: The study's definition.
+        grids: Overrides of the grid, one list per command that added runs.
+        cluster: Cluster of the last sweep.
+        profile: Overrides of the cluster's profile.
+        parallel: Number of tasks at once; None leaves it to the cluster.
+        retries: Number of failures after which a task is still tried again. It only grows.
+        results_versions: ``RESULTS_VERSION`` of each stage when the study began.
     """
 
     study: StudyConfig = field(default_factory=StudyConfig)
@@ -40,28 +40,46 @@ class StudyFile:
     profile: dict[str, Any] = field(default_factory=dict)
     parallel: int | None = None
     retries: int = 2
-    code: dict[str, str] = field(default_factory=dict)
+    results_versions: dict[str, int] = field(default_factory=dict)
 
 
 def read_study(folder: Path) -> StudyFile:
-    """What the study in ``folder`` is.
+    """Read the study's definition.
 
     Raises:
-        UserError: no study there, or its file is damaged.
+        UserError: The folder holds no study, or the file is damaged.
     """
     absent, restore = f"study_dir={folder} is no study", "restore it, or choose another study_dir"
-    return from_plain(StudyFile, read_plain(folder / FILE, absent, "begin one: `c2g sweep study=NAME`", restore))
+    values = read_plain(folder / FILE, absent, "begin one: `c2g sweep study=NAME`", restore)
+    values.pop("code", None)  # of studies from before results had versions: readable, but not resumable
+    return from_plain(StudyFile, values)
 
 
-def joined(folder: Path, new: StudyFile, extend: bool, accept_code: bool) -> StudyFile:
-    """``new`` as it goes on in ``folder``: with the grids that are there already.
+def check_results_versions(folder: Path, study: StudyFile) -> None:
+    """Refuse a study whose results this code would not reproduce.
 
     Raises:
-        UserError: another study is there, the grid is new and nobody asked to extend, or the code has changed.
+        UserError: A stage has another ``RESULTS_VERSION`` now.
     """
-    code = {stage: code_version(stage) for stage in new.study.stages}
+    for stage in study.study.stages:
+        there, now = study.results_versions.get(stage), RESULTS_VERSION[stage]
+        if there != now:
+            was = "no version (it is older than versions)" if there is None else f"version {there}"
+            raise UserError(
+                f"study_dir={folder} has results of {stage} of {was}, this code makes version {now}:"
+                " its runs would not be comparable",
+                "choose another study_dir for a new sweep, or finish this one with the hpc_c2g that began it",
+            )
+
+
+def join_study(folder: Path, new: StudyFile, extend: bool) -> StudyFile:
+    """Return ``new`` as it resumes in ``folder``: with the grids that the study has already.
+
+    Raises:
+        UserError: The folder holds another study, the grid is new without ``extend``, or a stage's results have another version.
+    """
     if not (folder / FILE).exists():
-        return replace(new, code=code)
+        return replace(new, results_versions={stage: RESULTS_VERSION[stage] for stage in new.study.stages})
     old = read_study(folder)
     if asdict(old.study) != asdict(new.study):
         key = next(k for k, v in asdict(new.study).items() if asdict(old.study)[k] != v)
@@ -69,42 +87,28 @@ def joined(folder: Path, new: StudyFile, extend: bool, accept_code: bool) -> Stu
             f"study_dir={folder} holds another study: {key} is {getattr(old.study, key)} there, {getattr(new.study, key)} now",
             "choose another study_dir",
         )
-    changed = [stage for stage, version in code.items() if old.code.get(stage) != version]
-    if changed and not accept_code:
-        raise UserError(
-            f"the code of {', '.join(changed)} has changed since study_dir={folder} began:"
-            " its runs would no longer be comparable",
-            "use the code of then, choose another study_dir, or go on all the same with accept_code=true",
-        )
+    check_results_versions(folder, old)
     grids = [*old.grids, *(g for g in new.grids if g not in old.grids)]
     if len(grids) > len(old.grids) and not extend:
         raise UserError(
             f"study_dir={folder} has the grid {_summary(old.grids[-1])}, not {_summary(new.grids[0])}",
             "add these runs with --extend, or choose another study_dir",
         )
-    return replace(new, grids=grids, code=old.code)
+    retries = max(old.retries, new.retries)  # a task that may be tried again is not given up by a later command
+    return replace(new, grids=grids, retries=retries, results_versions=old.results_versions)
 
 
 def _summary(grid: Sequence[str]) -> str:
     return " ".join(grid) or "of its settings alone"
 
 
-def save_study(folder: Path, study: StudyFile, tasks: Mapping[str, Task]) -> Ledger:
-    """Write ``study.yaml``, every task's description and the ledger; the caller holds the study's lease.
+def save_study(folder: Path, study: StudyFile, tasks: Mapping[str, Task]) -> None:
+    """Write ``study.yaml``, every task's description and the journal's list of tasks; the caller holds the study's lease.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: A file cannot be written.
     """
     write_atomically(folder / FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(study))).encode())
     for task in tasks.values():
         write_spec(folder, task)
-    ledger = Ledger(folder, write=True)
-    ledger.add(tasks.values(), study.retries)
-    return ledger
-
-
-def rebuilt(folder: Path, retries: int) -> Ledger:
-    """The ledger of the folders alone, where its file was lost; reports are taken over at the next look."""
-    ledger = Ledger(folder, write=True)
-    ledger.add(find_specs(folder), retries)
-    return ledger
+    open_journal(folder).plan(task.info for task in tasks.values())

@@ -1,4 +1,4 @@
-"""Submissions: arrays of tasks that were handed to a scheduler together, each with a folder for its scripts and logs."""
+"""Submissions: arrays of tasks that a scheduler receives together, each with a folder for its scripts and logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, write_atomically
-from hpc_c2g.studies.tasks import Task, spec_name
+from hpc_c2g.studies.tasks import Task, TaskInfo, spec_name
 
 FOLDER = "submissions"
 MANIFEST = "submission.json"
@@ -19,29 +19,29 @@ MANIFEST = "submission.json"
 
 @dataclass(frozen=True)
 class Element:
-    """One task of a submission.
+    """One task of a submission, as its job needs it.
 
     Attributes:
-        id: of the task.
-        spec: its description, below the study's folder.
-        failures: how often it may have failed, all attempts counted, before it is given up.
+        id: Id of the task.
+        spec: Path of its description, relative to the study's folder.
+        max_failures: Number of failures, all attempts counted, after which the job no longer requeues itself.
     """
 
     id: str
     spec: str
-    failures: int
+    max_failures: int
 
 
 @dataclass(frozen=True)
 class Submission:
-    """An array.
+    """A job array, or one job.
 
     Attributes:
-        token: its own name, unique for ever: also the scheduler knows it by it, so that a launcher that was killed before it learned
-            the job's number finds the job again.
-        name: of the job: study, stage and token.
-        stage: of all its tasks.
-        elements: in the order of the array.
+        token: Unique name. The job's name contains it, so that a launcher that was killed before it recorded the job's id finds
+            the job again.
+        name: Name of the job: study, stage and token.
+        stage: Stage of all its tasks.
+        elements: Tasks, in the order of the array.
     """
 
     token: str
@@ -51,22 +51,22 @@ class Submission:
 
     @classmethod
     def of(
-        cls, study_name: str, tasks: Sequence[Task], failures: Sequence[int], token: str | None = None
+        cls, study_name: str, tasks: Sequence[Task | TaskInfo], max_failures: Sequence[int], token: str | None = None
     ) -> Submission:
-        """A new one; ``failures`` per task as in ``Element``."""
+        """Return a new submission; ``max_failures`` per task as in ``Element``."""
         token, stage = token or uuid.uuid4().hex[:12], tasks[0].stage
-        elements = [Element(t.id, spec_name(t), allowed) for t, allowed in zip(tasks, failures, strict=True)]
+        elements = [Element(t.id, spec_name(t), limit) for t, limit in zip(tasks, max_failures, strict=True)]
         return cls(token, f"c2g-{study_name}-{stage}-{token}", stage, tuple(elements))
 
     def folder(self, study: Path) -> Path:
-        """Of its scripts and logs."""
+        """Return the folder of its scripts and logs."""
         return study / FOLDER / self.token
 
     def write(self, study: Path) -> None:
-        """Make the folder, for the owner's eyes alone, and describe the submission there.
+        """Create the folder, readable by the owner alone, and describe the submission there.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The folder cannot be written.
         """
         folder = self.folder(study)
         try:
@@ -78,10 +78,10 @@ class Submission:
 
 
 def read_submission(study: Path, token: str) -> Submission:
-    """A submission from its folder.
+    """Read a submission from its folder.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: The file does not exist, or is damaged.
     """
     file = study / FOLDER / token / MANIFEST
     try:
@@ -89,4 +89,6 @@ def read_submission(study: Path, token: str) -> Submission:
         elements = tuple(Element(**e) for e in values["elements"])
         return Submission(values["token"], values["name"], values["stage"], elements)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} describes no submission: {error}", "run the `c2g sweep` of the study again") from error
+        raise UserError(
+            f"{file} does not describe a submission: {error}", "run the study's `c2g sweep` again"
+        ) from error

@@ -7,10 +7,11 @@ import copy
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
-import warnings
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, sync_folder
 from hpc_c2g.training.config.train import CheckpointConfig
 
+logger = logging.getLogger(__name__)
 STATE, META = "state.pt", "meta.json"
 
 
@@ -100,6 +102,7 @@ class Checkpoints:
             done.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
+        began = time.perf_counter()
         target = self._target(step)
         temporary = self.folder / f".{target.name}.{os.getpid()}.tmp"
         buffer = io.BytesIO()
@@ -121,6 +124,8 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise cannot_write(target, error) from error
+        seconds = time.perf_counter() - began
+        logger.info("checkpoint written: %s, %d bytes in %.2f s", target, len(blob), seconds, extra={"step": step})
         self._remove(_aside(target))
         # a later one was passed over as damaged: counted, it would crowd out the one just written
         for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
@@ -162,9 +167,7 @@ class Checkpoints:
                 return self.at(step)
             except Exception as error:  # damage shows in many ways
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(
-                    f"checkpoint {self._path(step)} is damaged ({reason}); trying the one before", stacklevel=2
-                )
+                logger.warning("checkpoint %s is damaged (%s); trying the one before", self._path(step), reason)
         if steps:
             raise UserError(f"every checkpoint in {self.folder} is damaged", "train again in another run_dir")
         return None

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_c2g.errors import UserError
+from hpc_c2g.monitoring.config import AlarmConfig
 from hpc_c2g.monitoring.sample_metrics import sample_metrics
 from hpc_c2g.monitoring.signatures import BY_NAME, GRACE, WINDOW, judged, levels
-from hpc_c2g.training.config.train import AlarmConfig
 from hpc_c2g.training.step.sample_stats import SampleStats
 
 

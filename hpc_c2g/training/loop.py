@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
+from hpc_c2g.monitoring.profiler import StepProfiler
 from hpc_c2g.monitoring.run_log import RunLog, due
 from hpc_c2g.training.checkpoints import Checkpoint, Checkpoints
 from hpc_c2g.training.config.train import TrainConfig
@@ -23,10 +26,12 @@ from hpc_c2g.training.failure_monitor import FailureMonitor, sample_scalars, sto
 from hpc_c2g.training.pilot import pilot_alphas
 from hpc_c2g.training.preemption import Preempted, PreemptionFlag
 from hpc_c2g.training.run_directory import RunDirectory
-from hpc_c2g.training.run_summary import hyperparameters, run_summary
+from hpc_c2g.training.run_summary import hyperparameters, run_summary, start_message
 from hpc_c2g.training.step.bundles import class_counts, load_bundles
 from hpc_c2g.training.step.phases import shares
 from hpc_c2g.training.trainer import Trainer, TrainerSetup, build_mesh
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
     if resumed >= config.steps:
         return RunResult(run_dir, 0)
 
+    profiler = StepProfiler(config.profiler, run_dir, world.rank, world.size, world.device)
+
     def asked_to_stop() -> str | None:
         return world.any_rank(preemption.signal_name)  # read once: a signal may come at any moment, to any rank
 
@@ -91,6 +98,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
     before = checkpoint.state["layout"] if checkpoint else {}
     same = all(before.get(name) == value for name, value in layout.items())
     setup = TrainerSetup.create(config, bundles, mesh, before.get("micro_batch") if same else None)
+    logger.info(start_message(setup))
     trainer = _started(setup, checkpoint, boundary)
     monitor = FailureMonitor(config.alarms, config.steps, checkpoint.state.get("watch") if checkpoint else None)
     del checkpoint  # of the size of the generator and its moments
@@ -101,13 +109,15 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
         return {**trainer.state_dict(), **own}
 
     classes = class_counts(bundles)
-    with contextlib.ExitStack() as open_files, checkpoints:
+    with contextlib.ExitStack() as open_files, checkpoints, profiler:
         log = open_files.enter_context(_log(config, resumed, setup)) if world.is_rank0 else None
         phases, monitor_state = trainer.step.phases, monitor.state
-        phases.start()
+        began = time.perf_counter()
         for step in range(resumed + 1, config.steps + 1):
+            profiler.before_step(step)
             watched = due(step, config.log.every, config.steps)
             result = trainer.step(step, watched, monitor_state.lr_scale)
+            phases.enter("log")
             scalars = result.scalars
             if watched:
                 scalars = {**scalars, **shares(phases.take(), world)}
@@ -122,7 +132,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
                 )
             if due(step, config.log.images_every, config.steps):
                 _draw(trainer, log, step, config)
-            phases.mark("log")
+            phases.enter("checkpoint")
             failing = watched and monitor_state.firing and config.alarms.policy == "stop"
             stop = asked_to_stop()
             if checkpoints.due(step, config.steps) or stop or failing:
@@ -130,12 +140,14 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
                 world.broadcast_from_rank0(
                     functools.partial(publish, step, state())
                 )  # every rank has its part in the state
-            phases.mark("checkpoint")
+            phases.stop()
             if failing:
                 raise stop_error(step, monitor_state)
             if stop and step < config.steps:
                 raise Preempted(stop, step)
         world.broadcast_from_rank0(checkpoints.finish)
+    seconds = time.perf_counter() - began
+    logger.info("finished: %d steps in %.1f s", config.steps - resumed, seconds, extra={"step": config.steps})
     return RunResult(run_dir, config.steps - resumed)
 
 
@@ -143,18 +155,24 @@ def _started(setup: TrainerSetup, checkpoint: Checkpoint | None, boundary: Calla
     """The trainer at the checkpoint, or at the beginning."""
     if checkpoint is None:
         solutions = setup.config.solutions  # of one classifier start at one alpha
+        began = time.perf_counter()
         alphas = pilot_alphas(setup.bundles[::solutions], setup.config, setup.world, boundary)
+        if setup.config.alpha.init is None:
+            seconds = time.perf_counter() - began
+            values = ", ".join(f"{alpha:.4f}" for alpha in alphas)
+            logger.info("pilot: alpha starts at %s (%d steps, %.1f s)", values, setup.config.alpha.pilot_steps, seconds)
         return setup.build([alpha for alpha in alphas for _ in range(solutions)])
     trainer = setup.build([0.0] * len(setup.bundles))
     trainer.load_state_dict(checkpoint.state)
+    logger.info("resuming after step %d from %s", checkpoint.step, checkpoint.path)
     return trainer
 
 
 def _log(config: TrainConfig, resumed: int, setup: TrainerSetup) -> RunLog:
     log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
     log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes)
-    for advice in setup.advice() if config.log.progress and not resumed else ():
-        log.say(advice)
+    for advice in setup.advice() if not resumed else ():
+        logger.warning(advice)
     return log
 
 

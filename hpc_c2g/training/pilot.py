@@ -16,8 +16,8 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import FreeImagesConfig
-from hpc_c2g.generators.latents import LatentConfig, LatentSampler
+from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig
+from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.training.config.objective import PriorConfig
 from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "distributed.hierarchical",
     "distributed.bucket_mib",
     "log",
+    "profiler",
     "checkpoint",
 )
 EASING = "lower_lr"
@@ -113,7 +114,7 @@ class RunDirectory:
 def _free_to_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
     policies = [values.get("alarms", {}).get("policy") for values in (old, new)]
     if EASING in policies:
-        return tuple(name for name in FREE_TO_CHANGE if name != "log")
+        return (*(name for name in FREE_TO_CHANGE if name != "log"), "log.progress", "log.level", "log.all_ranks")
     return (*FREE_TO_CHANGE, "alarms")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from hpc_c2g.distributed.environment import recorded
@@ -18,7 +19,9 @@ from hpc_c2g.training.trainer import TrainerSetup
 
 PLAN = "plan.json"
 """In the run's folder, where ``c2g plan ... out=`` wrote one."""
-PLACES = ("classifier", "run_dir", "log.progress")
+PLACES = (
+    "classifier", "run_dir", "log.progress", "log.level", "log.all_ranks", "profiler.steps", "profiler.ranks", "profiler.memory"
+)  # fmt: skip
 """Settings that say nothing about a run."""
 
 
@@ -32,6 +35,21 @@ def run_summary(setup: TrainerSetup) -> dict[str, str]:
         "4 plan": _plan(Path(config.run_dir) / PLAN),
         "5 environment": as_table(recorded(), ("variable", "value")),
     }
+
+
+def start_message(setup: TrainerSetup) -> str:
+    """One line for the log: who trains, on what, and how much is communicated per step."""
+    config, world = setup.config, setup.world
+    backend = torch.distributed.get_backend() if world.size > 1 else "no process group"
+    numbers = sum(p.numel() for bundle in setup.bundles for p in bundle.parameters.values())
+    size = getattr(torch, config.distributed.comm_dtype).itemsize
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    micro_batch = setup.micro_batch or "the whole share"
+    return (
+        f"starting: {config.steps} steps on {processes} ({world.launch.launcher}, {backend}), device {world.device},"
+        f" dtype {config.dtype}, generator {config.generator.name}, global batch {config.global_batch},"
+        f" micro-batch {micro_batch}, G {numbers * size} bytes"
+    )
 
 
 def _layout(setup: TrainerSetup) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,7 +11,9 @@ from typing import get_type_hints
 from hpc_c2g.errors import UserError
 
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
-HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", *WITH_VALUE)
+INFORMATION = ("--resolve", *WITH_VALUE)
+"""Flags of Hydra that print the composed configuration."""
+HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", *INFORMATION)
 
 
 def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = ()) -> list[str]:
@@ -54,6 +57,28 @@ def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = 
         several = types[name] == list[str]
         result.append(f"{name}=[{','.join(map(quoted, values))}]" if several else f"{name}={quoted(values[0])}")
     return result + hydra  # argparse, which Hydra reads with, refuses overrides that flags split
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and the names of Hydra's flags without their values."""
+    words: list[str] = []
+    flags: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        flags.append(word.partition("=")[0])
+        if word in WITH_VALUE and rest:
+            rest.pop(0)
+    return words, flags
+
+
+def home_expanded(word: str) -> str:
+    """An override with ``~`` as the home folder at the beginning of its value and of each entry of a list, as no shell expands it there."""
+    home = os.path.expanduser("~")
+    return re.sub(r"(?<=[=\[,])(?P<mark>[\"']?)~(?=/)", lambda m: m["mark"] + home, word)
 
 
 def quoted(value: str) -> str:

@@ -9,13 +9,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
@@ -25,6 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 import hpc_c2g
 from hpc_c2g.errors import UserError
 from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
+from launch._compose.arguments import INFORMATION, home_expanded, split_flags
 
 T = TypeVar("T")
 EXIT_USER_ERROR = 2
@@ -54,16 +54,27 @@ def run_verb(
         overrides: of the fields; None takes the command line's.
     """
     register(verb, schema, groups or {})
-    sys.argv = [f"c2g {verb}", *(sys.argv[1:] if overrides is None else overrides)]
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing a user can mend
-    with user_errors(verb):
-        _check_overrides(verb, sys.argv[1:])
+    argv = [home_expanded(word) for word in (sys.argv[1:] if overrides is None else overrides)]
+    sys.argv = [f"c2g {verb}", *argv]
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing that a user can fix
+    words, flags = split_flags(argv)
 
-    def task(config: DictConfig) -> None:
+    def run(config: DictConfig) -> None:
         with user_errors(verb):
-            main(typed(config, schema))
+            main(typed(config, schema))  # imports torch: late, so that a mistake is reported at once
 
-    hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(task)()
+    with user_errors(verb):
+        if {"--help", "-h"} & set(flags):
+            checked(verb, words, schema)
+            from launch._compose.help import help_text  # depends on this module
+
+            print(help_text(verb, words))
+            return
+        config = None if set(flags) - set(INFORMATION) else checked(verb, words, schema)
+    if config is not None and not flags:
+        run(config)
+    else:
+        hydra.main(version_base=None, config_path=str(config_folder()), config_name=verb)(run)()
 
 
 @contextlib.contextmanager
@@ -77,6 +88,9 @@ def user_errors(verb: str) -> Iterator[None]:
     except Preempted as stop:
         print(f"c2g {verb}: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT if stop.signal_name == "SIGINT" else EXIT_PREEMPTED)
+    except KeyboardInterrupt:
+        print(f"c2g {verb}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
@@ -121,21 +135,21 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
         GlobalHydra.instance().clear()
 
 
-def _check_overrides(verb: str, argv: list[str]) -> None:
-    """Compose once before Hydra does, to turn its several lines into one that says how to mend it."""
-    args = get_args_parser().parse_args(argv)
-    if args.multirun or args.help or args.hydra_help or args.config_dir or args.config_path or args.config_name:
-        return
-    plain = OmegaConf.to_container(composed(verb, []))
-    assert isinstance(plain, dict)
-    known = list(keys(plain))
-    chosen = [override.partition("=")[0] for override in args.overrides]
-    for group in {name.partition(".")[0] for name in chosen if "." in name} - set(chosen):
-        if group in plain and plain[group] is None:
+def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
+    """The composed configuration.
+
+    Raises:
+        UserError: an unknown field or choice, or a value of the wrong type: Hydra's several lines as one that names the fix.
+    """
+    chosen = {override.partition("=")[0] for override in overrides}
+    optional = {f.name for f in fields(schema) if f.default is None}
+    for group in sorted({name.partition(".")[0] for name in chosen if "." in name} - chosen):
+        if group in optional and (config_folder() / group).is_dir():
             raise UserError(f"a field of {group} is set, but no {group} is chosen", f"add {group}=NAME")
     try:
-        composed(verb, args.overrides)
+        return composed(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
+        known = list(keys(OmegaConf.to_container(composed(verb, []))))
         raise readable(error, known) from error
 
 

@@ -1,4 +1,4 @@
-"""Where a study runs: ``cluster=`` and ``profile.FIELD=`` of the command line."""
+"""Place where a study runs: ``cluster=`` and ``profile.FIELD=`` of the command line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LOCAL, DEBUG = "local", "debug"
 
 @dataclass
 class Where:
-    """Where a study runs.
+    """Place where a study runs.
 
     Attributes:
-        name: ``local``, ``debug``, a name of slurm/profiles, or a profile's file; ``cluster=NAME`` on the command line.
-        profile: settings laid over the profile; ``profile.FIELD=VALUE`` on the command line.
+        name: ``local``, ``debug``, a name in slurm/profiles, or a profile's file; ``cluster=NAME`` on the command line.
+        profile: Overrides of the profile's fields; ``profile.FIELD=VALUE`` on the command line.
     """
 
     name: str = LOCAL
@@ -25,10 +25,10 @@ class Where:
 
 
 def profile_of(where: Where, **over: object) -> SlurmProfile | None:
-    """The profile with its changes and ``over``; None on this machine.
+    """Return the profile with its overrides and ``over``; None on this machine.
 
     Raises:
-        UserError: no such profile or field, a value that is not possible, or changes where there is no profile.
+        UserError: The profile or a field does not exist, a value is not possible, or this machine has no profile to override.
     """
     if where.name in (LOCAL, DEBUG):
         if where.profile:

@@ -1,4 +1,4 @@
-"""A study's grid, expanded by Hydra's own parser and composed into tasks: all that will be done, checked before anything starts."""
+"""A study's grid, expanded by Hydra's own parser and composed into tasks, all of them checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -16,26 +16,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpc_c2g.bound.sampling_error import BoundConfig
 from hpc_c2g.errors import UserError, require
-from hpc_c2g.evaluation.evaluate import EvaluateConfig
-from hpc_c2g.fitting.make import ClassifierConfig
-from hpc_c2g.generators.config import GENERATORS
 from hpc_c2g.studies.config import STAGES, StudyConfig, Variant
-from hpc_c2g.studies.identity import run_id
+from hpc_c2g.studies.identity import task_id
+from hpc_c2g.studies.results_version import RESULTS_VERSION
 from hpc_c2g.studies.tasks import FOLDERS, Task
-from hpc_c2g.training.config.train import TrainConfig
 from launch._compose.cli import composed, config_folder, keys, readable, register, typed
-from launch.certify import CertifyConfig
-from launch.classifier import DATA, GROUPS
+from launch._compose.groups import SCHEMAS
 
-SCHEMAS: dict[str, tuple[type, dict[str, dict[str, type]]]] = {
-    "classifier": (ClassifierConfig, GROUPS),
-    "certify": (CertifyConfig, DATA),
-    "train": (TrainConfig, {"generator": {**GENERATORS}}),
-    "evaluate": (EvaluateConfig, DATA),
-    "bound": (BoundConfig, {}),
-}
 PATHS = {
     "classifier": ("out", "overwrite"),
     "certify": ("classifier",),
@@ -43,23 +31,23 @@ PATHS = {
     "evaluate": ("run_dir",),
     "bound": ("run_dir",),
 }
-"""Settings that the study gives itself."""
+"""Settings of each stage that the study sets itself."""
 OWN = ("variant", "nodes", "tasks_per_node")
 """Fields of the grid that belong to the study, not to a stage."""
 GIVEN = {"train": ["log.progress=false"]}
 FOLLOWED = {"certify": "data", "evaluate": "data"}
-"""Groups that follow from the classifier: a grid's field goes to it alone."""
+"""Groups that a stage takes from the classifier's record; a field of the grid applies to the classifier alone."""
 
 
 Point = dict[str, str]
-"""A point of the grid: values, as Hydra writes them, by field."""
+"""Values of one point of the grid by field, as Hydra writes them."""
 
 
 def expand(grid: Sequence[str], limit: int | None = None) -> list[Point]:
-    """All points of a grid such as ``["global_batch=256,1024", "seed=range(3)"]``.
+    """Return all points of a grid such as ``["global_batch=256,1024", "seed=range(3)"]``.
 
     Raises:
-        UserError: it cannot be read, is empty, names a field twice, or has more than ``limit`` points.
+        UserError: The grid cannot be read, is empty, names a field twice, or has more than ``limit`` points.
     """
     axes: dict[str, list[str]] = {}
     for override in _parsed(grid):
@@ -74,8 +62,8 @@ def expand(grid: Sequence[str], limit: int | None = None) -> list[Point]:
     for values in axes.values():
         size *= len(values)
     if limit is not None and size > limit:
-        told = " x ".join(f"{len(v)} {k}" for k, v in axes.items() if len(v) > 1)
-        raise UserError(f"the grid has {size} points ({told}), more than limit={limit}", "if that is meant, add --yes")
+        sizes = " x ".join(f"{len(v)} {k}" for k, v in axes.items() if len(v) > 1)
+        raise UserError(f"the grid has {size} points ({sizes}), more than limit={limit}", "if that is meant, add --yes")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -104,12 +92,12 @@ def _values(override: Override) -> list[str]:
 
 
 def grid_of(study: StudyConfig, overrides: Sequence[str], before: Sequence[str] = ()) -> list[str]:
-    """The study's own grid with what the command line puts in its place; all variants where none is chosen.
+    """Return the study's own grid with the command line's overrides; all variants unless some are chosen.
 
     Args:
-        study: with its grid.
-        overrides: of the command line.
-        before: a grid that stands for the study's own, where it is extended.
+        study: Definition of the study, with its grid.
+        overrides: Overrides of the command line.
+        before: Grid that replaces the study's own when it is extended.
     """
     own = {key: f"{key}={_written(value)}" for key, value in study.grid.items()}
     for override in _parsed([*before, *overrides]):
@@ -120,28 +108,27 @@ def grid_of(study: StudyConfig, overrides: Sequence[str], before: Sequence[str] 
 
 
 def _written(value: Any) -> str:
-    """A value of the study's file in Hydra's syntax: a list there is one value, a sweep is text."""
+    """Return a value of the study's file in Hydra's syntax: a list there is one value, a sweep is text."""
     if isinstance(value, str):
         return value
     return json.dumps(value).replace('"', "")
 
 
-def plan(study: StudyConfig, points: Sequence[Point], code: Mapping[str, str]) -> dict[str, Task]:
-    """All tasks by id, in the order of stages and points; a task that several points need is there once.
+def plan(study: StudyConfig, points: Sequence[Point]) -> dict[str, Task]:
+    """Return all tasks by id, in the order of stages and points; a task that several points need exists once.
 
     Args:
-        study: what the points share.
-        points: of the grid.
-        code: version of each stage's code.
+        study: Settings that the points share.
+        points: Points of the grid.
 
     Raises:
-        UserError: a field that no stage has, a value that a stage refuses, or results that would lie in one place.
+        UserError: A field that no stage has, a value that a stage refuses, or two results that would share a folder.
     """
     varying = _varying(points)
     found: dict[str, Task] = {}
     places: dict[tuple[str, str], str] = {}
     for point in points:
-        for task in _tasks(study, point, code):
+        for task in _tasks(study, point):
             label = {k: v for k, v in point.items() if k in varying}
             before = found.get(task.id)
             points_of = (*(before.points if before else ()), label)
@@ -156,16 +143,16 @@ def plan(study: StudyConfig, points: Sequence[Point], code: Mapping[str, str]) -
 
 
 def _varying(points: Sequence[Point]) -> set[str]:
-    """Fields that have several values, all of them where there is one point."""
+    """Return the fields that have several values; all fields if there is one point."""
     keys = {k for p in points for k in p}
     return {k for k in keys if len({p.get(k) for p in points}) > 1} or keys
 
 
-def _tasks(study: StudyConfig, point: Point, code: Mapping[str, str]) -> list[Task]:
+def _tasks(study: StudyConfig, point: Point) -> list[Task]:
     own = {k: v for k, v in point.items() if k in OWN}
     variant = _variant(study, own.get("variant"))
     share: dict[str, list[str]] = {stage: [] for stage in study.stages}
-    # a field of one stage goes before the same field of all
+    # a field of one stage overrides the same field of all stages
     for key, value in sorted(point.items(), key=lambda item: item[0].partition(".")[0] in study.stages):
         if key not in OWN:
             for stage, field in routes(key, tuple(study.stages)):
@@ -183,10 +170,11 @@ def _tasks(study: StudyConfig, point: Point, code: Mapping[str, str]) -> list[Ta
         shape: tuple[int, int] = (1, 1),
     ) -> Task:
         ids, config = [t.id for t in upstream], resolved(stage, overrides)
-        name = run_id(stage, config, ids, shape, code[stage])
+        version = RESULTS_VERSION[stage]
+        name = task_id(stage, config, ids, shape, version)
         folder = inside or f"{FOLDERS[stage]}/{name}"
         inputs = tuple(t.folder for t in upstream)
-        return Task(name, stage, folder, config, tuple(ids), inputs, (), *shape, code[stage], overrides)
+        return Task(name, stage, folder, config, tuple(ids), inputs, (), *shape, version, overrides)
 
     made: list[Task] = []
     fitted = [task("classifier", settings("classifier", *more)) for more in variant.classifiers or [[]]]
@@ -224,20 +212,20 @@ def _count(own: Mapping[str, str], name: str, default: int) -> int:
 
 @cache
 def routes(key: str, stages: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """(stage, field) of every stage that a field of the grid goes to: the named one, or all that have it.
+    """Return (stage, field) for every stage that a field of the grid applies to: the named one, or all that have it.
 
     Raises:
-        UserError: no stage has it, or the study gives it itself.
+        UserError: No stage has it, or the study sets it itself.
     """
     bare = key.lstrip("+")
     named, _, field = bare.partition(".")
     plus = key[: len(key) - len(bare)]
     if named in stages and field:
         if field.partition(".")[0] in PATHS[named]:
-            raise UserError(f"{key} is given by the study itself", f"drop {key}")
+            raise UserError(f"{key} is set by the study itself", f"drop {key}")
         return ((named, plus + field),)
     if any(bare.partition(".")[0] in PATHS[stage] for stage in stages):
-        raise UserError(f"{key} is given by the study itself", f"drop {key}")
+        raise UserError(f"{key} is set by the study itself", f"drop {key}")
     top = bare.partition("/")[0].partition(".")[0]
     having = [s for s in stages if FOLLOWED.get(s) != top and (bare in _fields(s) or (plus and top in _fields(s)))]
     # a field of a chosen group, such as fit.epochs, is not among those of the default choice
@@ -269,7 +257,7 @@ def _groups(stage: str) -> frozenset[str]:
 
 @cache
 def _resolved(stage: str, overrides: tuple[str, ...]) -> str:
-    """The stage's settings without the study's own paths, checked, as JSON."""
+    """Return the stage's settings without the study's own paths, checked, as JSON."""
     groups: list[Override] = []
     plain: list[Override] = []
     for override in _parsed(overrides):
@@ -281,26 +269,26 @@ def _resolved(stage: str, overrides: tuple[str, ...]) -> str:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         values = asdict(typed(config, SCHEMAS[stage][0]))
     except (HydraException, OmegaConfBaseException) as error:
-        raise readable(_as_hydra_says(stage, overrides, error), sorted(_fields(stage))) from error
+        raise readable(_hydra_error(stage, overrides, error), sorted(_fields(stage))) from error
     except UserError as error:
         raise UserError(f"{stage}: {error.problem}", error.hint) from error
     return json.dumps({k: v for k, v in values.items() if k not in PATHS[stage]})
 
 
-def _as_hydra_says(stage: str, overrides: tuple[str, ...], error: Exception) -> Exception:
-    """Hydra's own words on overrides that it refuses, which can be explained."""
+def _hydra_error(stage: str, overrides: tuple[str, ...], error: Exception) -> Exception:
+    """Return Hydra's own error about overrides that it refuses, which ``readable`` can explain."""
     try:
         _base(stage, overrides)
-    except (HydraException, OmegaConfBaseException) as told:
-        return told
+    except (HydraException, OmegaConfBaseException) as refusal:
+        return refusal
     return error
 
 
 def resolved(stage: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The stage's settings without the study's own paths, checked, as plain values.
+    """Return the stage's settings without the study's own paths, checked, as plain values.
 
     Raises:
-        UserError: an unknown field or choice, or a value that is refused.
+        UserError: A field or choice is unknown, or a value is refused.
     """
     values: dict[str, Any] = json.loads(_resolved(stage, overrides))
     return values

@@ -1,4 +1,4 @@
-"""How to repeat each run of a study without the study: the commands of its stages, as they would be typed."""
+"""Recipes that repeat each run of a study without the study: the commands of its stages, as one would type them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpc_c2g.studies.tasks import Task, find_specs
 
 
 def recipes(study: Path) -> list[Recipe]:
-    """One for each training run, or where there are none for each classifier."""
+    """Return a recipe for each training run, or for each classifier if there are no training runs."""
     tasks = find_specs(study)
     by_id = {task.id: task for task in tasks}
     last = [t for t in tasks if t.stage == "train"] or [t for t in tasks if t.stage == "classifier"]
@@ -26,7 +26,7 @@ def recipes(study: Path) -> list[Recipe]:
 
 
 def command(task: Task) -> str:
-    """What makes the task's results, with folders as in the study."""
+    """Return the command that makes the task's results, with folders as in the study."""
     places = {
         "classifier": [f"out={task.folder}"],
         "certify": [f"classifier={task.folder}"],

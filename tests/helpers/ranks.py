@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
@@ -16,8 +18,13 @@ import torch
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
 
+PRELOADED = ["hpc_c2g.training.loop", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+"""Modules that the server of all ranks imports once; the last, which DeepSpeed imports with ZeRO, brings torch's compiler."""
+
 
 def _main(queue: Any, launch: LaunchEnvironment, function: Callable[..., Any], args: tuple) -> None:
+    gc.freeze()  # what the server imported is garbage for no rank, and DeepSpeed collects often
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls deprecated collectives at every step
     try:
         world = World.start("cpu", deterministic=False, launch=launch, seconds=60)
         answer = io.BytesIO()  # tensors by value: the sender may be gone when the parent reads
@@ -36,7 +43,7 @@ def run_ranks(
     """
     local = count // nodes
     context = multiprocessing.get_context("forkserver")  # its server imports once what every rank of every test needs
-    context.set_forkserver_preload(["deepspeed", "torch._dynamo", "hpc_c2g.training.loop"])
+    context.set_forkserver_preload(PRELOADED)
     queue = context.Queue()
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / f"meeting-{count}-{len(list(folder.iterdir()))}"

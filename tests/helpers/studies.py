@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from benchmarks.launched import differences
-from hpc_c2g.studies.ledger import Ledger, Row
-from hpc_c2g.studies.reports import Report, load_report
+from hpc_c2g.studies.reports import Report, read_report
+from hpc_c2g.studies.task_status import read_statuses
+from hpc_c2g.studies.tasks import TaskInfo
 from launch.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -68,13 +69,13 @@ def sweep(study_dir: Path, *more: str, code: int | None = 0) -> str:
     return c2g("sweep", *SMALL, f"study_dir={study_dir}", *more, code=code)
 
 
-def rows(study_dir: Path, stage: str) -> list[Row]:
-    return [row for row in Ledger(study_dir).rows() if row.stage == stage]
+def tasks(study_dir: Path, stage: str) -> list[TaskInfo]:
+    return [s.task for s in read_statuses(study_dir, None) if s.task.stage == stage]
 
 
-def report(study_dir: Path, row: Row) -> Report:
-    found = load_report(study_dir / row.folder / f"{row.stage}.report.json", row.id)
-    assert found is not None, row
+def report(study_dir: Path, task: TaskInfo) -> Report:
+    found = read_report(study_dir, task)
+    assert found is not None, task
     return found
 
 
@@ -94,11 +95,11 @@ def states(study_dir: Path) -> dict[str, list[str]]:
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Every training run of both studies ends in the same bits."""
-    ids = {row.id for row in rows(one, "train")}
-    assert ids == {row.id for row in rows(other, "train")}
+    ids = {task.id for task in tasks(one, "train")}
+    assert ids == {task.id for task in tasks(other, "train")}
     assert ids
-    for row in rows(one, "train"):
-        assert differences(one / row.folder, other / row.folder) == []
+    for task in tasks(one, "train"):
+        assert differences(one / task.folder, other / task.folder) == []
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

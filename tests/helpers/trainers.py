@@ -14,8 +14,8 @@ from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.generators.config import FreeImagesConfig, MLPGeneratorConfig
-from hpc_c2g.generators.latents import LatentConfig, LatentSampler
+from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.training.config.objective import DualityConfig, GateConfig, PriorConfig, StationarityConfig
 from hpc_c2g.training.config.train import TrainConfig

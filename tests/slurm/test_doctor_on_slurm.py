@@ -29,9 +29,9 @@ def findings(study: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
 def errors(study: Path, *arguments: str) -> list[str]:
     """Its errors, each with its mend."""
     _, found = findings(study, *arguments)
-    wrong = [f for f in found if f["level"] == "error"]
-    assert all(f["mend"] for f in wrong)
-    return [f"{f['what']} -- {f['mend']}" for f in wrong]
+    wrong = [f for f in found if f["status"] == "error"]
+    assert all(f["hint"] for f in wrong)
+    return [f"{f['message']} -- {f['hint']}" for f in wrong]
 
 
 @contextmanager
@@ -50,8 +50,8 @@ def hidden_on(cluster: Cluster, node: str, folder: Path) -> Iterator[None]:
 def test_a_healthy_cluster_has_no_fault(cluster, tmp_path):
     code, found = findings(tmp_path / "study", "--job", "nodes=2")
     assert code == 0
-    assert {f["level"] for f in found} <= {"ok", "warning"}
-    told = " ".join(f["what"] for f in found if f["level"] == "ok")
+    assert {f["status"] for f in found} <= {"ok", "warning"}
+    told = " ".join(f["message"] for f in found if f["status"] == "ok")
     for word in ("is UP", "partition main is up", "sbatch takes the script", "2 ranks met and added up right"):
         assert word in told
     nodes = 2 if cluster.namespaces else 1  # by their names

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from helpers.slurm_cluster import Cluster
-from helpers.studies import assert_same_runs, c2g, report, rows, states, status, steps, sweep, wait_for
+from helpers.studies import assert_same_runs, c2g, report, states, status, steps, sweep, tasks, wait_for
 
-from hpc_c2g.studies.ledger import FILE
+from hpc_c2g.studies.journal import FILE
+from hpc_c2g.studies.task_status import read_statuses
 
 pytestmark = pytest.mark.slurm
 ON_SLURM = ("cluster=local_slurm", "profile.signal_seconds=30")
@@ -37,8 +37,8 @@ def finish(study_dir: Path, *more: str) -> None:
 
 
 def job_of_training(study_dir: Path) -> str:
-    (row,) = rows(study_dir, "train")
-    return row.job
+    (job,) = [s.job for s in read_statuses(study_dir, None) if s.task.stage == "train"]
+    return job
 
 
 def test_arrays_wait_for_what_they_build_on_and_a_second_sweep_submits_nothing(cluster: Cluster, tmp_path: Path):
@@ -53,8 +53,8 @@ def test_arrays_wait_for_what_they_build_on_and_a_second_sweep_submits_nothing(c
         assert all(f.stat().st_mode & 0o077 == 0 for f in folder.glob("*.pkl"))
     cluster.idle(120)
     assert states(study_dir) == {"classifier": ["done"], "train": ["done", "done"]}
-    assert {report(study_dir, row).attempts for row in rows(study_dir, "train")} == {1}
-    printed = c2g("logs", study_dir / rows(study_dir, "train")[0].folder)
+    assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
+    printed = c2g("logs", study_dir / tasks(study_dir, "train")[0].folder)
     assert "Job completed successfully" in printed
 
 
@@ -68,7 +68,7 @@ def test_a_preempted_run_is_the_undisturbed_run_bitwise(cluster: Cluster, tmp_pa
     cluster.run("sbatch", *wrap)
     wait_for(lambda: states(study_dir)["train"] != ["running"])
     finish(study_dir, "profile.partition=low", *SLOW)
-    told = report(study_dir, rows(study_dir, "train")[0])
+    told = report(study_dir, tasks(study_dir, "train")[0])
     assert told.attempts == 2
     assert told.failures == 0
     assert told.history[0]["outcome"] == "interrupted"
@@ -80,10 +80,10 @@ def test_a_run_whose_node_dies_goes_on_elsewhere_to_the_same_bits(cluster: Clust
     study_dir = tmp_path / "s"
     sweep(study_dir, *ON_SLURM, *SLOW)
     wait_for(lambda: steps(study_dir) > 8)
-    node = report(study_dir, rows(study_dir, "train")[0]).node
+    node = report(study_dir, tasks(study_dir, "train")[0]).node
     cluster.kill_node(node)
     finish(study_dir, *SLOW)
-    told = report(study_dir, rows(study_dir, "train")[0])
+    told = report(study_dir, tasks(study_dir, "train")[0])
     assert (told.attempts, told.failures) == (2, 0)
     assert told.node != node
     assert_same_runs(study_dir, undisturbed)
@@ -98,7 +98,7 @@ def test_a_task_that_is_killed_is_named_and_tried_again_in_the_same_job(
     pids = subprocess.run(["pgrep", "-f", f"_submit {study_dir}"], capture_output=True, text=True).stdout.split()
     subprocess.run(["kill", "-9", *pids], check=False)
     finish(study_dir, *SLOW)
-    told = report(study_dir, rows(study_dir, "train")[0])
+    told = report(study_dir, tasks(study_dir, "train")[0])
     assert (told.attempts, told.failures) == (2, 1)
     assert "SIGKILL" in told.history[0]["cause"]
     assert_same_runs(study_dir, undisturbed)
@@ -109,17 +109,17 @@ def test_a_poisoned_run_does_not_block_the_array_and_is_given_up_after_its_retri
     out = sweep(study_dir, *ON_SLURM, "--watch", "fit.max_steps=1,100000", "retries=1", code=1)
     assert "fit.max_steps=1 passed" in out
     assert states(study_dir) == {"classifier": ["failed", "done"], "train": ["blocked", "done"]}
-    assert report(study_dir, rows(study_dir, "classifier")[0]).attempts == 2
+    assert report(study_dir, tasks(study_dir, "classifier")[0]).attempts == 2
 
 
 def test_a_submission_whose_launcher_was_killed_is_found_again(cluster: Cluster, tmp_path: Path):
     study_dir = tmp_path / "s"
     sweep(study_dir, *ON_SLURM, *SLOW)
-    with sqlite3.connect(study_dir / FILE) as connection:  # as the ledger is between sbatch and its answer
-        connection.execute("update submissions set job = null")
-        connection.execute("update tasks set job = ''")
-    assert "0 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
-    (study_dir / FILE).unlink()  # and where it was lost altogether
+    file = study_dir / FILE
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["event"] != "submitted"]  # as between sbatch and its answer
+    assert len(kept) == len(lines) - 2
+    file.write_text("".join(kept))
     assert "0 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
     assert len(active(cluster)) == 2
 
@@ -133,7 +133,7 @@ def test_cancelled_jobs_do_not_come_back_by_themselves(cluster: Cluster, tmp_pat
     time.sleep(8)  # a requeued job would be back by now
     assert active(cluster) == set()
     assert states(study_dir)["train"] == ["cancelled"]
-    assert "saved after step" in report(study_dir, rows(study_dir, "train")[0]).cause
+    assert "saved after step" in report(study_dir, tasks(study_dir, "train")[0]).cause
     assert "1 tasks submitted" in sweep(study_dir, *ON_SLURM, *SLOW)
 
 
@@ -142,15 +142,15 @@ def test_two_nodes_of_two_tasks_give_the_run_of_one_process(cluster: Cluster, tm
     more = ("deterministic=false", "steps=10")
     sweep(study_dir, *ON_SLURM, "--watch", "nodes=1,2", "tasks_per_node=2", *more)
     sweep(tmp_path / "one", "cluster=debug", *more)
-    (one,) = rows(tmp_path / "one", "train")
-    for row in rows(study_dir, "train"):
+    (one,) = tasks(tmp_path / "one", "train")
+    for task in tasks(study_dir, "train"):
         mine, theirs = (
             [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for folder in (study_dir / row.folder, tmp_path / "one" / one.folder)
+            for folder in (study_dir / task.folder, tmp_path / "one" / one.folder)
         )
         assert [m["step"] for m in mine] == [t["step"] for t in theirs]
         assert [m["stationarity"] for m in mine] == pytest.approx([t["stationarity"] for t in theirs], rel=1e-4)
-    assert {row.nodes for row in rows(study_dir, "train")} == {1, 2}
+    assert {task.nodes for task in tasks(study_dir, "train")} == {1, 2}
 
 
 def test_what_sbatch_refuses_is_one_line_and_nothing_is_submitted(cluster: Cluster, tmp_path: Path):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc_c2g.errors import require
-from hpc_c2g.kkt.normalization import STATISTICS
-from hpc_c2g.kkt.stationarity import AUTO, LEFT_SIDES, WEIGHTINGS
+from hpc_c2g.kkt.options import AUTO, LEFT_SIDES, WEIGHTINGS
+
+STATISTICS = ("auto", "batch", "frozen")
 
 
 @dataclass

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpc_c2g.distributed.bucket_sum import COMM_DTYPES
 from hpc_c2g.errors import require
-from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, MLPGeneratorConfig
-from hpc_c2g.generators.latents import LatentConfig
-from hpc_c2g.kkt.closed_form import PRECISIONS
+from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
+from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.settings import from_plain
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, GateConfig, PriorConfig, StationarityConfig
 
+COMM_DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16")
 DTYPES = ("float32", "bfloat16")
-POLICIES = ("continue", "stop", "lower_lr")
 
 
 @dataclass
@@ -58,37 +58,6 @@ class OptimizerConfig:
             0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "give a share in [0, 1]"
         )
         require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "give 0 for none")
-
-
-@dataclass
-class LogConfig:
-    """How often (in steps) a line of metrics is written, and image grids are drawn."""
-
-    every: int = 20
-    images_every: int = 200
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
-        require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
-
-
-@dataclass
-class AlarmConfig:
-    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
-
-    Attributes:
-        policy: ``continue`` and tell of it; ``stop`` after a checkpoint; ``lower_lr``: all learning rates times ``factor``, each time that
-            a signature begins to fire.
-        factor: in (0, 1).
-    """
-
-    policy: str = "continue"
-    factor: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
-        require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
 
 
 @dataclass
@@ -182,6 +151,7 @@ class TrainConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -194,6 +164,12 @@ class TrainConfig:
             self.solutions >= 1, "solutions", self.solutions, "give 1, or more for more coverage in as much more time"
         )
         require(self.global_batch >= 1, "global_batch", self.global_batch, "give at least one sample")
+        require(
+            not self.profiler.steps or self.profiler.steps[1] <= self.steps,
+            "profiler.steps",
+            self.profiler.steps,
+            f"give steps from 1 to steps={self.steps}",
+        )
         size = self.micro_batch
         require(
             size in (None, "auto") or (isinstance(size, int) and 1 <= size <= self.global_batch),

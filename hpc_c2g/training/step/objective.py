@@ -17,7 +17,7 @@ from hpc_c2g.kkt import alpha_control, directional, duality, priors, stationarit
 from hpc_c2g.kkt.closed_form import Layer, MLPClosedForm, closed_form_layers
 from hpc_c2g.kkt.coupled import CoupledSum, MicroBatch, PartialStats
 from hpc_c2g.kkt.gates import GatedClassifier
-from hpc_c2g.kkt.normalization import BatchStatistics, Reduction, couples, refuse_calls
+from hpc_c2g.kkt.normalization import BatchStatistics, Reduction, couples, refuse_functional_batch_norm
 from hpc_c2g.training.config.train import TrainConfig
 
 RATE_TOLERANCE = 1e-6
@@ -103,7 +103,7 @@ class Objective:
         self.rates = verified_rates(bundle)
         self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
         self.phi = GatedClassifier(bundle.model).to(device, dtype)
-        refuse_calls(self.phi.graph.graph, config.stationarity.statistics)
+        refuse_functional_batch_norm(self.phi.graph.graph, config.stationarity.statistics)
         self.coupled = couples(bundle.model, config.stationarity.statistics)
         self.theta = {k: t.to(device, dtype) for k, t in bundle.parameters.items()}
         self.lower, self.upper = (bound.to(device, dtype) for bound in bundle.normalization.box())

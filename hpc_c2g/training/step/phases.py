@@ -1,4 +1,4 @@
-"""Where a step's time goes: wall time between marks, on a GPU by events on its stream, which wait for nothing until they are asked."""
+"""Time of each phase of a step: wall time on a CPU, events on the stream of a GPU, which are waited for only when they are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from hpc_c2g.distributed.world import World
 
@@ -16,33 +17,54 @@ OWN = ("kkt_sum", "cotangents", "optimizer")
 
 
 class Phases:
-    """Charges the time since the last mark to a phase."""
+    """Charges time to the phase that was entered last, and marks it as a range in the trace of ``torch.profiler``.
+
+    Args:
+        device: Device whose time is measured.
+
+    Attributes:
+        seconds: Seconds of each phase since the last ``take``, as far as they are known.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._events: list[tuple[str, Any]] = []
-        self._last = self._now()
+        self._open: tuple[str, Any, record_function] | None = None
+        self._events: list[tuple[str, Any, Any]] = []
 
-    def start(self) -> None:
-        """Begin here: what was before is nobody's."""
-        self._settle()
-        self._last = self._now()
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin ``phase``."""
+        now = self._end()
+        trace_range = record_function(phase)
+        trace_range.__enter__()  # type: ignore[no-untyped-call]
+        self._open = phase, now, trace_range
 
-    def mark(self, phase: str) -> None:
-        """The time since the last mark was spent on ``phase``."""
-        now = self._now()
-        if self.on_gpu:
-            self._events.append((phase, now))
-            return
-        self.seconds[phase] += now - self._last
-        self._last = now
+    def stop(self) -> None:
+        """End the current phase; until the next one is entered, time is charged to none."""
+        self._end()
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        self._settle()
+        """Seconds by phase since the last call, without the phase that is not over."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for phase, began, ended in self._events:
+            self.seconds[phase] += began.elapsed_time(ended) / 1e3
+        self._events = []
         taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
         return taken
+
+    def _end(self) -> Any:
+        """Charge the current phase; returns the present time."""
+        now = self._now()
+        if self._open is not None:
+            phase, began, trace_range = self._open
+            self._open = None
+            trace_range.__exit__(None, None, None)
+            if self.on_gpu:
+                self._events.append((phase, began, now))
+            else:
+                self.seconds[phase] += now - began
+        return now
 
     def _now(self) -> Any:
         if not self.on_gpu:
@@ -50,14 +72,6 @@ class Phases:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-    def _settle(self) -> None:
-        if self._events:
-            self._events[-1][1].synchronize()
-        for phase, event in self._events:
-            self.seconds[phase] += self._last.elapsed_time(event) / 1e3
-            self._last = event
-        self._events = []
 
 
 def shares(seconds: dict[str, float], world: World) -> dict[str, float]:

@@ -169,6 +169,7 @@ class TrainStep:
             UserError: a term is not finite; on every rank, before the update.
         """
         config, phases = self.config, self.phases
+        phases.enter("kkt_sum")
         gamma = gate_width(config.gates, step, config.steps)
         own = own_scale(config.stationarity, step, config.steps)
         scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
@@ -200,12 +201,12 @@ class TrainStep:
                 if keeps:
                     kept[share.classifier] = samples, margins, G
         moments = self._moments_of_all()
-        phases.mark("kkt_sum")
 
         for share, S in zip(self.shares, scales, strict=True):
             k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
+            phases.enter("all_reduce")
             residual = objective.residual(share.G.total(), alpha, own)
-            phases.mark("all_reduce")
+            phases.enter("cotangents")
             coupling = statistics.pop(k)
             losses_of = functools.partial(
                 objective.sample_losses,
@@ -246,14 +247,14 @@ class TrainStep:
                     x = objective.within_box(samples.x_leaf)
                     sample_stats.record(k, micro_batch[0], x, margins, samples.multipliers, alpha, objective.batch / S)
         self.engine.reduce()
-        phases.mark("cotangents")
 
+        phases.enter("all_reduce")
         figures, norm = self.accumulator.reduce(step, self.engine.gradient_norm())
-        phases.mark("all_reduce")
+        phases.enter("optimizer")
         scalars = self.accumulator.summarize(figures, self.alpha, norm, config.stationarity.weight)
         self.engine.step(lr_scale * lr_factor(config.optimizer, step, config.steps))
         self._follow(figures)
-        phases.mark("optimizer")
+        phases.stop()
         return StepResult({**scalars, **self._wire()}, sample_stats.gather() if sample_stats else [])
 
     def _draw(self, share: MemberShard, step: int, micro_batch: SampleRange, S: float, keep_graph: bool) -> Samples:

@@ -1,0 +1,7 @@
+"""Names of the choices of the stationarity residual; imports no torch, so that settings are checked before torch is loaded."""
+
+from __future__ import annotations
+
+AUTO = "auto"
+LEFT_SIDES = ("identity", "rates", "top_rate")
+WEIGHTINGS = ("relative", "per_tensor", "scale_free")

@@ -1,0 +1,52 @@
+"""Typed settings of the metrics log and of the alarms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpc_c2g.errors import require
+from hpc_c2g.logs import LEVELS
+
+POLICIES = ("continue", "stop", "lower_lr")
+
+
+@dataclass
+class LogConfig:
+    """The log of a run.
+
+    Attributes:
+        every: Steps between two lines of metrics.
+        images_every: Steps between two grids of images.
+        progress: Show a progress bar on stderr.
+        level: Lowest level of log messages: ``debug``, ``info``, ``warning`` or ``error``. Rank 0 prints them to stderr.
+        all_ranks: Each rank also logs to ``run_dir/logs/rank_RRRRR.log``.
+    """
+
+    every: int = 20
+    images_every: int = 200
+    progress: bool = True
+    level: str = "info"
+    all_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "log.every", self.every, "give a number of steps >= 1")
+        require(self.images_every >= 1, "log.images_every", self.images_every, "give a number of steps >= 1")
+        require(self.level in LEVELS, "log.level", self.level, f"choose {', '.join(LEVELS)}")
+
+
+@dataclass
+class AlarmConfig:
+    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
+
+    Attributes:
+        policy: ``continue`` and tell of it; ``stop`` after a checkpoint; ``lower_lr``: all learning rates times ``factor``, each time that
+            a signature begins to fire.
+        factor: in (0, 1).
+    """
+
+    policy: str = "continue"
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
+        require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")
