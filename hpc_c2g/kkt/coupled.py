@@ -18,6 +18,7 @@ For K layers that is 4 K + 2 passes over the samples instead of two, with the me
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -106,7 +107,7 @@ class CoupledSum:
             pass
         self.adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.adjoints[layer] = self._total(lambda micro_batch, layer=layer: self._adjoint(micro_batch, layer))  # type: ignore[misc]
+            self.adjoints[layer] = self._total(functools.partial(self._adjoint, layer=layer))
 
     def kkt_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Margins and G of one micro-batch, without a graph."""
@@ -121,12 +122,10 @@ class CoupledSum:
         self.v, self.losses = v, losses
         self.tangents: list[Tensor] = []
         for layer in range(len(self.values)):
-            self.tangents.append(self._total(lambda micro_batch, layer=layer: self._tangent(micro_batch, layer)))  # type: ignore[misc]
+            self.tangents.append(self._total(functools.partial(self._tangent, layer=layer)))
         self.product_adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.product_adjoints[layer] = self._total(
-                lambda micro_batch, layer=layer: self._product_adjoint(micro_batch, layer)
-            )  # type: ignore[misc]
+            self.product_adjoints[layer] = self._total(functools.partial(self._product_adjoint, layer=layer))
 
     def directional_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Margins of one micro-batch and R without the losses, with their graph with respect to x and mu."""
