@@ -48,12 +48,12 @@ SETTINGS = (
     "log.images_every=1000",
     "count=200",
 )
-"""Runs of some seconds. Deterministic, so that what differs is the cluster's fault; it also spares DeepSpeed's import."""
+"""Settings of runs of a few seconds; deterministic, so that differences come from the cluster, and without DeepSpeed's import."""
 GIVE_UP = 3600.0
 
 
 def sweep(study_dir: Path, runs: int, *more: str) -> list[str]:
-    """The command."""
+    """Command line of ``c2g sweep``."""
     grid = [
         "study=batch_scaling",
         f"study_dir={study_dir}",
@@ -70,8 +70,8 @@ class Watcher:
 
     Attributes:
         study_dir: Folder of the study.
-        holders: tokens of the holders of each run, in the order in which they were seen.
-        back: runs that a holder had again after another had taken over: two were at work at once.
+        holders: Tokens of the holders of each run, in the order of observation.
+        back: Runs that returned to an earlier holder: two processes were at work at once.
     """
 
     study_dir: Path
@@ -121,7 +121,7 @@ class Chaos:
         print(f"{self.done[-1][0]:6.0f} s  {fault}", flush=True)
 
     def preempt(self) -> None:
-        """A job of the high partition takes a busy node for some seconds: the low jobs there must go."""
+        """Submit a job of the high partition to a busy node, which preempts the low jobs there for a few seconds."""
         busy = [line for line in slurm("squeue", "-h", "-t", "R", "-p", "low", "-o", "%N").split() if line in NODES]
         node = self.chance.choice(busy or list(NODES))
         job = [
@@ -143,7 +143,7 @@ class Chaos:
         self.note(f"preempt the jobs on {node} ({busy.count(node)} there)")
 
     def kill_node(self) -> None:
-        """A power cut, and power again after some seconds."""
+        """Kill a node and restart it after a few seconds."""
         busy = [line for line in slurm("squeue", "-h", "-t", "R", "-p", "low", "-o", "%N").split() if line in NODES]
         node = self.chance.choice(busy or list(NODES))
         script("node.sh", "kill", node)
