@@ -69,7 +69,7 @@ class Watcher:
     """Reads every run's lease twice a second.
 
     Attributes:
-        study_dir: of the study.
+        study_dir: Folder of the study.
         holders: tokens of the holders of each run, in the order in which they were seen.
         back: runs that a holder had again after another had taken over: two were at work at once.
     """
@@ -104,21 +104,21 @@ class Watcher:
 
 @dataclass
 class Chaos:
-    """What is done to the cluster, and when it was done.
+    """Fault injector for a Slurm cluster, with a log of the injected faults.
 
     Attributes:
-        chance: decides.
-        done: (second, what) of every blow.
+        chance: Random generator that chooses the faults.
+        done: (second, description) of every injected fault.
     """
 
     chance: random.Random
     began: float = field(default_factory=time.monotonic)
     done: list[tuple[float, str]] = field(default_factory=list)
 
-    def note(self, what: str) -> None:
-        """Remember, and tell."""
-        self.done.append((time.monotonic() - self.began, what))
-        print(f"{self.done[-1][0]:6.0f} s  {what}", flush=True)
+    def note(self, fault: str) -> None:
+        """Record and print an injected fault."""
+        self.done.append((time.monotonic() - self.began, fault))
+        print(f"{self.done[-1][0]:6.0f} s  {fault}", flush=True)
 
     def preempt(self) -> None:
         """A job of the high partition takes a busy node for some seconds: the low jobs there must go."""

@@ -18,8 +18,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from benchmarks.common import show, write_result
+from hpc_c2g.evaluation.metric_registry import METRICS
 from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.results import MEASURED, METRICS
+from hpc_c2g.reporting.results import MEASURED
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.reports import Report, write_report
 from hpc_c2g.studies.study import StudyFile, save_study
@@ -31,12 +32,12 @@ TAGS, STEPS = 50, 200
 
 
 def study(folder: Path, runs: int, together: bool) -> Path:
-    """A study of so many runs in groups of ``SEEDS``, each trained and judged.
+    """Write a study of ``runs`` runs in groups of ``SEEDS``, each trained and evaluated.
 
     Args:
-        folder: where.
-        runs: how many.
-        together: one event for all scalars of a step, as runs write them; else one for each, as others do.
+        folder: Folder of the study.
+        runs: Number of runs.
+        together: One event for all scalars of a step, as runs write them, instead of one event per scalar.
     """
     tasks: dict[str, Task] = {}
     for i in range(runs):
@@ -70,7 +71,7 @@ def write_run(folder: Path, chance: random.Random, together: bool) -> None:
                 writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=part)).SerializeToString())
     last = {"step": STEPS, **{name: chance.random() for name in MEASURED}}
     (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
-    (folder / "evaluation.json").write_text(json.dumps({name: chance.random() for name in METRICS}))
+    (folder / "evaluation.json").write_text(json.dumps({metric.name: chance.random() for metric in METRICS}))
 
 
 def collected(folder: Path) -> tuple[float, float]:

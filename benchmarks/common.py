@@ -1,4 +1,4 @@
-"""What every benchmark shares: its result file, its table, and a small classifier to train against."""
+"""Shared parts of the benchmarks: result files, tables, and a small classifier to train against."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The facts that a number depends on: cores and threads at hand, the GPU, versions."""
+    """Facts that a measurement depends on: available cores and threads, GPU, versions."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

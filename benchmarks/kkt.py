@@ -35,7 +35,7 @@ class Samples:
 
     @classmethod
     def random(cls, bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtype) -> Samples:
-        """Noise in the input's range, classes in turn."""
+        """Noise in the input's range, with cycling classes."""
         generator, classes = torch.Generator().manual_seed(0), len(bundle.classes)
         labels = torch.arange(batch) % classes
         others = labels[:, None] != torch.arange(classes)
@@ -52,7 +52,7 @@ class Samples:
 def objective_of(
     bundle: Bundle, batch: int, device: torch.device, dtype: torch.dtype = torch.float32, **settings: str
 ) -> Objective:
-    """The frozen side with these settings of a run (``fast``, ``precision``)."""
+    """The frozen side with these settings of a run (``kkt_backend``, ``matmul_precision``)."""
     config = TrainConfig(classifier="-", run_dir="-", global_batch=batch)
     return Objective(bundle, replace(config, **settings), batch, device, dtype)  # type: ignore[arg-type]
 
@@ -60,7 +60,7 @@ def objective_of(
 def one_pass(objective: Objective, samples: Samples) -> Gradient:
     """The graph of the whole batch is kept from G to the cotangents."""
     x, labels, mu = samples.part(0, len(samples.x))
-    margins, G = objective.kkt_sum(GAMMA, x, labels, mu, keep_graph=True)
+    margins, G = objective.kkt_backend(GAMMA).kkt_sum(x, labels, mu, keep_graph=True)
     gx, gmu = cotangents(G, objective.residual(G, ALPHA).direction, [x, mu], _loss(margins))
     return gx, gmu
 
@@ -74,19 +74,21 @@ def sum_of(objective: Objective) -> ResidualSum:
 
 
 def two_passes(objective: Objective, samples: Samples, micro_batch: int, G: ResidualSum) -> Gradient:
-    """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others' cotangents anew."""
+    """As a training step does it: G micro-batch by micro-batch, the last one's graph kept, the others recomputed for their cotangents."""
     micro_batches = [(i, min(i + micro_batch, len(samples.x))) for i in range(0, len(samples.x), micro_batch)]
+    backend = objective.kkt_backend(GAMMA)
     for piece in micro_batches:
         last = piece == micro_batches[-1]
         x, labels, mu = samples.part(*piece)
         on_ready = G.micro_batch(last)
-        margins, own = objective.kkt_sum(GAMMA, x, labels, mu, keep_graph=last, on_ready=on_ready)
+        margins, own = backend.kkt_sum(x, labels, mu, keep_graph=last, on_ready=on_ready)
         G.add(own)
     residual = objective.residual(G.total(), ALPHA)
+    backend.set_direction(residual.direction, lambda margins, *_: _loss(margins))
     found = [cotangents(own, residual.direction, [x, mu], _loss(margins))]
     for piece in reversed(micro_batches[:-1]):
         x, labels, mu = samples.part(*piece)
-        margins, product = objective.directional_sum(GAMMA, residual, x, labels, mu)
+        margins, product = backend.directional_sum(x, labels, mu)
         found.append(cotangents({"": product}, {"": torch.ones_like(product)}, [x, mu], _loss(margins)))
     gx, gmu = (torch.cat(parts) for parts in zip(*reversed(found), strict=True))
     return gx, gmu

@@ -24,16 +24,16 @@ from hpc_c2g.training.config.train import CheckpointConfig
 ROOT = Path(__file__).parents[1]
 FINISH_WITHIN = 300.0
 TIMED = re.compile(r"samples_per_second|memory/.*|wire/(seconds|hidden)|time/.*")
-"""What differs between equal runs."""
+"""Names of metrics that differ between equal runs."""
 
 
 class LaunchedRun:
-    """Context of ``torchrun -m launch.train``: what is left of it at the end is killed by process id.
+    """Context of ``torchrun -m launch.train``; processes left at the end are killed by process id.
 
     Args:
-        ranks: number of processes.
-        run_dir: of the run; its neighbor ``<name>.<n>.out`` gets what the processes of the n-th start print.
-        overrides: settings of the run.
+        ranks: Number of processes.
+        run_dir: Run directory; ``<name>.<n>.out`` beside it gets the output of the n-th start.
+        overrides: Settings of the run.
     """
 
     def __init__(self, ranks: int, run_dir: Path, overrides: Sequence[str]) -> None:
@@ -63,15 +63,15 @@ class LaunchedRun:
 
     @property
     def returncode(self) -> int | None:
-        """Of torchrun; None while it runs."""
+        """Exit code of torchrun; None while it runs."""
         return self._process.poll()
 
     def alive(self) -> bool:
-        """Whether torchrun runs."""
+        """Return True while torchrun runs."""
         return self.returncode is None
 
     def ranks(self, count: int) -> dict[int, int]:
-        """Process ids by rank, once ``count`` of them exist; empty where torchrun ended before."""
+        """Wait for ``count`` ranks and return their process ids by rank; empty if torchrun ended before."""
         while self.alive():
             self._seen |= _ranks_of(self._process.pid)
             if len(self._seen) == count:
@@ -80,7 +80,7 @@ class LaunchedRun:
         return {}
 
     def kill(self, pids: Collection[int]) -> bool:
-        """SIGKILL ranks that are torchrun's children still; False where one of them is not."""
+        """Send SIGKILL to ranks that are still children of torchrun; return False if one is not."""
         if not pids or not set(pids) <= set(_ranks_of(self._process.pid).values()):
             return False
         for pid in pids:
@@ -88,7 +88,7 @@ class LaunchedRun:
         return True
 
     def wait(self, seconds: float, pids: Collection[int]) -> bool:
-        """Whether torchrun and the processes ``pids`` end within ``seconds``."""
+        """Return True if torchrun and the processes ``pids`` end within ``seconds``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if not self.alive() and not any(_exists(pid) for pid in pids):
@@ -97,7 +97,7 @@ class LaunchedRun:
         return False
 
     def finish(self) -> bool:
-        """Whether the run comes to its end without error."""
+        """Wait for the end of the run; return True if it ends without error."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(FINISH_WITHIN)
         return self.returncode == 0
@@ -112,7 +112,7 @@ class LaunchedRun:
         self._process.wait()
 
     def output(self) -> str:
-        """What the run printed so far."""
+        """Output of the run so far."""
         return self._output.read_text(errors="replace")
 
     def logged_step(self) -> int:
@@ -126,22 +126,22 @@ class LaunchedRun:
         return max(self._checkpoints().steps(), default=0)
 
     def is_publishing(self) -> bool:
-        """Whether a checkpoint is being written now."""
+        """Return True while a checkpoint is being written."""
         return any(self._checkpoints().folder.glob(".step_*.tmp"))
 
     def _checkpoints(self) -> Checkpoints:
         return Checkpoints(self.run_dir / "checkpoints", CheckpointConfig())
 
     def named_by(self, dead: Collection[int], world_size: int) -> tuple[str, ...]:
-        """Who names exactly the ranks ``dead`` in the output: the run's own error, torchrun's report."""
+        """Reporters whose message names exactly the ranks ``dead``: ``run`` (its error), ``torchrun`` (its report)."""
         text = self.output()
         own = re.search(rf"rank ([\d, ]+) of {world_size} is gone", text)
         report = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+)", text)
-        said = {
+        reported = {
             "run": {int(rank) for rank in own[1].split(",")} if own else set(),
             "torchrun": {int(rank) for rank, code in report if int(code) == -signal.SIGKILL},
         }
-        return tuple(who for who, ranks in said.items() if ranks == set(dead))
+        return tuple(reporter for reporter, ranks in reported.items() if ranks == set(dead))
 
 
 def _ranks_of(launcher: int) -> dict[int, int]:

@@ -1,6 +1,6 @@
 """``python -m benchmarks.peers --classifier DIR [--seconds 60] [--quick]``: the reconstruction peers' loop beside ours, in one run.
 
-Peers (Haim et al. 2022, Buzaglo et al. 2023, Loo et al. 2024, written anew from their published descriptions): free images, two per
+Peers (Haim et al. 2022, Buzaglo et al. 2023, Loo et al. 2024, reimplemented from their published descriptions): free images, two per
 training image, one multiplier each on the margin to the runner-up class, one graph over the whole batch, eager, float64. The same
 classifier and batch; first seconds and bytes per step, interleaved, then quality after equal wall time (*uses real data*). The peers
 get the best of their published settings, chosen by that very coverage; ours gets its default recipe, once.

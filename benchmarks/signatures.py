@@ -23,13 +23,13 @@ from hpc_c2g.training.loop import train
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train.
+    """One training run of the benchmark.
 
     Attributes:
-        name: what was done to the run.
-        induces: the signatures that must fire; empty for good runs, which must raise none.
-        changes: to the settings of a good run.
-        steps: of the run.
+        name: Description of the change to the run.
+        induces: Signatures that must fire; empty for good runs, which must raise none.
+        changes: Changes to the settings of a good run.
+        steps: Number of steps of the run.
     """
 
     name: str

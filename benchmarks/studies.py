@@ -1,4 +1,4 @@
-"""What a study costs beyond its runs: ``c2g status`` on 10,000 runs, planning a grid, and the way from submission to the first step.
+"""Cost of a study beyond its runs: ``c2g status`` on 10,000 runs, planning a grid, and the way from submission to the first step.
 
 ``python -m benchmarks.studies [--runs 10000] [--quick]``. The way to the first step needs a Slurm (``make slurm-up``), else it is left out.
 """

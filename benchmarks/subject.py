@@ -1,4 +1,4 @@
-"""What the benchmarks of one process time: our training step, and the joint graph over the whole batch that it replaces."""
+"""Subjects of the single-process benchmarks: our training step, and the joint graph over the whole batch that it replaces."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
-from hpc_c2g.training.config.objective import AlphaConfig, GateConfig
+from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine, build_optimizer
 from hpc_c2g.training.step.bundles import boxes, class_counts
-from hpc_c2g.training.step.objective import Objective, loss_terms
-from hpc_c2g.training.step.sharding import shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator
+from hpc_c2g.training.step.objective import Objective, weights_of
 from hpc_c2g.training.step.train_step import TrainStep
 
 ALPHA = -1.0
@@ -33,39 +31,31 @@ Step = Callable[[int], object]
 
 
 def classifier(size: int = 28, width: int = 1000, depth: int = 3, classes: int = 10) -> Bundle:
-    """784-1000-1000-10 with random weights, unless told otherwise."""
+    """MLP with random weights, 784-1000-1000-10 by default."""
     with TemporaryDirectory() as folder:
         return load_bundle(random_classifier(Path(folder) / "classifier", size, width, classes, depth=depth))
 
 
 def standing(batch: int) -> TrainConfig:
     """A run whose alpha and gates stand still, so that every step costs and gives the same."""
-    alpha, gates = AlphaConfig(max_change=0.0), GateConfig(anneal_fraction=1.0)
-    return TrainConfig(steps=10**6, global_batch=batch, alpha=alpha, gates=gates)
+    return TrainConfig(steps=10**6, global_batch=batch, alpha=AlphaConfig(max_change=0.0))
 
 
 def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:
     """The training step as ``c2g train`` makes it, with plain Adam: DeepSpeed's own work is not what is compared."""
     device = pick_device(config.device)
     world = World.single_process(device)
-    mesh = Mesh.over(world, 1)
-    classes = class_counts([bundle])
-    sharding = shard(config, classes, mesh, config.micro_batch)  # type: ignore[arg-type]
     module = build_generator(
-        config.generator, config.latents.dimensions, classes, sharding.batches, *boxes([bundle]), config.seed
+        config.generator,
+        config.latents.dimensions,
+        class_counts([bundle]),
+        [config.global_batch],
+        *boxes([bundle]),
+        config.seed,
     ).to(device)
-    batch = sharding.batches[0]
-    return TrainStep(
-        config,
-        {0: Objective(bundle, config, batch, device, torch.float32)},
-        {0: LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)},
-        classes,
-        MetricAccumulator([list(bundle.parameters)], [loss_terms(config, True)], RunningSum(world), device),
-        AdamEngine(module, config.optimizer, RunningSum(world)),
-        mesh,
-        sharding,
-        [ALPHA],
-    )
+    engine = AdamEngine(module, config.optimizer, RunningSum(world))
+    micro_batch: int | None = config.micro_batch  # type: ignore[assignment]
+    return TrainStep.build(config, [bundle], engine, Mesh.over(world, 1), [ALPHA], micro_batch=micro_batch)
 
 
 def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
@@ -77,7 +67,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
     module = build_generator(
         config.generator, config.latents.dimensions, classes, [batch], *boxes([bundle]), config.seed
     ).to(device)
-    sampler = LatentSampler(config.latents, classes[0], batch, config.steps, config.seed)
+    sampler = LatentSampler(config.latents.dimensions, classes[0], batch, config.seed)
     optimizer = build_optimizer(module, config.optimizer)
     theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
     rates, ea = objective.rates, math.exp(ALPHA)
@@ -85,6 +75,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
     whole = sum(float(t.square().sum()) for t in left.values())
     S, widths = objective.multiplier_scale(ALPHA), objective.widths(config.gates.start)
     half = (objective.upper - objective.lower) / 2
+    feasibility, box = (weights_of(term, config)[0] for term in objective.terms)
 
     def step(number: int) -> float:
         latents = sampler.batch(number, 0, batch).to(device)
@@ -96,7 +87,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
         residual = sum((left[k] - ea ** (1 - rates[k]) * g).square().sum() for k, g in zip(theta, G, strict=True))
         dual = (1 - ea * smallest_margins(margins, latents.labels)).relu().square().mean()
         excess = ((x - objective.upper).relu() + (objective.lower - x).relu()) / half
-        loss = residual / whole + config.duality.feasibility * dual + config.prior.box * excess.square().sum() / batch
+        loss = residual / whole + feasibility * dual + box * excess.square().sum() / batch
         optimizer.zero_grad()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):

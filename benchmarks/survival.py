@@ -54,15 +54,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Killed:
-    """What a kill did.
+    """Outcome of a kill.
 
     Attributes:
-        ranks: that were killed.
-        moment: of the plan.
-        step: last one in metrics.jsonl when they were killed.
-        checkpoint: newest one's step then.
-        seconds: until every process of the run had ended; None: not within ``ENDED_WITHIN``.
-        named_by: who named every killed rank in the output: ``run``, ``torchrun`` or both.
+        ranks: Killed ranks.
+        moment: Moment of the kill, from the plan.
+        step: Last step in metrics.jsonl at the kill.
+        checkpoint: Step of the newest checkpoint at the kill.
+        seconds: Seconds until every process of the run had ended; None if longer than ``ENDED_WITHIN``.
+        named_by: Reporters that named every killed rank: ``run``, ``torchrun`` or both.
     """
 
     ranks: tuple[int, ...]
@@ -125,7 +125,7 @@ def _has_come(run: LaunchedRun, plan: Plan) -> bool:
 def attempt(
     start: Callable[[Path], LaunchedRun], plans: Sequence[Plan], run_dir: Path, undisturbed: Path
 ) -> Trial | None:
-    """Start a run, kill it by each plan in turn, resume it to its end; None where it was faster than a kill.
+    """Start a run, kill it by each plan, resume it to its end; None if it finished before a kill.
 
     Raises:
         RuntimeError: the run failed by itself.

@@ -13,7 +13,7 @@ CEILING_SIZES = {"cpu": (2048, 2**26), "cuda": (8192, 2**30)}
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call, with the GPU's work where there is one."""
+    """Seconds of one call, including its GPU work."""
     wait()
     began = time.perf_counter()
     call()

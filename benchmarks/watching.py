@@ -1,4 +1,4 @@
-"""What logging costs a run at its default frequency: in one run, steps that are logged against steps that are not."""
+"""Cost of logging at its default frequency: within one run, logged steps against steps without logging."""
 
 from __future__ import annotations
 

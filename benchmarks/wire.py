@@ -1,7 +1,7 @@
 """``python -m benchmarks.wire [--quick]``: every byte that training hands to a collective, counted where it is handed over.
 
 Per step and classifier the residual all-reduce must take 4 P bytes (2 P in bfloat16), and the generator's gradient 4 P_gen: the ring's
-factor aside. It also tells how much of the residual's time hides behind the computation.
+factor aside. It also measures how much of the residual's communication overlaps with computation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STEPS, FIRST = 22, 3
 
 
 def counted(world: World, configs: list[TrainConfig]) -> list[dict[str, Any]]:
-    """Per run, the bytes that one rank handed over per step, and what the last lines of its log say."""
+    """Per run, the bytes that one rank passed to collectives per step, and the bytes in its log."""
     torch.set_num_threads(1)
     return [_count(world, config) for config in configs]
 
@@ -51,7 +51,7 @@ def counted(world: World, configs: list[TrainConfig]) -> list[dict[str, Any]]:
 def _count(world: World, config: TrainConfig) -> dict[str, Any]:
     handed: Counter[str] = Counter()
     counted: Counter[str] = Counter()
-    told: list[dict[str, float]] = []
+    scalars: list[dict[str, float]] = []
     step = TrainStep.__call__
 
     def watched(self: TrainStep, number: int, watch: bool = False, lr_scale: float = 1.0) -> StepResult:
@@ -60,7 +60,7 @@ def _count(world: World, config: TrainConfig) -> dict[str, Any]:
         if number == config.steps:  # as little as what is sent with the last one
             counted.update(handed)
         result = step(self, number, watch, lr_scale)
-        told.append(result.scalars)
+        scalars.append(result.scalars)
         return result
 
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
@@ -84,7 +84,7 @@ def _count(world: World, config: TrainConfig) -> dict[str, Any]:
         TrainStep.__call__ = step  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(dist, name, original)
-    later = told[FIRST - 1 : -1]
+    later = scalars[FIRST - 1 : -1]
     mean = {key: sum(line[key] for line in later) / len(later) for key in ("wire/bytes", "wire/seconds", "wire/hidden")}
     return {"handed": {name: size / len(later) for name, size in counted.items()}, **mean}
 
@@ -139,15 +139,20 @@ def main() -> None:
                 sent = sum(value for key, value in found["handed"].items() if key != "small")
                 # bfloat16 is handed over twice: to the owners of the shares, and back
                 expected_sent = expected * (2 if "bfloat16" in case else 1) + gradients
-                told = found["wire/bytes"]
-                if abs(told - expected) > 0.001 * max(expected, 1) or abs(sent - expected_sent) > 0.001 * expected_sent:
-                    wrong.append(f"{case} on {ranks}: told {told}, sent {sent}, expected {expected}, {expected_sent}")
+                logged = found["wire/bytes"]
+                if (
+                    abs(logged - expected) > 0.001 * max(expected, 1)
+                    or abs(sent - expected_sent) > 0.001 * expected_sent
+                ):
+                    wrong.append(
+                        f"{case} on {ranks}: logged {logged}, sent {sent}, expected {expected}, {expected_sent}"
+                    )
                 rows.append(
                     {
                         "case": case,
                         "ranks": ranks,
-                        "residual bytes": told,
-                        "/ P": told / P,
+                        "residual bytes": logged,
+                        "/ P": logged / P,
                         "+ gradient": gradients,
                         "handed over": sent,
                         "small": found["handed"].get("small", 0),

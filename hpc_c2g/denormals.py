@@ -1,4 +1,4 @@
-"""Numbers below the smallest normal one count as zero while a net is fitted or a generator trained."""
+"""Flush denormal numbers to zero while a classifier is fitted or a generator trained."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Flush within, for this thread and those that it starts meanwhile; as before afterwards. A decorator too.
+    """Context (and decorator) that flushes denormals in this thread and in threads that it starts; restores the mode afterwards.
 
-    Derivatives of gates far from their edge, and weights e^-margin, are such numbers: processors multiply them tens of times slower.
+    Derivatives of gates far from their edge, and weights e^-margin, are denormal: processors multiply them tens of times slower.
     """
     smallest = torch.full((), torch.finfo(torch.float64).tiny, dtype=torch.float64)
     before = not (smallest / 2).item()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in the input: says what is wrong, where, and how to mend it.
+    """A mistake in the input: names the problem, its place and the fix.
 
     Args:
-        what: the fault, naming the field or file and its value.
-        mend: what the user can do about it.
+        problem: Description of the fault, with the field or file and its value.
+        hint: Action that fixes it.
     """
 
-    def __init__(self, what: str, hint: str = "") -> None:
-        self.problem = what
+    def __init__(self, problem: str, hint: str = "") -> None:
+        self.problem = problem
         self.hint = hint
-        super().__init__(f"{what} -- {hint}" if hint else what)
+        super().__init__(f"{problem} -- {hint}" if hint else problem)
 
 
 def require(condition: bool, name: str, value: object, hint: str) -> None:
-    """Check of a setting.
+    """Check a setting.
 
     Raises:
-        UserError: ``condition`` does not hold; names the field, its value and the fix.
+        UserError: ``condition`` is False; names the field, its value and the fix.
     """
     if not condition:
         raise UserError(f"{name}={value} is not possible", hint)

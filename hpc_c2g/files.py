@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever happens while they are written."""
+"""Atomic file writes: a file is complete or absent, whatever happens during the write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpc_c2g.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary neighbor, flush to the disk, rename; on failure the old file stays as it was. Makes the folder.
+    """Write a temporary file beside ``path``, fsync, rename; on failure the old file stays as it was. Creates the folder.
 
     Raises:
         UserError: the file system refused (full, read-only, no permission).
@@ -41,7 +41,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within, what the file system refuses is told as a failed write of ``path``."""
+    """Context that turns an OSError into the UserError of a failed write of ``path``."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON objects, such as metrics.jsonl, read from its end; empty where there is none."""
+    """Last complete line of a JSON-lines file such as metrics.jsonl, read from the end; empty if there is none."""
     block = 8192
     try:
         with open(path, "rb") as file:
@@ -57,7 +57,7 @@ def last_line(path: Path) -> dict[str, Any]:
             while True:
                 file.seek(max(0, size - block))
                 lines = file.read(block).splitlines()
-                for line in reversed(lines[block < size :]):  # the first may lack its beginning
+                for line in reversed(lines[block < size :]):  # the first line may be cut off
                     with contextlib.suppress(ValueError):
                         found = json.loads(line)
                         if isinstance(found, dict):

@@ -1,6 +1,6 @@
 """One process at a time owns a folder of a shared file system, across hosts, whatever happens to the owner.
 
-The file ``leases/<epoch>`` with the highest epoch says who. A process claims by hard-linking a complete file to the next epoch: that
+The file ``leases/<epoch>`` with the highest epoch names the owner. A process claims by hard-linking a complete file to the next epoch: that
 succeeds for one process alone, also on NFS and Lustre, where ``flock`` may be local or missing. The owner touches its file; whoever
 has seen it untouched for ``expires`` seconds of its own monotonic clock may link the next epoch. An owner that was silent so long has
 to link the next epoch as well, so the link decides between the two, and clocks of two hosts are never compared to decide anything.
@@ -26,7 +26,7 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write
 
 EXIT_LEASE_LOST = 76
-"""How a process ends whose lease went to another one."""
+"""Exit code of a process whose lease was taken over."""
 FOLDER = "leases"
 MARGIN = 1.1  # a watcher waits longer than an owner trusts itself: monotonic clocks differ in rate a little
 KEPT = 8  # earlier epochs that stay, so that a claimant that stalled meanwhile finds the name it wants taken
@@ -35,7 +35,7 @@ UNUSED = 3600.0  # seconds after which a temporary file belongs to nobody
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. Without ``pid`` the file could not be read, and only silence ends it."""
+    """Holder of a lease. A ``pid`` of 0 means that the file could not be read; only silence ends such a lease."""
 
     epoch: int
     text: str = "an unknown process"
@@ -50,14 +50,14 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether ``pid`` means its process on this host, in the same boot and process namespace; False where that is unknown."""
+        """True if the holder ran on this host, boot and process namespace, so that ``pid`` is valid here; False if unknown."""
         here = _here()
         return all(here) and here == (self.host, self.boot, self.namespace)
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """The highest lease as seen once; a touch makes it differ."""
+class _Reading:
+    """One reading of the highest lease; a renewal changes it."""
 
     holder: Holder
     inode: int
@@ -68,43 +68,45 @@ class _Sight:
         return now - self.modified / 1e9
 
     def free(self) -> bool:
-        """Whether it can be seen at once that nobody holds it."""
+        """Return True if the lease is released or its holder has ended."""
         return self.modified == 0 or _has_ended(self.holder)
 
 
 def live_holder(folder: Path, expires: float = 30.0) -> Holder | None:
-    """Who holds ``folder`` now, as far as one look can tell; never raises.
+    """Return the current holder of ``folder`` from one reading, without watching it; never raises.
 
-    None: nobody, or silent for ``expires`` (its own, where readable) by the clock of the file system, or by the local one where the
-    folder is read-only. A folder that cannot be listed gives the unknown holder, for somebody may. Only ``Lease.acquire`` decides.
+    None: no holder, or one silent for ``expires`` (its own, if readable) by the clock of the file system, or by the local clock if the
+    folder is read-only. A folder that cannot be listed gives the unknown holder. Only ``Lease.acquire`` decides ownership.
     """
     leases = folder / FOLDER
     try:
-        sight = _look(leases, expires)
-        if sight is None or sight.free():
+        reading = _read_highest(leases, expires)
+        if reading is None or reading.free():
             return None
         now = _clock(leases)
-        sight = _look(leases, expires)  # after the clock: a slow file system makes nobody look old
+        reading = _read_highest(
+            leases, expires
+        )  # read after the clock, so that a slow file system makes no lease look old
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:
         return Holder(0)
-    return None if sight is None or sight.free() or sight.age(now) > sight.holder.expires else sight.holder
+    return None if reading is None or reading.free() or reading.age(now) > reading.holder.expires else reading.holder
 
 
 class Lease:
     """Context that holds ``folder`` while a thread renews its lease.
 
     Args:
-        folder: what is owned; made if missing.
-        text: how others call the holder in their messages; made of job, host and process if empty.
-        job: the scheduler's id, if any.
-        every: seconds between renewals.
-        expires: seconds of silence after which another process may take over; written into the lease, so watchers need not agree.
-        on_lost: called once, in the thread, when another process owns the folder or renewals failed for ``expires``. By default the
-            process ends with ``EXIT_LEASE_LOST``, for two must never write.
+        folder: Folder to own; created if missing.
+        text: Description of the holder in other processes' messages; job, host and process id if empty.
+        job: Job id of the scheduler, if any.
+        every: Seconds between renewals.
+        expires: Seconds of silence after which another process may take over; stored in the lease, so watchers need not agree.
+        on_lost: Callback, called once in the thread when another process owns the folder or renewals failed for ``expires``. By
+            default the process ends with ``EXIT_LEASE_LOST``, since two processes must never write.
 
-    A process that stops between ``still_mine`` and its write can write late; what is published by name had better carry ``epoch``.
+    A process that stops between ``still_mine`` and its write can write late; names of published files should contain ``epoch``.
     """
 
     def __init__(
@@ -127,11 +129,11 @@ class Lease:
     def acquire(self, wait: float = 0.0) -> Lease:
         """Become the owner.
 
-        Waits ``wait`` seconds for a live owner to go. One that looks silent by the file system's clock is watched for its ``expires``
+        Waits ``wait`` seconds for a live owner to release. One that looks silent by the file system's clock is watched for its ``expires``
         even when ``wait`` is shorter: only silence that was watched counts.
 
         Raises:
-            UserError: somebody else is the owner, or the folder cannot be written.
+            UserError: another process is the owner, or the folder cannot be written.
         """
         token = uuid.uuid4().hex
         temporary = self._leases / f".{token}.tmp"
@@ -149,9 +151,9 @@ class Lease:
         return self
 
     def still_mine(self) -> bool:
-        """Renew now, and whether that worked: then nobody takes over for ``expires`` from the call on. Ask right before publishing.
+        """Renew now and return True on success: no process takes over for ``expires`` from now. Call right before publishing.
 
-        An error of the file system is forgiven until ``expires`` after the last renewal. False is final, and all that a fork gets.
+        File system errors are tolerated until ``expires`` after the last renewal. False is final; a fork always gets False.
         """
         if not self._is_held():
             return False
@@ -167,15 +169,15 @@ class Lease:
             return mine
 
     def release(self) -> None:
-        """Let others take over at once; does nothing when released, lost, or in a fork."""
+        """Let others take over at once; does nothing if released, lost, or in a fork."""
         if not self._is_held():
             return
         self._stop.set()
         with self._lock, contextlib.suppress(OSError):  # unmarked, it ends by silence
             self._owner = None
-            sight = _look(self._leases, self.expires)
-            if sight is not None and sight.holder.token == self._token:
-                os.utime(self._leases / _name(sight.holder.epoch), ns=(0, 0))
+            reading = _read_highest(self._leases, self.expires)
+            if reading is not None and reading.holder.token == self._token:
+                os.utime(self._leases / _name(reading.holder.epoch), ns=(0, 0))
 
     def __enter__(self) -> Lease:
         return self if self._is_held() else self.acquire()
@@ -201,60 +203,60 @@ class Lease:
     def _claim(self, temporary: Path, token: str, until: float) -> None:
         """Link ``temporary`` to an epoch above all others; on return the highest is ours.
 
-        Won is only what a later look shows: the reply of a link can be lost, and after a stall the name may be free but too low.
+        Success is only what a later reading shows: the reply of a link can be lost, and after a stall the name may be free but too low.
         """
         now, poll = os.stat(temporary).st_mtime, min(0.5, self.every / 10)
-        last: _Sight | None = None
+        last: _Reading | None = None
         refused: OSError | None = None
         silent_at = limit = until
         while True:
-            looked = time.monotonic()
-            sight = _look(self._leases, self.expires)
-            if sight is not None and sight.holder.token == token:
-                self.epoch = sight.holder.epoch
+            read_at = time.monotonic()
+            reading = _read_highest(self._leases, self.expires)
+            if reading is not None and reading.holder.token == token:
+                self.epoch = reading.holder.epoch
                 return
             if refused is not None:
                 raise refused
-            if sight is not None and sight != last:
-                silent_at = time.monotonic() + MARGIN * sight.holder.expires
-                seems_silent = abs(sight.age(now)) > sight.holder.expires
+            if reading is not None and reading != last:
+                silent_at = time.monotonic() + MARGIN * reading.holder.expires
+                seems_silent = abs(reading.age(now)) > reading.holder.expires
                 limit = max(until, silent_at) if last is None and seems_silent else until
-                last = sight
-            if sight is None or sight.free() or looked >= silent_at:
+                last = reading
+            if reading is None or reading.free() or read_at >= silent_at:
                 self._renewed = time.monotonic()
                 try:
                     os.utime(temporary)
-                    os.link(temporary, self._leases / _name(sight.holder.epoch + 1 if sight else 1))
+                    os.link(temporary, self._leases / _name(reading.holder.epoch + 1 if reading else 1))
                 except FileExistsError:
                     time.sleep(poll)
                 except FileNotFoundError:  # the folder was removed, or a cleaner was hasty
                     self._write(temporary, token)
                 except OSError as error:
                     refused = error
-            elif looked >= limit:
+            elif read_at >= limit:
                 raise UserError(
-                    f"{self.folder} is in use by {sight.holder.text}",
+                    f"{self.folder} is in use by {reading.holder.text}",
                     "wait for it, cancel that job, or choose another folder",
                 )
             else:
                 time.sleep(poll)
 
     def _renew(self) -> bool:
-        """Touch the lease; where others may have seen ``expires`` of silence, link the next epoch. False: another one's is higher."""
+        """Touch the lease; if others may have seen ``expires`` of silence, link the next epoch. False: another owner has a higher epoch."""
         start = time.monotonic()
-        sight = _look(self._leases, self.expires)
-        if sight is None or sight.holder.token != self._token:
+        reading = _read_highest(self._leases, self.expires)
+        if reading is None or reading.holder.token != self._token:
             return False
-        self.epoch = sight.holder.epoch
+        self.epoch = reading.holder.epoch
         path = self._leases / _name(self.epoch)
         os.utime(path)
-        if time.monotonic() - self._renewed > self.expires:  # asked after the touch, which may have taken long
+        if time.monotonic() - self._renewed > self.expires:  # checked after the touch, which may be slow
             with contextlib.suppress(FileExistsError):
                 os.link(path, self._leases / _name(self.epoch + 1))
-            sight = _look(self._leases, self.expires)
-            if sight is None or sight.holder.token != self._token or sight.holder.epoch == self.epoch:
+            reading = _read_highest(self._leases, self.expires)
+            if reading is None or reading.holder.token != self._token or reading.holder.epoch == self.epoch:
                 return False
-            self.epoch = sight.holder.epoch
+            self.epoch = reading.holder.epoch
         self._renewed = start
         return True
 
@@ -268,13 +270,16 @@ class Lease:
     def _end(self) -> None:
         try:
             threading.Timer(5.0, os._exit, [EXIT_LEASE_LOST]).start()  # a full pipe must not keep it alive
-            print(f"{self.folder} went to another process, or could not be written: this one ends", file=sys.stderr)
+            print(
+                f"{self.folder} was taken over by another process, or could not be written: this process ends",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
         finally:
             os._exit(EXIT_LEASE_LOST)
 
     def _clean(self) -> None:
-        """Remove epochs long past and what killed claimants left; the highest stays, so that epochs never go back."""
+        """Remove old epochs and files of killed claimants; the highest epoch stays, so that epochs never decrease."""
         with contextlib.suppress(OSError):
             now = os.stat(self._leases / _name(self.epoch)).st_mtime
             for file in self._leases.iterdir():
@@ -290,12 +295,12 @@ def _name(epoch: int) -> str:
 
 
 def _epoch(name: str) -> int | None:
-    """The epoch that a file name means; None for other files."""
+    """Return the epoch of a lease's file name; None for other files."""
     return int(name) if name.isascii() and name.isdecimal() and _name(int(name)) == name else None
 
 
-def _look(leases: Path, expires: float) -> _Sight | None:
-    """The highest lease; None where there is none. Opens folder and file, for NFS shows the present only to who opens."""
+def _read_highest(leases: Path, expires: float) -> _Reading | None:
+    """Return the highest lease, or None. Opens folder and file, since NFS only guarantees fresh data on open."""
     for attempt in range(3):
         epochs = [epoch for epoch in map(_epoch, os.listdir(leases)) if epoch is not None]
         if not epochs:
@@ -304,7 +309,7 @@ def _look(leases: Path, expires: float) -> _Sight | None:
             with open(leases / _name(max(epochs)), "rb") as file:
                 state = os.fstat(file.fileno())
                 holder = _parse(file.read(65536), max(epochs), expires)
-                return _Sight(holder, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
+                return _Reading(holder, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
         except OSError:  # superseded and removed between the two, unless it repeats
             if attempt == 2:
                 raise
@@ -345,7 +350,7 @@ def _clock(leases: Path) -> float:
 
 
 def _here() -> tuple[str, str, str]:
-    """Host, boot and process namespace, within which a process number means one process; empty where that is unknown."""
+    """Host, boot id and process namespace, within which a process id is unique; empty if unknown."""
     host = socket.gethostname()
     try:
         if os.readlink("/proc/self") != str(os.getpid()):  # /proc shows another namespace
@@ -356,7 +361,7 @@ def _here() -> tuple[str, str, str]:
 
 
 def _started(pid: int) -> int | None:
-    """When the process started, in the kernel's ticks; -1 if nothing but its exit status is left, None if unknown."""
+    """Start time of the process in kernel ticks; -1 for a zombie, None if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         state, threads, started = fields[0], int(fields[17]), int(fields[19])
@@ -366,11 +371,11 @@ def _started(pid: int) -> int | None:
 
 
 def _has_ended(holder: Holder) -> bool:
-    """Whether the holder was a process of this host that is no more; False where that cannot be known."""
+    """Return True if the holder was a process of this host that has ended; False if that cannot be known."""
     if not holder.is_here:
         return False
     try:
-        os.kill(holder.pid, 0)  # /proc may hide the processes of others, this does not
+        os.kill(holder.pid, 0)  # /proc may hide other users' processes, kill does not
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):

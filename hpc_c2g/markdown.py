@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Its lines; what would end a cell is escaped."""
+    """Lines of a markdown table; a ``|`` within a cell is escaped."""
     return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
 
 

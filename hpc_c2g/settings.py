@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf lets through
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf does not wrap it
 
 from hpc_c2g.errors import UserError
+from hpc_c2g.renamed import VALUES, refuse_old_name, refuse_old_value
 
 T = TypeVar("T")
 
@@ -18,16 +19,19 @@ T = TypeVar("T")
 def from_plain(
     schema: type[T], values: Mapping[str, Any], choices: Mapping[str, Mapping[str, type]] | None = None
 ) -> T:
-    """The dataclass of plain values; every ``__post_init__`` check passed.
+    """Build the dataclass from plain values, with every ``__post_init__`` check.
 
     Args:
-        schema: the dataclass.
-        values: by field, nested.
-        choices: for fields with several dataclasses, each by the name that its own field ``name`` holds.
+        schema: Dataclass of the settings.
+        values: Nested values by field name.
+        choices: Dataclasses by ``name``, for each field that has several.
 
     Raises:
         UserError: an unknown key, or a value of the wrong type or out of range.
     """
+    for key, value in VALUES:
+        if _lookup(values, key) == value:
+            refuse_old_value(key, value)
     try:
         node = OmegaConf.structured(schema)
         for field, kinds in (choices or {}).items():
@@ -37,19 +41,37 @@ def from_plain(
             node[field] = OmegaConf.structured(kinds[name])
         result = OmegaConf.to_object(OmegaConf.merge(node, dict(values)))
     except OmegaConfBaseException as error:
+        if isinstance(error, ConfigKeyError):
+            refuse_old_name(*_first_leaf(str(error.full_key), values))
         raise UserError(f"the settings do not fit: {str(error).splitlines()[0]}", "correct the named field") from error
     assert isinstance(result, schema)
     return result
 
 
+def _lookup(values: Any, key: str) -> Any:
+    """Value at a dotted key of nested mappings; None where there is none."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _first_leaf(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Dotted key and value of the first field of a group, or of the key itself where it is no group."""
+    value = _lookup(values, key)
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key, str(value)
+
+
 def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, Any]:
-    """Plain values of a yaml file.
+    """Read the plain values of a yaml file.
 
     Args:
-        file: to read.
-        absent: what is wrong where it cannot be read, such as ``run_dir=x is no run``.
-        begin: what to do then.
-        restore: what to do where it is damaged.
+        file: Path of the yaml file.
+        absent: Problem if the file cannot be read, such as ``run_dir=x is no run``.
+        begin: Hint for a file that cannot be read.
+        restore: Hint for a damaged file.
 
     Raises:
         UserError: the file cannot be read, or holds no settings.

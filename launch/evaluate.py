@@ -9,39 +9,24 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_c2g.evaluation.config import EvaluateConfig
+from hpc_c2g.evaluation.metric_registry import METRICS, numbers
 from hpc_c2g.reporting.memorization import by_multiplier, rows, shares_in
 from launch._compose.cli import run_verb
 from launch._compose.groups import SCHEMAS
-
-COLUMNS = {
-    "oracle_accuracy": "oracle",
-    "transfer_accuracy": "transfer",
-    "proximity": "proximity",
-    "coverage": "coverage",
-    "diversity": "diversity",
-    "ssim_sample_to_train": "SSIM sample>train",
-    "ssim_train_to_sample": "SSIM train>sample",
-    "marginal_distance": "marginals",
-    "correlation_distance": "correlations",
-}
 
 
 def table(result: dict[str, Any]) -> Table:
     """The run and its baselines, one line each."""
     out = Table(title=f"{result['classifier']}: uses real data, computed after training")
     out.add_column("samples")
-    rows = {"generator": result, **result["baselines"]}
-    shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
-    for name in shown.values():
-        out.add_column(name, justify="right")
+    rows = {name: numbers(row) for name, row in {"generator": result, **result["baselines"]}.items()}
+    shown = [metric for metric in METRICS if any(metric.name in row for row in rows.values())]
+    for metric in shown:
+        out.add_column(metric.title, justify="right")
     for name, row in rows.items():
-        out.add_row(name, *(_cell(row.get(key)) for key in shown), style="bold" if name == "generator" else "")
+        cells = [f"{row[metric.name]:.3f}" if metric.name in row else "-" for metric in shown]
+        out.add_row(name, *cells, style="bold" if name == "generator" else "")
     return out
-
-
-def _cell(value: Any) -> str:
-    value = value["mean"] if isinstance(value, dict) else value
-    return "-" if value is None else f"{value:.3f}"
 
 
 def memory(result: dict[str, Any]) -> Table | str:

@@ -10,6 +10,8 @@ import torch
 from hpc_c2g.classifiers.bundle import Bundle, build_model, save_bundle
 from hpc_c2g.classifiers.normalization import Normalization
 
+pytest.register_assert_rewrite("helpers")
+
 
 @pytest.fixture
 def bundle() -> Bundle:

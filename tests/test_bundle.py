@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -65,30 +67,31 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", MODELS, ids=lambda o: f"{o['target']}-{'norm' if 'batch_norm' in o else 'plain'}")
-def test_round_trip_is_bitwise(tmp_path, options, dtype):
-    architecture = {**options, "input_shape": list(SHAPE), "classes": 3}
-    model = build_model(architecture).to(dtype)
-    with torch.no_grad():
-        model.train()(torch.randn(9, *SHAPE, dtype=dtype))  # running statistics and counters as after training
-    normalization = Normalization.constant(SHAPE, mean=torch.rand(SHAPE), scale=[0.5, 2.0], value_range=(-1, 3))
-    saved = Bundle(model, architecture, ["x", "y", "z"], SHAPE, normalization)
-    save_bundle(saved, tmp_path / "new" / "folder")
-    loaded = load_bundle(str(tmp_path / "new" / "folder"))
-    there = loaded.model.state_dict()
-    assert list(there) == list(saved.model.state_dict())
-    for name, tensor in saved.model.state_dict().items():
-        assert torch.equal(there[name], tensor)
-        assert there[name].dtype == tensor.dtype
-    for name in ("mean", "scale", "lower", "upper"):
-        assert torch.equal(getattr(loaded.normalization, name), getattr(normalization, name))
-    for field in ("architecture", "classes", "input_shape", "dtype", "fingerprint"):
-        assert getattr(loaded, field) == getattr(saved, field)
-    assert not loaded.model.training
-    assert not any(p.requires_grad for p in loaded.model.parameters())
-    x = torch.randn(4, *SHAPE, dtype=dtype)
-    assert torch.equal(loaded.model(x), saved.model(x))
+def test_round_trip_is_bitwise(subtests, tmp_path):
+    for number, (dtype, options) in enumerate(product([torch.float32, torch.float64], MODELS)):
+        folder = tmp_path / str(number) / "folder"  # neither is there yet
+        with subtests.test(f"{options} {dtype}"):
+            architecture = {**options, "input_shape": list(SHAPE), "classes": 3}
+            model = build_model(architecture).to(dtype)
+            with torch.no_grad():
+                model.train()(torch.randn(9, *SHAPE, dtype=dtype))  # running statistics and counters as after training
+            normalization = Normalization.constant(SHAPE, mean=torch.rand(SHAPE), scale=[0.5, 2.0], value_range=(-1, 3))
+            saved = Bundle(model, architecture, ["x", "y", "z"], SHAPE, normalization)
+            save_bundle(saved, folder)
+            loaded = load_bundle(str(folder))
+            there = loaded.model.state_dict()
+            assert list(there) == list(saved.model.state_dict())
+            for name, tensor in saved.model.state_dict().items():
+                assert torch.equal(there[name], tensor)
+                assert there[name].dtype == tensor.dtype
+            for name in ("mean", "scale", "lower", "upper"):
+                assert torch.equal(getattr(loaded.normalization, name), getattr(normalization, name))
+            for field in ("architecture", "classes", "input_shape", "dtype", "fingerprint"):
+                assert getattr(loaded, field) == getattr(saved, field)
+            assert not loaded.model.training
+            assert not any(p.requires_grad for p in loaded.model.parameters())
+            x = torch.randn(4, *SHAPE, dtype=dtype)
+            assert torch.equal(loaded.model(x), saved.model(x))
 
 
 def test_fingerprint_is_of_weights_and_normalization_not_of_the_place(bundle, tmp_path):
@@ -123,10 +126,12 @@ DAMAGE = {f"first {n} bytes": lambda blob, n=n: blob[:n] for n in (0, 7, 100, -1
 DAMAGE |= {f"a bit at {place}": lambda blob, place=place: flipped(blob, place) for place in (0, 20, -100, -1)}
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_truncated_or_altered_weights_are_refused(bundle_dir, damage):
-    (bundle_dir / WEIGHTS).write_bytes(DAMAGE[damage]((bundle_dir / WEIGHTS).read_bytes()))
-    refused("truncated or altered", load_bundle, bundle_dir)
+def test_truncated_or_altered_weights_are_refused(subtests, bundle_dir):
+    intact = (bundle_dir / WEIGHTS).read_bytes()
+    for damage in DAMAGE:
+        with subtests.test(damage):
+            (bundle_dir / WEIGHTS).write_bytes(DAMAGE[damage](intact))
+            refused("truncated or altered", load_bundle, bundle_dir)
 
 
 def test_weights_that_are_no_safetensors_are_refused(bundle_dir):
@@ -136,10 +141,11 @@ def test_weights_that_are_no_safetensors_are_refused(bundle_dir):
     refused(f"{WEIGHTS} cannot be read", load_bundle, bundle_dir)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"abc"', "{}", '{"format": 1}', "\xff"])
-def test_broken_description_is_refused(bundle_dir, text):
-    (bundle_dir / META).write_bytes(text.encode("latin-1"))
-    refused("is not a bundle description", load_bundle, bundle_dir)
+def test_broken_description_is_refused(subtests, bundle_dir):
+    for text in ["", "{", "[]", "3", "null", '"abc"', "{}", '{"format": 1}', "\xff"]:
+        with subtests.test(repr(text)):
+            (bundle_dir / META).write_bytes(text.encode("latin-1"))
+            refused("is not a bundle description", load_bundle, bundle_dir)
 
 
 WRONG = [
@@ -162,10 +168,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "match"), WRONG)
-def test_description_that_does_not_fit_is_refused(bundle_dir, changes, match):
-    edit(bundle_dir, **changes)
-    refused(match, load_bundle, bundle_dir)
+def test_description_that_does_not_fit_is_refused(subtests, bundle_dir):
+    meta = (bundle_dir / META).read_bytes()
+    for changes, match in WRONG:
+        (bundle_dir / META).write_bytes(meta)
+        with subtests.test(match):
+            edit(bundle_dir, **changes)
+            refused(match, load_bundle, bundle_dir)
 
 
 UNFIT = [
@@ -180,10 +189,12 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("change", "match"), UNFIT, ids=[match for _, match in UNFIT])
-def test_tensors_that_do_not_fit_are_refused(bundle_dir, change, match):
-    rewrite(bundle_dir, change)
-    refused(match, load_bundle, bundle_dir)
+def test_tensors_that_do_not_fit_are_refused(subtests, bundle_dir, tmp_path):
+    for number, (change, match) in enumerate(UNFIT):
+        folder = shutil.copytree(bundle_dir, tmp_path / str(number))
+        with subtests.test(match):
+            rewrite(folder, change)
+            refused(match, load_bundle, folder)
 
 
 def test_nan_weights_are_refused_at_once(bundle):
@@ -221,19 +232,21 @@ def function(**kwargs) -> nn.Module:
     return nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("target", [f"{__name__}.function", f"{__name__}.NotAModule", f"{__name__}.CALLED"])
-def test_a_target_that_is_no_module_is_refused_and_never_called(bundle_dir, target):
-    edit(bundle_dir, architecture={"target": target})
-    refused(r"is not a torch\.nn\.Module", load_bundle, bundle_dir)
-    assert CALLED == []
+def test_a_target_that_is_no_module_is_refused_and_never_called(subtests, bundle_dir):
+    for target in [f"{__name__}.function", f"{__name__}.NotAModule", f"{__name__}.CALLED"]:
+        with subtests.test(target):
+            edit(bundle_dir, architecture={"target": target})
+            refused(r"is not a torch\.nn\.Module", load_bundle, bundle_dir)
+            assert CALLED == []
 
 
-@pytest.mark.parametrize("target", ["os.mkdir", "os.system", "pathlib.Path", "builtins.eval", "torch.load"])
-def test_functions_of_libraries_are_refused_and_never_called(bundle_dir, tmp_path, target):
-    marker = tmp_path / "marker"
-    edit(bundle_dir, architecture={"target": target, "path": str(marker), "command": f"touch {marker}"})
-    refused(r"is not a torch\.nn\.Module", load_bundle, bundle_dir)
-    assert not marker.exists()
+def test_functions_of_libraries_are_refused_and_never_called(subtests, bundle_dir, tmp_path):
+    for target in ["os.mkdir", "os.system", "pathlib.Path", "builtins.eval", "torch.load"]:
+        with subtests.test(target):
+            marker = tmp_path / "marker"
+            edit(bundle_dir, architecture={"target": target, "path": str(marker), "command": f"touch {marker}"})
+            refused(r"is not a torch\.nn\.Module", load_bundle, bundle_dir)
+            assert not marker.exists()
 
 
 def test_an_import_path_names_any_module():

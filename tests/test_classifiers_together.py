@@ -153,7 +153,7 @@ def test_each_classifier_has_its_own_solutions(folders: list[str], tmp_path: Pat
     assert (columns, len(picture)) == (5, 20)
     rows = picture.reshape(4, 5, 1, 4, 4)[:, :3]
     for s, member in enumerate(run.generator.only(0).members):
-        latents = fresh_latents(0, 12, run.generator.dimensions, 3, classifier=member.index)
+        latents = fresh_latents(0, 12, run.generator.dimensions, 3, member=member.index)
         drawn = run.generator.draw(latents, member)[0].reshape(4, 3, 1, 4, 4)
         assert torch.equal(rows[s::2], drawn[s::2])  # the solutions' rows in turn
 

@@ -97,6 +97,14 @@ MISTAKES = {
     "wrong type of flag": ("train classifier={classifier} run_dir=r deterministic=perhaps", "deterministic=perhaps"),
     "wrong type of list": ("train classifier={classifier} run_dir=r generator.widths=wide", "generator.widths"),
     "syntax": ("train classifier={classifier} run_dir=r steps=[1", "steps=[1"),
+    "value with a sign of equality": (
+        "classifier out=o fit=import fit.state_dict=epoch=3.pt",
+        "fit.state_dict=epoch=3.pt",
+        """'fit.state_dict="epoch=3.pt"'""",
+    ),
+    "value beyond ASCII": ("train classifier=c run_dir=Zürich", """'run_dir="Zürich"'"""),
+    "unknown reference": ("train classifier=c run_dir=${{x}}/r", "run_dir cannot be read", "'x' not found"),
+    "home folder": ("train classifier=~/no_such_folder run_dir=r", f"classifier={Path.home()}/no_such_folder"),
     "added key": ("train classifier={classifier} run_dir=r +color=red", "'color'"),
     "bad deepspeed": (
         "train classifier={classifier} run_dir=r +deepspeed.zero_optimization=7",
@@ -137,11 +145,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(c2g, places, name):
-    command, *fragments = MISTAKES[name]
-    arguments = command.format(**places).split()
-    assert_one_line(c2g(*arguments), arguments[0], *(fragment.format(**places) for fragment in fragments))
+def test_a_mistake_is_one_line(c2g, places, tmp_path, monkeypatch):
+    for number, (command, *fragments) in enumerate(MISTAKES.values()):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        arguments = command.format(**places).split()
+        assert_one_line(c2g(*arguments), arguments[0], *(fragment.format(**places) for fragment in fragments))
 
 
 def spoil(folder: Path, change) -> None:
@@ -164,12 +173,13 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_bundle_is_one_line(c2g, places, tmp_path, name):
-    change, fragment = SPOILT[name]
-    shutil.copytree(places["classifier"], tmp_path / "bundle")
-    change(tmp_path / "bundle")
-    assert_one_line(c2g("train", "classifier=bundle", "run_dir=r", "global_batch=8"), "train", fragment)
+def test_a_spoilt_bundle_is_one_line(c2g, places, tmp_path, monkeypatch):
+    for number, (change, fragment) in enumerate(SPOILT.values()):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        shutil.copytree(places["classifier"], "bundle")
+        change(Path("bundle"))
+        assert_one_line(c2g("train", "classifier=bundle", "run_dir=r", "global_batch=8"), "train", fragment)
 
 
 def test_weights_of_another_net_are_one_line(c2g, tmp_path):
@@ -206,12 +216,12 @@ def test_a_message_of_several_lines_is_one_line(c2g, monkeypatch):
     assert_one_line(c2g("sample", "run_dir=r", "out=o.png"), "sample", "first second")
 
 
-@pytest.mark.parametrize(("verb", "meant"), [("trian", "train"), ("samples", "sample"), ("quux", None)])
-def test_an_unknown_verb_is_one_line_with_a_suggestion(c2g, verb, meant):
-    code, _, err = c2g(verb)
-    assert code == 2
-    wanted = f"did you mean {meant}?" if meant else f"choose one of {', '.join(VERBS)}"
-    assert err == f"c2g: error: there is no verb {verb!r} -- {wanted}\n"
+def test_an_unknown_verb_is_one_line_with_a_suggestion(c2g):
+    for verb, meant in (("trian", "train"), ("samples", "sample"), ("quux", None)):
+        code, _, err = c2g(verb)
+        assert code == 2
+        wanted = f"did you mean {meant}?" if meant else f"choose one of {', '.join(VERBS)}"
+        assert err == f"c2g: error: there is no verb {verb!r} -- {wanted}\n"
 
 
 def test_usage_lists_the_verbs(c2g):
@@ -334,6 +344,14 @@ def test_a_signal_has_an_exit_code_of_its_own_in_every_verb_that_trains(c2g, pla
     got, _, err = c2g(*arguments)
     assert got == code
     assert err.splitlines()[-1] == f"c2g {verb}: {number}: saved after step 1; run the same command to go on"
+
+
+def test_an_interrupt_without_a_checkpoint_is_one_line(c2g, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpc_c2g.evaluation.evaluate.evaluate", interrupt)
+    assert c2g("evaluate", "run_dir=r") == (130, "", "c2g evaluate: interrupted\n")
 
 
 def test_a_real_process_saves_at_a_signal(places, tmp_path):

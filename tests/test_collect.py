@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.launched import differences
 from hpc_c2g.errors import UserError
+from hpc_c2g.evaluation.metric_registry import numbers
 from hpc_c2g.reporting import archive as archives
 from hpc_c2g.reporting import collect as collecting
 from hpc_c2g.reporting.board import Board, named, numeric_variables
@@ -114,6 +115,23 @@ def test_every_run_is_a_session_with_its_point_and_all_its_metrics(kept):
         assert {"stationarity", "coverage (uses real data)", "transfer_accuracy (uses real data)"} <= set(
             session.Tags()["scalars"]
         )
+
+
+def test_every_metric_of_an_evaluation_reaches_the_tables_and_the_board(kept):
+    content = json.loads((kept / "results.json").read_text())["runs"]
+    header = (kept / "results.csv").read_text().splitlines()[0].split(",")
+    (file,) = (kept / "board" / "0-study" / "hparams" / "0").iterdir()
+    columns = file.read_bytes()
+    for row in rows(kept, "train"):
+        judged = numbers(json.loads((kept / row.folder / "evaluation.json").read_text()))
+        assert {"coverage", "ssim_train_to_sample", "ssim_train_to_sample_best10"} <= judged.keys()
+        found = next(r for r in content if r["id"] == row.id)
+        assert {name: found.get(name) for name in judged} == judged
+        assert judged.keys() <= set(header)
+        session = scalars(kept / "board" / "0-study" / "hparams" / row.id).Tags()["scalars"]
+        assert {f"{name} (uses real data)" for name in judged} <= set(session)
+        assert all(f"{name} (uses real data)".encode() in columns for name in judged)
+        assert all(name in (kept / "results.md").read_text() for name in judged)
 
 
 def test_pictures_and_what_they_show_in_words_are_there(kept):

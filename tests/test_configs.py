@@ -18,10 +18,13 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.planning.hardware import HardwareSpec
+from hpc_c2g.renamed import REMOVED, RENAMED, VALUES, refuse_old_name
 from hpc_c2g.studies.config import StudyConfig
-from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
+from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig, config_from
 from launch.__main__ import VERBS
-from launch._compose.cli import composed, config_folder, register, typed
+from launch._compose.cli import composed, config_folder, keys, register, typed
+from launch._compose.grid import plan as grid_plan
+from launch._compose.grid import resolved
 
 CONFIGS = config_folder()
 REQUIRED = {
@@ -84,19 +87,18 @@ def test_every_verb_has_its_yaml_and_every_yaml_its_verb():
     assert groups == {group for _, group, _ in group_choices()}
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_defaults_of_the_yaml_are_those_of_the_dataclass(verb):
-    schema, _ = verb_schema(verb)
-    composed_config, plain = compose(verb), schema(**REQUIRED[verb])
-    if verb == "classifier":  # the choice of a model names its arguments; the next test holds them against the code
-        composed_config = replace(composed_config, model=plain.model)
-    if verb == "sweep":  # a study is all in its yaml; test_study_plan.py plans each
-        composed_config = replace(composed_config, study=plain.study)
-    assert composed_config == plain
+def test_the_defaults_of_the_yaml_are_those_of_the_dataclass():
+    for verb in VERBS:
+        schema, _ = verb_schema(verb)
+        composed_config, plain = compose(verb), schema(**REQUIRED[verb])
+        if verb == "classifier":  # the choice of a model names its arguments; the next test holds them against the code
+            composed_config = replace(composed_config, model=plain.model)
+        if verb == "sweep":  # a study is all in its yaml; test_study_plan.py plans each
+            composed_config = replace(composed_config, study=plain.study)
+        assert composed_config == plain, verb
 
 
-@pytest.mark.parametrize(("verb", "group", "choice"), group_choices())
-def test_every_choice_of_every_group_composes_into_its_dataclass(verb, group, choice):
+def check_choice(verb, group, choice):
     config = compose(verb, f"{group}={choice}", *ALSO_REQUIRED.get(choice, []))
     assert isinstance(config, verb_schema(verb)[0])
     value = getattr(config, group)
@@ -119,6 +121,12 @@ def test_every_choice_of_every_group_composes_into_its_dataclass(verb, group, ch
         assert type(value) is dataclass
         assert value == wanted
         assert value.name == choice
+
+
+def test_every_choice_of_every_group_composes_into_its_dataclass():
+    assert len(group_choices()) > 30
+    for verb, group, choice in group_choices():
+        check_choice(verb, group, choice)
 
 
 def test_free_images_bring_the_rates_of_their_own():
@@ -165,30 +173,93 @@ def exit_code(verb: str, *overrides: str) -> int:
     return caught.value.code
 
 
-@pytest.mark.parametrize(("verb", "typo", "meant"), TYPOS)
-def test_a_typo_names_the_key_and_suggests_the_right_one(verb, typo, meant, capsys):
-    assert exit_code(verb, f"{typo}=1") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"c2g {verb}: error: there is no setting {typo!r} -- did you mean {meant}")
+def test_a_typo_names_the_key_and_suggests_the_right_one(capsys):
+    for verb, typo, meant in TYPOS:
+        assert exit_code(verb, f"{typo}=1") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"c2g {verb}: error: there is no setting {typo!r} -- did you mean {meant}")
 
 
-@pytest.mark.parametrize("addition", ["+foo=1", "+optimizer.foo=1", "+generator.foo.bar=1"])
-def test_an_added_setting_is_refused(addition, capsys):
-    assert exit_code("train", addition) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    name = addition.removeprefix("+").removesuffix("=1")
-    assert line.startswith("c2g train: error: ")
-    assert name.rpartition(".")[0] or name in line
-    assert "foo" in line
+def test_an_added_setting_is_refused(capsys):
+    for addition in ("+foo=1", "+optimizer.foo=1", "+generator.foo.bar=1"):
+        assert exit_code("train", addition) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        name = addition.removeprefix("+").removesuffix("=1")
+        assert line.startswith("c2g train: error: ")
+        assert name.rpartition(".")[0] or name in line
+        assert "foo" in line
 
 
-@pytest.mark.parametrize("field", ["classifier", "run_dir"])
-def test_a_missing_value_is_named(field):
-    schema, groups = verb_schema("train")
-    register("train", schema, groups)
-    given = [f"{k}={v}" for k, v in REQUIRED["train"].items() if k != field]
-    with pytest.raises(UserError, match=f"^{field} is not given"):
-        typed(composed("train", given), schema)
+def test_a_missing_value_is_named():
+    for field in ("classifier", "run_dir"):
+        schema, groups = verb_schema("train")
+        register("train", schema, groups)
+        given = [f"{k}={v}" for k, v in REQUIRED["train"].items() if k != field]
+        with pytest.raises(UserError, match=f"^{field} is not given"):
+            typed(composed("train", given), schema)
+
+
+EARLIER = {
+    "plan": ("cluster", "profile", "save_profile"),
+    "classifier": ("fit.optimiser", "fit.rate", "normalisation"),
+}
+"""Verbs other than ``train`` of settings that had another name."""
+FIELDS = {"optimiser": "betas", "scale": "gain", "normalisation": "kind"}
+"""A field of each renamed group that kept its name."""
+
+
+def old_names() -> list[tuple[str, str, str]]:
+    """Verb, old name and new name of every row of the table."""
+    found = []
+    for old, new in RENAMED.items():
+        verb = next((verb for verb, names in EARLIER.items() if old in names), "train")
+        field = f".{FIELDS[old]}" if old in FIELDS else ""
+        found.append((verb, old + field, new + field))
+        found += [
+            (verb, f"{group}.{old.partition('.')[2]}", new)
+            for group in FIELDS
+            if RENAMED[group] == old.partition(".")[0]
+        ]
+    return found
+
+
+def test_every_setting_that_had_another_name_is_answered_with_the_new_one_on_the_command_line(capsys):
+    assert len(old_names()) > len(RENAMED)
+    for verb, old, new in old_names():
+        assert exit_code(verb, *(["fit=ordinary"] if old.startswith("fit.") else []), f"{old}=7") == 2
+        assert capsys.readouterr().err == f"c2g {verb}: error: {old} is now called {new} -- write {new}=7\n"
+        schema, groups = verb_schema(verb)
+        register(verb, schema, groups)
+        plain = OmegaConf.to_container(composed(verb, ["fit=ordinary"] if verb == "classifier" else []))
+        assert new in set(keys(plain)), "the new name is no setting"
+    for (key, old), new in VALUES.items():
+        assert exit_code("train", f"{key}={old}") == 2
+        assert capsys.readouterr().err == f"c2g train: error: {key}={old} is now called {new} -- write {key}={new}\n"
+        assert OmegaConf.select(OmegaConf.structured(compose("train", f"{key}={new}")), key) == new
+    for name, reason in REMOVED.items():
+        with pytest.raises(UserError, match=f"^{name} was removed: {reason} -- drop {name}$"):
+            refuse_old_name(name)
+
+
+def nested(key, value):
+    group, dot, field = key.partition(".")
+    return {group: {field: value}} if dot else {group: value}
+
+
+def test_every_setting_that_had_another_name_is_answered_with_the_new_one_in_the_files_of_runs_and_studies():
+    train = [(old, new) for verb, old, new in old_names() if verb == "train"]
+    for old, new in train:
+        with pytest.raises(UserError, match=f"^{old} is now called {new} -- write {new}=7$"):
+            config_from({**REQUIRED["train"], **nested(old, 7)})
+        with pytest.raises(UserError, match=f"{old} is now called {new} -- "):
+            resolved("train", (f"{old}=7",))
+        with pytest.raises(UserError, match=f"^{old} is now called {new} -- "):
+            grid_plan(
+                StudyConfig(name="s", stages=["classifier", "train"]), [{old: "7"}], {"classifier": "", "train": ""}
+            )
+    for (key, old), new in VALUES.items():
+        with pytest.raises(UserError, match=f"^{key}={old} is now called {new} -- write {key}={new}$"):
+            config_from({**REQUIRED["train"], **nested(key, old)})
 
 
 RANGES = [
@@ -238,13 +309,13 @@ def test_the_settings_to_be_spoilt_are_right():
     assert isinstance(typed(train_settings(), TrainConfig), TrainConfig)
 
 
-@pytest.mark.parametrize("override", RANGES)
-def test_a_value_out_of_range_is_refused_by_name(override):
-    config = OmegaConf.merge(train_settings(), OmegaConf.from_dotlist([override]))
-    with pytest.raises(UserError) as caught:
-        typed(config, TrainConfig)
-    assert override.partition("=")[0] in str(caught.value)
-    assert caught.value.hint
+def test_a_value_out_of_range_is_refused_by_name():
+    for override in RANGES:
+        config = OmegaConf.merge(train_settings(), OmegaConf.from_dotlist([override]))
+        with pytest.raises(UserError) as caught:
+            typed(config, TrainConfig)
+        assert override.partition("=")[0] in caught.value.problem
+        assert caught.value.hint, override
 
 
 def test_a_config_that_is_made_by_hand_is_checked_alike():

@@ -97,9 +97,8 @@ class TestConfig:
     def test_every_name_has_a_loader(self) -> None:
         assert set(LOADERS) == set(NAMES) == {*EMBEDDED, *TOYS, *ON_DISK}
 
-    @pytest.mark.parametrize(
-        ("fields", "told"),
-        [
+    def test_refuses_what_is_out_of_range_when_made_and_when_changed(self, subtests: pytest.Subtests) -> None:
+        for fields, told in [
             ({"name": "imagenet"}, "data.name='imagenet' is unknown -- choose one of digits"),
             ({"train_size": 0}, "data.train_size=0"),
             ({"held_out_size": -1}, "data.held_out_size=-1"),
@@ -109,17 +108,16 @@ class TestConfig:
             ({"classes": [4, 4]}, "names a class twice"),
             ({"classes": [4, -1]}, "negative"),
             ({"name": "moons", "train_size": None}, "data.train_size=null"),
-        ],
-    )
-    def test_refuses_what_is_out_of_range_when_made_and_when_changed(self, fields: dict[str, Any], told: str) -> None:
-        with pytest.raises(UserError) as error:
-            DataConfig(**fields)
-        assert told in str(error.value)
-        config = DataConfig()
-        for field, value in fields.items():
-            setattr(config, field, value)
-        with pytest.raises(UserError):
-            load_split(config)
+        ]:
+            with subtests.test(told):
+                with pytest.raises(UserError) as error:
+                    DataConfig(**fields)
+                assert told in str(error.value)
+                config = DataConfig()
+                for field, value in fields.items():
+                    setattr(config, field, value)
+                with pytest.raises(UserError):
+                    load_split(config)
 
 
 class TestChoice:
@@ -155,20 +153,18 @@ class TestChoice:
         assert [len(part) for part in split_pool(labels, ["a", "b"], replace(config, held_out_size=6))] == [44, 6]
         assert [len(part) for part in split_files(labels, labels, ["a", "b"], config)] == [50, 50]
 
-    @pytest.mark.parametrize(
-        ("fields", "told"),
-        [
+    def test_refuses_more_than_there_is(self, subtests: pytest.Subtests) -> None:
+        for fields, told in [
             ({"train_size": 60}, "data.train_size=60 needs 30 samples of class 'a'"),
             ({"train_size": 1}, "data.train_size=1 leaves some of the 2 classes"),
             ({"train_size": 40}, "nothing is held out"),
             ({"train_size": 10, "held_out_size": 31}, "data.held_out_size=31 is more than the 30 samples"),
             ({"train_size": None, "held_out_size": 40}, "class 'a' of digits has no samples left"),
-        ],
-    )
-    def test_refuses_more_than_there_is(self, fields: dict[str, Any], told: str) -> None:
-        with pytest.raises(UserError) as error:
-            split_pool(np.repeat([0, 1], 20), ["a", "b"], DataConfig(**fields))
-        assert told in str(error.value)
+        ]:
+            with subtests.test(told):
+                with pytest.raises(UserError) as error:
+                    split_pool(np.repeat([0, 1], 20), ["a", "b"], DataConfig(**fields))
+                assert told in str(error.value)
 
 
 @pytest.mark.parametrize("name", [*EMBEDDED, *TOYS])
@@ -233,26 +229,28 @@ class TestMnist:
             assert np.allclose(sample[0].numpy() * 255, pixels[index, ..., 0], atol=1e-4)
         assert sorted(tmp_path.rglob("*")) == before
 
-    @pytest.mark.parametrize("damage", ["missing", "truncated", "not gzip", "empty", "magic", "short", "fewer labels"])
-    def test_a_missing_or_damaged_file_is_named(self, tmp_path: Path, damage: str) -> None:
-        make_mnist(tmp_path)
-        name = MNIST_FILES[1 if damage == "fewer labels" else 0]
-        path = tmp_path / "MNIST" / "raw" / f"{name}.gz"
-        content = path.read_bytes()
-        plain = gzip.decompress(content)
-        damaged = {
-            "truncated": content[:-100],
-            "not gzip": b"<html>404</html>",
-            "empty": gzip.compress(b""),
-            "magic": gzip.compress(b"\0\0\x08\x01" + plain[4:]),
-            "short": gzip.compress(plain[:-1]),
-            "fewer labels": gzip.compress(b"\0\0\x08\x01\0\0\0\x3b" + plain[8:-1]),
-        }
-        path.unlink()
-        if damage in damaged:
-            path.write_bytes(damaged[damage])
-        with pytest.raises(UserError, match=name):
-            load("mnist", tmp_path)
+    def test_a_missing_or_damaged_file_is_named(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        for damage in ["missing", "truncated", "not gzip", "empty", "magic", "short", "fewer labels"]:
+            folder = tmp_path / damage
+            with subtests.test(damage):
+                make_mnist(folder)
+                name = MNIST_FILES[1 if damage == "fewer labels" else 0]
+                path = folder / "MNIST" / "raw" / f"{name}.gz"
+                content = path.read_bytes()
+                plain = gzip.decompress(content)
+                damaged = {
+                    "truncated": content[:-100],
+                    "not gzip": b"<html>404</html>",
+                    "empty": gzip.compress(b""),
+                    "magic": gzip.compress(b"\0\0\x08\x01" + plain[4:]),
+                    "short": gzip.compress(plain[:-1]),
+                    "fewer labels": gzip.compress(b"\0\0\x08\x01\0\0\0\x3b" + plain[8:-1]),
+                }
+                path.unlink()
+                if damage in damaged:
+                    path.write_bytes(damaged[damage])
+                with pytest.raises(UserError, match=name):
+                    load("mnist", folder)
 
 
 class TestCifar:
@@ -274,28 +272,27 @@ class TestCifar:
         split = load("cifar10", tmp_path, None)
         assert (len(split.train), len(split.held_out)) == (80, 40)
 
-    @pytest.mark.parametrize(
-        ("changes", "told"),
-        [
+    def test_a_wrong_npz_is_refused(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        for changes, told in [
             ({"test_labels": None}, "lacks test_labels"),
             ({"train_images": np.zeros((40, 3, 32, 32), np.uint8)}, "train_images is uint8"),
             ({"train_images": np.zeros((40, 32, 32, 3))}, "train_images is float64"),
             ({"train_labels": np.full(40, 10)}, "one class of 0..9"),
             ({"train_labels": np.zeros(39, int)}, "one class of 0..9"),
             ({"train_labels": np.array([object()] * 40)}, "allow_pickle"),
-        ],
-    )
-    def test_a_wrong_npz_is_refused(self, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-        make_cifar(tmp_path / "cifar10_subset.npz", **changes)
-        with pytest.raises(UserError, match=r"cifar10_subset\.npz") as error:
-            load("cifar10", tmp_path)
-        assert told in str(error.value)
+        ]:
+            with subtests.test(told):
+                make_cifar(tmp_path / "cifar10_subset.npz", **changes)
+                with pytest.raises(UserError, match=r"cifar10_subset\.npz") as error:
+                    load("cifar10", tmp_path)
+                assert told in str(error.value)
 
-    @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
-    def test_a_damaged_npz_is_named(self, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "cifar10_subset.npz").write_bytes(content)
-        with pytest.raises(UserError, match=r"cifar10_subset\.npz"):
-            load("cifar10", tmp_path)
+    def test_a_damaged_npz_is_named(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        for content in [b"", b"not a zip", b"PK\x03\x04 broken"]:
+            with subtests.test(repr(content)):
+                (tmp_path / "cifar10_subset.npz").write_bytes(content)
+                with pytest.raises(UserError, match=r"cifar10_subset\.npz"):
+                    load("cifar10", tmp_path)
 
     def test_a_changed_torchvision_folder_is_refused_before_unpickling(self, tmp_path: Path) -> None:
         (tmp_path / "cifar-10-batches-py").mkdir()
@@ -330,24 +327,23 @@ class TestCelebA:
         assert len(opened) == 8 + 4
         assert sorted(opened)[-4:] == [17, 18, 19, 20]
 
-    @pytest.mark.parametrize(
-        ("old", "new", "told"),
-        [
+    def test_a_wrong_list_is_refused(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        make_celeba(tmp_path)
+        path = tmp_path / "list_attr_celeba.txt"
+        intact = path.read_text()
+        for old, new, told in [
             ("Smiling", "Male", "data.attribute='Smiling' is not in"),
             ("20\n", "21\n", "promises '21' images in line 1 and lists 20"),
             ("000003.jpg -1  1", "000003.jpg -1", "line 5"),
             ("000003.jpg -1  1", "000003.jpg -1 yes", "line 5"),
             ("000020.jpg", "000021.jpg", "000021.jpg cannot be read"),
-        ],
-    )
-    def test_a_wrong_list_is_refused(self, tmp_path: Path, old: str, new: str, told: str) -> None:
-        make_celeba(tmp_path)
-        path = tmp_path / "list_attr_celeba.txt"
-        path.write_text(path.read_text().replace(old, new, 1))
-        with pytest.raises(UserError) as error:
-            load("celeba", tmp_path, attribute="Smiling")
-        assert told in str(error.value)
-        assert "'Smiling'" not in told or "Bald, Male" in error.value.hint
+        ]:
+            with subtests.test(told):
+                path.write_text(intact.replace(old, new, 1))
+                with pytest.raises(UserError) as error:
+                    load("celeba", tmp_path, attribute="Smiling")
+                assert told in str(error.value)
+                assert "'Smiling'" not in told or "Bald, Male" in error.value.hint
 
 
 @pytest.mark.parametrize(("name", "told"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10"), ("celeba", "img_align")])

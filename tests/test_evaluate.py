@@ -174,7 +174,7 @@ def test_without_a_record_the_data_must_be_named_and_must_fit(config, run_dir, t
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace(str(run_dir.parent), str(tmp_path)))
     config = replace(config, run_dir=str(tmp_path / "run"), baselines=False)
-    with pytest.raises(UserError, match="does not say what data it was fitted to"):
+    with pytest.raises(UserError, match="has no record of its training data"):
         evaluate(config)
     with pytest.raises(UserError, match=r"shape \[13\], the generator makes \[1, 8, 8\]"):
         evaluate(replace(config, data=DataConfig(name="wine")))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import t as student
 
+from hpc_c2g.evaluation.metric_registry import METRICS
 from hpc_c2g.reporting import law_figures, laws, quality_figures
 from hpc_c2g.reporting.curves import Average, Curves, average
 from hpc_c2g.reporting.drawing import Figure, marks, safe, short, tick
@@ -25,7 +26,6 @@ from hpc_c2g.reporting.figures import (
     sampling,
 )
 from hpc_c2g.reporting.laws import plain
-from hpc_c2g.reporting.results import METRICS
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -40,7 +40,10 @@ HOSTILE = [
 
 def row(coverage, residual, runs=3, sd=0.01, **fields):
     """One group; coverage is the metric that the tests tell by, the others follow it."""
-    measures = dict.fromkeys(METRICS, 0.5 + coverage / 4) | {"coverage": coverage, "stationarity": residual}
+    measures = dict.fromkeys((m.name for m in METRICS), 0.5 + coverage / 4) | {
+        "coverage": coverage,
+        "stationarity": residual,
+    }
     return {**fields, "runs": runs, **measures, **{f"{name}_sd": sd * value for name, value in measures.items()}}
 
 

@@ -176,11 +176,12 @@ def test_default_initialization_is_that_of_torch():
     assert same(model, MLP([4], 3, width=12))
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("dtype", "float16")])
-@pytest.mark.parametrize("kind", [MarginFitConfig, OrdinaryFitConfig])
-def test_settings_out_of_range_are_refused(kind, field, value):
-    with pytest.raises(UserError, match=rf"fit\.{field}="):
-        kind(**{field: value})
+def test_settings_out_of_range_are_refused(subtests):
+    for (field, value), kind in itertools.product(
+        [("lr", 0.0), ("dtype", "float16")], [MarginFitConfig, OrdinaryFitConfig]
+    ):
+        with subtests.test(f"{kind.__name__} {field}={value}"), pytest.raises(UserError, match=rf"fit\.{field}="):
+            kind(**{field: value})
 
 
 def refused(match: str, path: Path) -> None:

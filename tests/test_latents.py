@@ -149,17 +149,15 @@ def test_fresh_latents_can_be_drawn_in_pieces(seed, start, count, dimensions):
     assert same(fresh_latents(seed, count, dimensions, 3, start), part(whole, start, start + count))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_settings_out_of_range_are_refused(subtests):
+    for field, value in [
         ("dimensions", 0),
         ("scheme", "halton"),
         ("bank_fraction", -0.1),
         ("bank_fraction", 1.1),
         ("bank_fraction", np.nan),
-    ],
-)
-def test_settings_out_of_range_are_refused(field, value):
-    with pytest.raises(UserError, match=rf"latents\.{field}=") as caught:
-        LatentConfig(**{field: value})
-    assert caught.value.hint
+    ]:
+        with subtests.test(f"{field}={value}"):
+            with pytest.raises(UserError, match=rf"latents\.{field}=") as caught:
+                LatentConfig(**{field: value})
+            assert caught.value.hint

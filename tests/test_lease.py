@@ -153,7 +153,7 @@ def test_a_stopped_holder_that_was_replaced_ends_when_it_comes_back_and_may_not_
             holder.send_signal(signal.SIGCONT)
             assert holder.wait(timeout=60) == EXIT_LEASE_LOST
             assert "True" not in holder.stdout.read()
-            assert "went to another process" in holder.stderr.read()
+            assert "was taken over" in holder.stderr.read()
             assert lease.still_mine()
             assert live_holder(tmp_path).epoch == lease.epoch
 
@@ -172,8 +172,8 @@ def test_a_stopped_holder_that_nobody_replaced_goes_on_under_a_new_epoch(tmp_pat
 
 def test_a_thread_renews_while_the_holder_works(tmp_path):
     with Lease(tmp_path, every=0.2, expires=20) as lease:
-        before = module._look(tmp_path / "leases", 1)
-        while module._look(tmp_path / "leases", 1) == before:
+        before = module._read_highest(tmp_path / "leases", 1)
+        while module._read_highest(tmp_path / "leases", 1) == before:
             time.sleep(0.01)
         assert lease.still_mine()
 
@@ -410,21 +410,21 @@ def test_a_claimant_that_stalled_while_epochs_came_and_went_has_not_won(tmp_path
 
 
 def test_errors_of_the_file_system_are_forgiven_for_a_while(tmp_path, world, monkeypatch):
-    lease, look = Lease(tmp_path, every=5.0, expires=10.0).acquire(), module._look
+    lease, look = Lease(tmp_path, every=5.0, expires=10.0).acquire(), module._read_highest
 
     def fail(*_: object) -> None:
         raise OSError(errno.ESTALE, "stale")
 
     for _ in range(3):  # every success starts a new while
-        monkeypatch.setattr(module, "_look", fail)
+        monkeypatch.setattr(module, "_read_highest", fail)
         world.now += 9
         assert lease.still_mine()
-        monkeypatch.setattr(module, "_look", look)
+        monkeypatch.setattr(module, "_read_highest", look)
         assert lease.still_mine()
-    monkeypatch.setattr(module, "_look", fail)
+    monkeypatch.setattr(module, "_read_highest", fail)
     world.now += 11
     assert not lease.still_mine()
-    monkeypatch.setattr(module, "_look", look)
+    monkeypatch.setattr(module, "_read_highest", look)
     assert not lease.still_mine()
 
 
@@ -446,7 +446,7 @@ def test_a_renewal_counts_from_its_start_and_one_that_hung_takes_a_new_epoch(tmp
     assert lease.epoch == 2
     seconds = 4.0
     assert lease.still_mine()
-    monkeypatch.setattr(module, "_look", fail)
+    monkeypatch.setattr(module, "_read_highest", fail)
     world.now += 7
     assert not lease.still_mine()
 
@@ -609,7 +609,7 @@ def test_in_any_interleaving_at_most_one_trusts_its_lease_and_epochs_only_grow(s
                 won.append(lease.epoch)
 
         patch.setattr(module, "KEPT", kept)
-        patch.setattr(module, "_look", pausing(module._look, before=True))
+        patch.setattr(module, "_read_highest", pausing(module._read_highest, before=True))
         patch.setattr(os, "link", pausing(os.link, before=True))
         patch.setattr(os, "utime", pausing(world.touch, before=False))
         patch.setattr(module.time, "sleep", sleep)

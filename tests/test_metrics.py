@@ -16,8 +16,10 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Dataset, Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
-from hpc_c2g.evaluation import metrics, oracle
-from hpc_c2g.evaluation.metrics import halves, judge, nearest_pairs, noise_samples, real_baseline, svc_accuracy
+from hpc_c2g.evaluation import comparison, metrics, oracle
+from hpc_c2g.evaluation import ssim as similarity
+from hpc_c2g.evaluation.comparison import svc_accuracy
+from hpc_c2g.evaluation.metrics import halves, judge, nearest_pairs, noise_samples, real_baseline
 from hpc_c2g.evaluation.oracle import Oracle
 
 SSIM = ("ssim_sample_to_train", "ssim_train_to_sample")
@@ -88,7 +90,7 @@ def digits() -> Split:
 class TestAgainstLoops:
     @pytest.mark.parametrize("block", [4, 1024])
     def test_distances(self, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(metrics, "BLOCK", block)
+        monkeypatch.setattr(comparison, "BLOCK", block)
         split, generated = small_split(), random_set(20, 2)
         train, held = split.train, split.held_out
         result = judge(generated.samples, generated.labels, split)
@@ -124,7 +126,7 @@ class TestAgainstLoops:
             return lambda samples: seen.append((data.samples, samples)) or torch.zeros(len(samples))
 
         monkeypatch.setattr(metrics, "oracle_of", oracle_of)
-        monkeypatch.setattr(metrics, "svc_oracle", oracle_of)
+        monkeypatch.setattr(comparison, "svc_oracle", oracle_of)
         judge(generated.samples, generated.labels, split, seed=3)
         real_baseline(split, seed=3)
         expected = [
@@ -205,15 +207,15 @@ class TestLaws:
         full = judge(generated.samples[:9], generated.labels[:9], split)["transfer_accuracy"]
         spoiled = generated.labels.clone()
         spoiled[9:] = (spoiled[9:] + 1) % 3
-        monkeypatch.setattr(metrics, "TRANSFER_SAMPLES", 9)
+        monkeypatch.setattr(comparison, "TRANSFER_SAMPLES", 9)
         order = torch.cat([torch.arange(9), 9 + torch.randperm(21, generator=torch.Generator().manual_seed(0))])
         assert judge(generated.samples[order], spoiled[order], split)["transfer_accuracy"] == full
 
     def test_bounded_subsamples_come_near_the_whole(self, digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
         full = real_baseline(digits)
         monkeypatch.setattr(oracle, "POINTS", 400)
-        for name, most in (("PAIR_SAMPLES", 40), ("SSIM_QUERIES", 60)):
-            monkeypatch.setattr(metrics, name, most)
+        monkeypatch.setattr(comparison, "PAIR_SAMPLES", 40)
+        monkeypatch.setattr(similarity, "SSIM_QUERIES", 60)
         bounded = real_baseline(digits)
         assert bounded != full
         for key in ("oracle_accuracy", "diversity"):

@@ -131,3 +131,40 @@ def test_bad_settings_are_named():
     with pytest.raises(UserError, match=r"profiler\.ranks=\[0, 2\] names a rank that this job of 2 processes"):
         StepProfiler(ProfilerConfig(steps=[1, 2], ranks=[0, 2]), Path("r"), 0, 2, CPU)
     StepProfiler(ProfilerConfig(ranks=[0, 2]), Path("r"), 0, 2, CPU)  # off
+
+
+def test_on_a_gpu_memory_is_recorded_during_the_steps_alone_and_written_as_a_snapshot(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: calls.append(("record", enabled)))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda file: calls.append(("dump", Path(file).name)))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **settings: calls.append(settings) or FakeTrace())
+    config = ProfilerConfig(steps=[2, 2], memory=True)
+    with StepProfiler(config, tmp_path, 0, 1, torch.device("cuda", 0)) as profiler:
+        for step in range(1, 5):
+            profiler.before_step(step)
+            calls.append(("step", step))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    assert calls == [
+        ("step", 1),
+        {"activities": activities, "profile_memory": True},
+        ("record", "all"),
+        ("step", 2),
+        ("dump", "rank_00000_steps_2-2.memory.pickle"),
+        ("record", None),
+        ("step", 3),
+        ("step", 4),
+    ]
+
+
+class FakeTrace:
+    """A trace that records nothing."""
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def export_chrome_trace(self, file: str) -> None:
+        Path(file).touch()

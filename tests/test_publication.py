@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+from hpc_c2g.evaluation.metric_registry import numbers
 from hpc_c2g.reporting.memorization import by_multiplier, shares_in
-from hpc_c2g.reporting.publication import NOTES, content, figures_of, publish, readme, table
+from hpc_c2g.reporting.publication import NOTES, content, publish, readme, table
 from hpc_c2g.reporting.results import Results, point_of, public
 from hpc_c2g.studies.tasks import Task, write_spec
 from launch.publish import commands
@@ -38,7 +39,7 @@ def study(tmp_path):
 
 
 def test_metrics_are_plain_numbers_under_their_own_names():
-    assert figures_of(EVALUATION) == {
+    assert numbers(EVALUATION) == {
         "coverage": 0.4,
         "proximity": 0.5,
         "ssim_train_to_sample": 0.6,

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.lease import Lease
-from hpc_c2g.monitoring.config import LogConfig
+from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
+from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, config_from
 from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
@@ -79,9 +80,8 @@ def test_the_file_holds_the_whole_configuration(config, generator):
     enter(config)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_other_settings_are_refused_by_name_with_both_values(subtests, config):
+    for change, message in [
         ({"steps": 7}, "steps=5 there, 7 now"),
         ({"seed": 3}, "seed=0 there, 3 now"),
         ({"dtype": "bfloat16"}, "dtype=float32 there, bfloat16 now"),
@@ -92,17 +92,15 @@ def test_the_file_holds_the_whole_configuration(config, generator):
         ({"generator": ConvGeneratorConfig()}, "generator.name=mlp there, conv now"),
         ({"generator": MLPGeneratorConfig(widths=[9])}, "generator.widths=[256] there, [9] now"),
         ({"deepspeed": {"x": 1}}, "deepspeed.x=None there, 1 now"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_other_settings_are_refused_by_name_with_both_values(config, change, message):
-    config = replace(config, steps=5)
-    enter(config)
-    with pytest.raises(UserError) as caught:
-        enter(replace(config, **change))
-    assert message in caught.value.problem
-    assert config.run_dir in caught.value.problem
-    enter(config)  # the refused one left neither its lock nor its settings
+    ]:
+        with subtests.test(message):
+            config = replace(config, steps=5)
+            enter(config)
+            with pytest.raises(UserError) as caught:
+                enter(replace(config, **change))
+            assert message in caught.value.problem
+            assert config.run_dir in caught.value.problem
+            enter(config)  # the refused one left neither its lock nor its settings
 
 
 def test_a_run_from_before_a_setting_existed_has_its_default(config):
@@ -136,20 +134,26 @@ def test_a_start_that_left_no_checkpoint_binds_nothing(config):
     assert read_config(RunDirectory(config).path / "config.yaml")["steps"] == 7
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"log": LogConfig(every=3, images_every=7, progress=False)},
+def test_settings_that_do_not_change_the_result_may_change(subtests, config):
+    for change in [
+        {"log": LogConfig(every=3, images_every=7, progress=False, level="error", all_ranks=True)},
+        {"profiler": ProfilerConfig(steps=[2, 4], ranks=[0, 1], memory=True)},
         {"checkpoint": CheckpointConfig(every=3, keep=7)},
         {"device": "cpu"},
         {"micro_batch": 3},
         {"classifier": "moved"},  # its weights are compared with the checkpoint's
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_settings_that_do_not_change_the_result_may_change(config, change):
-    enter(config)
-    enter(replace(config, **change))
+    ]:
+        with subtests.test(next(iter(change))):
+            enter(config)
+            enter(replace(config, **change))
+
+
+def test_the_output_of_a_run_may_change_where_its_result_depends_on_log_every(config):
+    slowed = replace(config, alarms=AlarmConfig("lower_lr"))
+    enter(slowed)
+    enter(replace(slowed, log=LogConfig(progress=False, level="debug", all_ranks=True)))
+    with pytest.raises(UserError, match=r"log\.every=20 there, 3 now"):
+        enter(replace(slowed, log=LogConfig(every=3)))
 
 
 def test_the_folder_may_be_moved(config, tmp_path):

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import errno
+import functools
+import importlib
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.logs import warnings_logged
+from helpers.trainers import normed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from benchmarks.common import random_classifier
+from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.errors import UserError
+from hpc_c2g.kkt.loss_terms import loss_names
+from hpc_c2g.monitoring import sample_metrics
 from hpc_c2g.monitoring.config import LogConfig
-from hpc_c2g.monitoring.layout import layout
+from hpc_c2g.monitoring.curves import Curve
+from hpc_c2g.monitoring.layout import AVERAGED, LEARNING_CURVES, layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
+from hpc_c2g.monitoring.sample_metrics import SampleMetric
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
@@ -47,19 +56,27 @@ def run(log: RunLog, start: int, stop: int) -> None:
 
 @pytest.fixture(scope="module")
 def line_of(tmp_path_factory):
-    """Names in the last line of metrics of a run over 1 or 2 classifiers."""
+    """Names in the last lines of metrics of two runs over 1 or 2 classifiers, which together have every scalar: batch statistics
+    exclude deterministic sums."""
+    every = {"total_variation": 0.1, "repulsion": 0.1, "mean": 0.1, "deviation": 0.1}
+    kinds = {
+        "deterministic": (False, PriorConfig(**every), {"deterministic": True}),
+        "statistics": (True, PriorConfig(**every, statistics=0.1), {}),
+    }
 
-    def names(classifiers: int) -> set[str]:
-        folder = tmp_path_factory.mktemp("line")
-        bundles = [str(random_classifier(folder / f"classifier{k}", seed=k)) for k in range(classifiers)]
-        settings = {"steps": 15, "log": LogConfig(every=1, progress=False), "alpha": AlphaConfig(init=0.0)}
-        everything = {
-            "duality": DualityConfig(slackness=0.1),
-            "prior": PriorConfig(total_variation=0.1, repulsion=0.1),
-            "deterministic": True,
-        }
-        train(TrainConfig(bundles, str(folder / "run"), global_batch=16, device="cpu", **settings, **everything))
-        return set(lines(folder / "run" / "metrics.jsonl")[-1])
+    @functools.cache
+    def names(classifiers: int) -> frozenset[str]:
+        found: set[str] = set()
+        for kind, (batch_norm, prior, changes) in kinds.items():
+            folder = tmp_path_factory.mktemp(kind)
+            bundles = [str(folder / f"classifier{k}") for k in range(classifiers)]
+            for k, bundle in enumerate(bundles):
+                save_bundle(normed(width=8 + k, batch_norm=batch_norm), Path(bundle))
+            settings = {"steps": 15, "log": LogConfig(every=1, progress=False), "alpha": AlphaConfig(init=0.0)}
+            settings |= {"duality": DualityConfig(slackness=0.1), "prior": prior, **changes}
+            train(TrainConfig(bundles, str(folder / "run"), global_batch=16, device="cpu", **settings))
+            found |= lines(folder / "run" / "metrics.jsonl")[-1].keys()
+        return frozenset(found)
 
     return names
 
@@ -156,7 +173,10 @@ def test_a_run_introduces_itself_before_its_first_step(tmp_path):
     log = RunLog(tmp_path, QUIET, 10, 8, 0)
     with log:
         log.log_run_summary(
-            {"1 settings": "steps: 10", "2 versions": "torch"}, {"rate": 0.1, "kind": "mlp", "on": True}, [""]
+            {"1 settings": "steps: 10", "2 versions": "torch"},
+            {"rate": 0.1, "kind": "mlp", "on": True},
+            [""],
+            loss_names(),
         )
         log.step(10, scalars(10))
     tags = accumulated(tmp_path).Tags()["tensors"]
@@ -167,17 +187,63 @@ def test_a_run_introduces_itself_before_its_first_step(tmp_path):
     assert "_hparams_/experiment" not in summaries  # one run's columns would hide the others'
 
 
-@pytest.mark.parametrize("prefixes", [[""], ["classifier0/", "classifier1/"], ["solution0/", "solution1/"]])
-def test_every_chart_of_the_layout_finds_a_curve_that_a_run_writes(prefixes, line_of):
+PREFIXES = [[""], ["classifier0/", "classifier1/"], ["solution0/", "solution1/"]]
+
+
+def names_of(line_of, prefixes: list[str]) -> set[str]:
     what = "solution" if prefixes[0].startswith("solution") else "classifier"
-    names = [re.sub("^classifier", what, name) for name in line_of(len(prefixes))]
-    for charts in layout(prefixes).values():
+    return {re.sub("^classifier", what, name) for name in line_of(len(prefixes))}
+
+
+def drawn_by(kind: str, patterns: list[str], names: set[str]) -> set[str]:
+    """The curves of a chart, as TensorBoard finds them."""
+    return {n for n in names for p in patterns if (n == p if kind == "Margin" else re.match(p, n))}
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_every_chart_of_the_layout_finds_a_curve_that_a_run_writes(prefixes, line_of):
+    names = names_of(line_of, prefixes)
+    for charts in layout(prefixes, loss_names()).values():
         for title, (kind, patterns) in charts.items():
-            found = {n for n in names for p in patterns if (n == p if kind == "Margin" else re.match(p, n))}
+            found = drawn_by(kind, patterns, names)
             alone = "per classifier" in title and len(prefixes) == 1  # the total says it all
             ranks = "slowest" in title  # one process is not slower than itself
             assert bool(found) is not (alone or ranks), title
             assert kind != "Margin" or len(found) == 3, title
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_every_scalar_that_a_run_writes_is_on_a_chart(prefixes, line_of):
+    names = names_of(line_of, prefixes) - {"step"}
+    assert {f"{prefixes[0]}{name}" for name in loss_names()} <= names
+    assert any(name.startswith("alarm/") for name in names)
+    charts = [chart for part in layout(prefixes, loss_names()).values() for chart in part.values()]
+    assert names - set().union(*(drawn_by(kind, patterns, names) for kind, patterns in charts)) == set()
+
+
+def test_a_loss_is_charted_by_its_name_alone(line_of):
+    (charts,) = (part for part in layout([""], ["new_loss"]).values() if "losses" in part)
+    assert drawn_by(*charts["losses"], {"new_loss", "box", "loss"}) == {"new_loss", "loss"}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_curve_that_a_study_averages_is_one_that_a_run_writes(several, line_of):
+    assert set(AVERAGED) <= line_of(2 if several else 1)
+    assert set(LEARNING_CURVES) <= set(AVERAGED)
+
+
+def test_a_metric_of_samples_is_logged_and_charted_by_one_entry(monkeypatch):
+    entry = SampleMetric(
+        lambda b: float(b.samples.max()), Curve("brightest", "Samples", "brightest pixel", averaged=True)
+    )
+    monkeypatch.setattr(sample_metrics, "SAMPLE_METRICS", (*sample_metrics.SAMPLE_METRICS, entry))
+    monkeypatch.delitem(sys.modules, "hpc_c2g.monitoring.layout")
+    fresh = importlib.import_module("hpc_c2g.monitoring.layout")
+    rng = np.random.default_rng(0)
+    batch = rng.random(6), rng.random((6, 2)), np.arange(6) % 3, rng.random((6, 1, 2, 2)), 3
+    assert sample_metrics.sample_metrics(*batch)["brightest"] == batch[3].max()
+    assert fresh.layout([""], [])["Samples"]["brightest pixel"][1] == [entry.curve.pattern]
+    assert "brightest" in fresh.AVERAGED
 
 
 def test_an_alarm_is_logged_with_its_step_and_written_to_tensorboard(tmp_path, caplog):

@@ -54,7 +54,7 @@ def train_into(run_dir: Path, classifiers: list[str], **changes) -> None:
     settings = {
         "steps": 20,
         "global_batch": 40,
-        "generator": MLPGeneratorConfig(codes=4, embedding=6, widths=[9], output_scale=4.0),
+        "generator": MLPGeneratorConfig(codes=4, embedding=6, widths=[9]),
         "alpha": AlphaConfig(init=-1.0),
         "log": LogConfig(progress=False),
         "device": "cpu",
@@ -106,7 +106,7 @@ def one_by_one(run_dir: Path, k: int, count: int) -> tuple[Tensor, Tensor, Tenso
     rates, theta = find_rates(bundle.model).parameters, bundle.parameters
     scale = sum(rates[n] * math.exp(2 * a * rates[n]) * float(t.pow(2).sum()) for n, t in theta.items())
     left = torch.cat([(math.exp(a * rates[n]) * t).flatten() for n, t in theta.items()])
-    latents = fresh_latents(0, count, run.config.latents.dimensions, C, classifier=k)
+    latents = fresh_latents(0, count, run.config.latents.dimensions, C, member=k)
     with torch.no_grad():
         x, h = run.generator.module.double()(latents)
     rows = []
@@ -146,7 +146,7 @@ def test_the_kkt_sum_is_the_mean_of_its_summands_and_its_distance_to_the_left_si
         with subtests.test(f"classifier {k} {micro_batch=}"):
             g, _, left = one_by_one(run_dir, k, 50)
             summands = summands_of(run_dir, k, micro_batch)
-            latents = fresh_latents(0, 50, 4, CLASSES[k], classifier=k)
+            latents = fresh_latents(0, 50, 4, CLASSES[k], member=k)
             mean = summands.mean(latents)
             assert torch.allclose(mean, g.mean(0), rtol=1e-9, atol=1e-12)
             assert torch.allclose(torch.cat(list(summands.each(latents))), g, rtol=1e-9, atol=1e-12)
@@ -336,7 +336,7 @@ def test_a_tensor_that_the_classifier_does_not_use_has_no_gradient():
 
 def test_draws_are_a_function_of_seed_size_number_and_classifier():
     def z(scheme: str, batch: int = 12, seed: int = 0, number: int = 5, classifier: int = 0) -> Tensor:
-        return drawing(scheme, LatentConfig(3, bank_fraction=1.0), 3, batch, seed, classifier)(number).z
+        return drawing(scheme, LatentConfig(3), 3, batch, seed, classifier)(number).z
 
     for scheme in DRAWS:
         first = z(scheme)
@@ -346,7 +346,7 @@ def test_draws_are_a_function_of_seed_size_number_and_classifier():
         for other in (z(scheme, seed=1), z(scheme, number=6), z(scheme, classifier=1)):
             assert not torch.isclose(first, other).any()
         for step in range(8) if scheme != "independent" else ():  # of a run with the same seed
-            trained = LatentSampler(LatentConfig(3, scheme), 3, 12, 10, 0).batch(step, 0, 12).z
+            trained = LatentSampler(3, 3, 12, 0, scheme=scheme).batch(step, 0, 12).z
             assert not torch.isclose(first, trained).any()
     labels = drawing("independent", LatentConfig(3), 3, 3000, 0, 0)(0).labels
     assert (labels.bincount() - 1000).abs().max() < 4 * math.sqrt(3000 * 2 / 9)

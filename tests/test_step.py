@@ -18,7 +18,6 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt import alpha_control
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
-from hpc_c2g.training.config.train import OptimizerConfig
 from hpc_c2g.training.step.objective import Objective
 from hpc_c2g.training.step.schedules import gate_width, lr_factor
 from hpc_c2g.training.step.train_step import TrainStep
@@ -91,8 +90,7 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
     left = {k: ea ** rates[k] * t for k, t in objective.theta.items()}
     residual = sum((left[k] - ea ** (1 - rates[k]) * g).pow(2).sum() for k, g in zip(theta, G, strict=True))
     loss = settings.stationarity.weight * residual / sum(t.pow(2).sum() for t in left.values())
-    reference, labels = x.detach()[: settings.prior.repulsion_references], latents.labels.tolist()
-    reach = settings.prior.repulsion_width * reference.flatten(1).pow(2).sum(1).mean().sqrt()
+    labels = latents.labels.tolist()
     for i in range(BATCH):
         smallest = torch.stack([ea * m[i, j] for j in range(CLASSES) if j != labels[i]]).min()
         loss = loss + settings.duality.feasibility * F.relu(1 - smallest) ** 2 / BATCH
@@ -101,9 +99,6 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
         loss = loss + settings.prior.box * (outside / half).pow(2).sum() / BATCH
         rough = x[i].diff(dim=1).abs().mean() + x[i].diff(dim=2).abs().mean()
         loss = loss + settings.prior.total_variation * rough / BATCH
-        gaps = [(x[i] - reference[j]).flatten() for j in range(len(reference)) if labels[j] == labels[i]]
-        near = [torch.exp(-(g.norm() if bool(g.any()) else g.sum() * 0) / reach) for g in gaps]
-        loss = loss + settings.prior.repulsion * torch.stack(near).mean() / BATCH
     mean, second = x.mean(0), x.square().mean(0)
     loss = loss + settings.prior.mean * mean.pow(2).sum() / second.sum()
     loss = loss + settings.prior.deviation * (second.sqrt() - 1).pow(2).mean()
@@ -141,7 +136,7 @@ def test_free_images_outside_the_box_are_drawn_back(bundle):
 
 def test_terms_without_weight_are_left_out(bundle):
     scalars = trainer([bundle], config(duality=DualityConfig(), prior=PriorConfig()))(1).scalars
-    assert not {"slackness", "repulsion", "total_variation"} & set(scalars)
+    assert not {"slackness", "standard", "total_variation"} & set(scalars)
     assert scalars["loss"] == pytest.approx(scalars["stationarity"] * 1.3 + scalars["feasibility"] + scalars["box"])
 
 
@@ -189,12 +184,12 @@ def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
 
 @pytest.mark.parametrize(("start", "up"), [(ALPHA0, True), (4.0, False)])
 def test_alpha_follows_the_feedback_on_rho(bundle, start, up):
-    step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05, target_rho=1.2, gain=2.0)))
+    step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05, gain=2.0)))
     step.alpha, step.alpha0 = [start], [start + 1]
     for number in (1, 2, 3):
         (alpha,), result = step.alpha, step(number)
         assert result.scalars["alpha"] == alpha
-        assert step.alpha == [alpha_control.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.2, 2.0)]
+        assert step.alpha == [alpha_control.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.0, 2.0)]
         assert (step.alpha[0] > alpha) == up
 
 
@@ -220,7 +215,7 @@ def test_every_step_sums_the_same_scalars_and_updates_once(bundle, micro_batch):
     step(1)
     step(2)
     gradients = [p.numel() for p in step.engine.module.parameters()]
-    scalars = len(bundle.parameters) + 6 + 4  # L_stat per tensor, six terms, two sums, two norms
+    scalars = len(bundle.parameters) + 5 + 4  # L_stat per tensor, five terms, two sums, two norms
     moments = [2 * math.prod(bundle.input_shape)]  # E x and E x^2
     assert sizes == [moments, gradients, [scalars]] * 2
     assert step.engine.steps == 2
@@ -235,16 +230,15 @@ def test_summed_parts_of_two_ranks_are_what_the_loss_is_read_from(bundle):
     alone, both = trainer([bundle], config())(1).scalars, trainer([bundle], config(), among(double))(1).scalars
     assert both["rho"] == pytest.approx(alone["rho"], rel=1e-12)
     assert both["multiplier_sum"] == pytest.approx(2 * alone["multiplier_sum"], rel=1e-12)
-    for term in ("feasibility", "slackness", "total_variation", "repulsion"):
+    for term in ("feasibility", "slackness", "total_variation"):
         assert both[term] == pytest.approx(2 * alone[term], rel=1e-12)
 
 
 def test_rate_follows_the_schedule(bundle):
-    optimizer = OptimizerConfig(warmup_fraction=0.5, final_fraction=0.1)
-    step = trainer([bundle], config(optimizer=optimizer))
+    step = trainer([bundle], config())
     for number in (1, 2, 9):
         step(number)
-        assert step.engine.optimizer.param_groups[0]["lr"] == 0.01 * lr_factor(optimizer, number, 10)
+        assert step.engine.optimizer.param_groups[0]["lr"] == 0.01 * lr_factor(number, 10)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])

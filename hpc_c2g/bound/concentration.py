@@ -1,4 +1,4 @@
-"""How far the KKT sum over B samples is from its expectation (pure functions).
+"""Deviation of the KKT sum over B samples from its expectation (pure functions).
 
 G(B) = 1/B sum_i g_i, where a sample's summand g_i = B sum_j mu_ij grad m_ij is a vector of a Hilbert space (all tensors of theta, weighted
 as the loss weights them). With m_c = E[g | c] and V_c = E[||g - m_c||^2 | c] the trace of the covariance within class c, n_c samples of
@@ -25,9 +25,9 @@ from hpc_c2g.kkt.stationarity import Classifier
 def sample_gradients(
     phi: Classifier, theta: Mapping[str, Tensor], x: Tensor, labels: Tensor, multipliers: Tensor
 ) -> dict[str, Tensor]:
-    """sum_j mu_ij grad_k m_ij of every sample apart; their sum over samples is ``kkt_sum``.
+    """Per-sample sum_j mu_ij grad_k m_ij; their sum over samples is ``kkt_sum``.
 
-    The backward of all b values is batched over b unit seeds: b times the work of one backward, so give few samples at a time.
+    The backward of all b values is batched over b unit seeds: b times the work of one backward, so pass few samples at a time.
 
     Args:
         phi: the classifier with smooth gates.
@@ -49,7 +49,7 @@ def sample_gradients(
 
 
 def cycled_counts(batch: int, classes: int) -> list[int]:
-    """n_c, how many of the samples i < B have the label i mod C."""
+    """n_c, the number of samples i < B of class c when labels are i mod C."""
     return [(batch - c + classes - 1) // classes for c in range(classes)]
 
 
@@ -70,7 +70,7 @@ def between_variance(means: Tensor) -> float:
 
 
 def bernstein_radius(variance: float, reach: float, batch: int, confidence: float) -> float:
-    """A t with P(||G(B) - E G(B)|| >= t) <= 1 - confidence, for independent samples, no dimension in it.
+    """Radius t with P(||G(B) - E G(B)|| >= t) <= 1 - confidence, for independent samples, independent of the dimension.
 
     Pinelis, "Optimum bounds for the distributions of martingales in Banach spaces", Ann. Probab. 22 (1994), theorem 3.4 (a Hilbert
     space is 2-smooth with D = 1): for independent d_i of mean zero with ||d_i|| <= M and V = sum_i E||d_i||^2,
@@ -95,9 +95,9 @@ def exponent(batches: Sequence[int], errors: Sequence[float], standard_errors: S
     """Least-squares slope of log error against log B, and its standard error: -1/2 is the 1/B law of the squared error.
 
     Args:
-        batches: B, two different ones at least.
-        errors: positive.
-        standard_errors: of the errors, independent.
+        batches: Batch sizes B, at least two different ones.
+        errors: Positive errors.
+        standard_errors: Standard errors of the errors, independent.
     """
     x = [math.log(b) for b in batches]
     x = [value - math.fsum(x) / len(x) for value in x]

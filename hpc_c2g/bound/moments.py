@@ -1,4 +1,4 @@
-"""Expectation and covariance of a generator's summands: what a batch's KKT sum is held against."""
+"""Expectation and covariance of a generator's summands: the reference of a batch's KKT sum."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.generators.latents import fresh_latents
 
 REFERENCE = 2**60
-"""Draws from here on belong to the expectation."""
+"""First draw number of the expectation's samples."""
 LATTICES = 16
-"""Of which the expectation is the mean; their spread tells its error."""
+"""Number of lattices: the expectation is their mean, and their spread estimates its error."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the summands g, measured.
+    """Measured moments of the summands g.
 
     Attributes:
         means: m_c = E[g | c], ``[C, P]``.
-        center_variance: the squared error that is to be expected of ``center``.
+        center_variance: Expected squared error of ``center``.
         variances: V_c = E[||g - m_c||^2 | c].
-        reach: the largest ||g - m_c|| met.
-        reach_overall: the largest ||g - G|| met.
+        reach: Largest observed ||g - m_c||.
+        reach_overall: Largest observed ||g - G||.
     """
 
     means: Tensor
@@ -62,17 +62,17 @@ class Moments:
 
 
 def measure(summands: Summands, count: int, seed: int) -> Moments:
-    """The expectation from ``count`` samples in lattices, the covariance from as many independent ones of all classes in turn.
+    """Estimate the expectation from ``count`` samples in lattices, and the covariance from as many independent ones.
 
     Args:
-        summands: of one classifier.
-        count: two samples of each class at least.
-        seed: of the draws.
+        summands: Summands of one member.
+        count: Number of samples, at least two per class.
+        seed: Seed of the draws.
     """
     means, center_variance = expectation(summands, count, seed)
     center, variances, reach, reach_overall = means.mean(0), [], 0.0, 0.0
     classes = summands.classes
-    latents = fresh_latents(seed, count, summands.latents.dimensions, classes, classifier=summands.classifier)
+    latents = fresh_latents(seed, count, summands.latents.dimensions, classes, member=summands.classifier)
     for c, mean in enumerate(means):
         own = latents[c::classes]
         number, squares, drift = len(own.labels), 0.0, torch.zeros_like(mean)
@@ -82,16 +82,16 @@ def measure(summands: Summands, count: int, seed: int) -> Moments:
             squares, drift = squares + float(distances.square().sum()), drift + deviations.sum(0)
             reach = max(reach, float(distances.max()))
             reach_overall = max(reach_overall, float((g - center).norm(dim=1).max()))
-        variances.append((squares - float(drift.square().sum()) / number) / (number - 1))  # whatever ``mean`` is
+        variances.append((squares - float(drift.square().sum()) / number) / (number - 1))  # exact for any ``mean``
     return Moments(means, center_variance, variances, reach, reach_overall)
 
 
 def expectation(summands: Summands, count: int, seed: int) -> tuple[Tensor, float]:
-    """m_c ``[C, P]``, and the squared error that is to be expected of their mean G.
+    """Estimate m_c ``[C, P]``, and the expected squared error of their mean G.
 
-    Randomised quasi-Monte Carlo: the mean of ``LATTICES`` shifted lattices, each without bias because every class fills its own, and
+    Randomized quasi-Monte Carlo: the mean of ``LATTICES`` shifted lattices, each without bias because every class fills its own, and
     1/LATTICES of the variance among them (Owen, "Monte Carlo theory, methods and examples", chapter 17). As many independent samples
-    know G less well, too badly to judge a large lattice by. Where ``count`` allows, a lattice meets all codes equally often.
+    estimate G less accurately, too inaccurately to judge a large lattice. If ``count`` allows, a lattice meets all codes equally often.
     """
     classes, each = summands.classes, count // LATTICES
     size = each // summands.period * summands.period or max(1, each // classes) * classes

@@ -1,12 +1,12 @@
-"""The error of the KKT sum against the batch size, beside the law and the bound it is compared with. Needs no data.
+"""Sampling error of the KKT sum against the batch size, with its 1/B law and a concentration bound. Uses no data.
 
-The loss takes G(B), a mean over a batch, for its expectation G. All norms here are those of the loss: ||u||^2 =
-sum_k w_k e^(2 a (1 - lambda_k)) ||u_k||^2, where the left side has norm 1 (``stationarity.weighting=relative``), so that
+The loss uses G(B), a mean over a batch, for its expectation G. All norms here are those of the loss: ||u||^2 =
+sum_k w_k e^(2 a (1 - lambda_k)) ||u_k||^2, where the left side has norm 1 (``relative`` weights), so that
 
     E L_stat(G(B)) = L_stat(G) + E||G(B) - E G(B)||^2 + ||d||^2 - 2 <left - G, d>,    d = E G(B) - G
 
-and the squared error is what the batch adds to the residual where every class has its share (d = 0). Law and bound are those of
-independent samples (``kkt/concentration.py``); for the lattices they are the yardstick. The bound's M is the largest deviation among
+and the squared error is the batch's contribution to the residual if every class has its share (d = 0). Law and bound hold for
+independent samples (``bound/concentration.py``); lattices are compared with them. The bound's M is the largest deviation among
 ``reference_batch`` samples: a batch of B holds a larger one with probability B / (reference_batch + B) at most.
 """
 
@@ -30,6 +30,7 @@ from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
+from hpc_c2g.generators.latents import TRAINING_SCHEME
 from hpc_c2g.training.results import load_run
 from hpc_c2g.training.step.bundles import class_counts, load_bundles
 from hpc_c2g.training.step.sharding import batch_shares
@@ -38,10 +39,10 @@ from hpc_c2g.training.step.sharding import batch_shares
 def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Measure every classifier of the run and write ``sampling_error.json`` into it; plain JSON, a function of the settings alone.
 
-    Of several solutions of a classifier the first is measured.
+    Measures the first of several solutions of a classifier.
 
     Raises:
-        UserError: no run, free images, a classifier that is gone, or a ``reference_batch`` too small for the run.
+        UserError: the run is missing or has free images, a classifier is missing, or ``reference_batch`` is too small for the run.
     """
     device, run = pick_device(config.device), load_run(config.run_dir)
     bundles = load_bundles(run.config.members)
@@ -63,7 +64,7 @@ def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda t
         "uses_real_data": False,
         "run_dir": config.run_dir,
         "step": run.step,
-        "scheme": run.config.latents.scheme,
+        "scheme": TRAINING_SCHEME,
         "confidence": CONFIDENCE,
         "settings": asdict(config),
         "classifiers": results,
@@ -75,7 +76,7 @@ def sampling_error(config: BoundConfig, log_fn: Callable[[str], None] = lambda t
 def _measure(
     config: BoundConfig, summands: Summands, own: int, name: str, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """One classifier."""
+    """Measure one member."""
     log_fn(f"{name}: expectation and covariance from {config.reference_batch} samples each")
     moments = measure(summands, config.reference_batch, config.seed)
     center = moments.center
@@ -86,7 +87,7 @@ def _measure(
             log_fn(f"{name}: {scheme}, {config.repeats} batches of {batch}")
             draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, summands.classifier)
             means = (summands.mean(draw(i)) for i in range(config.repeats))
-            row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == summands.latents.scheme}
+            row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == TRAINING_SCHEME}
             rows.append(row | row_of(means, moments, summands.left, residual, scheme, batch))
     listed = [row for row in rows if row["batch"] in config.batches]
     return {
@@ -111,17 +112,17 @@ def _measure(
 def row_of(
     means: Iterable[Tensor], moments: Moments, left: Tensor, residual: float, scheme: str, batch: int
 ) -> dict[str, Any]:
-    """What the KKT sums of some batches tell, beside what independent samples promise.
+    """Errors of the KKT sums of some batches, beside the predictions for independent samples.
 
-    The reference's own squared error is taken off; an error of 0 is one that the reference is too small to show.
+    The reference's own squared error is subtracted; an error of 0 is below the resolution of the reference.
 
     Args:
-        means: G(B) ``[P]`` of two batches at least.
-        moments: what they are held against.
-        left: the left side ``[P]``.
+        means: G(B) ``[P]`` of at least two batches.
+        moments: Reference moments.
+        left: Left side ``[P]``.
         residual: L_stat(G).
-        scheme: how the batches were drawn.
-        batch: B.
+        scheme: Drawing scheme of the batches.
+        batch: B, the batch size.
     """
     center, (variance, reach, shift) = moments.center, moments.law(scheme, batch)
     squares, residuals = [], []
@@ -146,7 +147,7 @@ def row_of(
 
 
 def _exponents(rows: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Of one scheme: of the measured error, and of the independent samples' predicted one; None with a single size or no error."""
+    """Exponents of one scheme's measured and predicted errors; None with a single batch size or an error of 0."""
     if len(rows) < 2 or not all(row["error"] for row in rows):
         return None
     batches, errors = [row["batch"] for row in rows], [row["error"] for row in rows]

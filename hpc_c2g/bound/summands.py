@@ -1,10 +1,9 @@
-"""The KKT sum of a trained generator as a mean of summands, one per sample, in the norm of the loss. Knows no data."""
+"""The KKT sum of a trained generator as a mean of summands, one per sample, in the norm of the loss. Uses no data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,23 +22,23 @@ from hpc_c2g.training.step.objective import Objective
 from hpc_c2g.training.step.schedules import gate_width
 
 APART = 2**62
-"""Steps from here on are no run's: draws never meet the latents that a generator was trained on."""
+"""First step number of the draws, above any run's: they never repeat the latents of training."""
 ROWS, ELEMENTS = 16, 2**24
-"""Samples whose gradients are held apart at a time, and their most numbers."""
+"""Largest number of per-sample gradients held at a time, and of their elements."""
 
 
 def drawing(
     scheme: str, config: LatentConfig, classes: int, batch: int, seed: int, classifier: int
 ) -> Callable[[int], Latents]:
-    """Draw number -> a batch of latents. Other numbers, other latents; and a batch is no part of a larger one.
+    """Return a function from a draw number to a batch of latents, independent between numbers and batch sizes.
 
     Args:
-        scheme: one of ``DRAWS``.
-        config: of the run's latents; its bank is left out.
-        classes: C.
-        batch: B.
-        seed: of the draws.
-        classifier: index of the member.
+        scheme: One of ``DRAWS``.
+        config: Latent settings of the run.
+        classes: C, the number of classes.
+        batch: B, the batch size.
+        seed: Seed of the draws.
+        classifier: Index of the member.
     """
     first = APART + (batch << 24)
     if scheme == INDEPENDENT:
@@ -50,25 +49,25 @@ def drawing(
             return Latents(normal_quantiles(u[:, 1:]), labels, index, torch.full_like(index, classifier))
 
         return independent
-    sampler = LatentSampler(replace(config, scheme=scheme, bank_fraction=0.0), classes, batch, 1, seed, classifier)
+    sampler = LatentSampler(config.dimensions, classes, batch, seed, classifier, scheme)
     return lambda number: sampler.batch(first + number, 0, batch)
 
 
 class Summands:
-    """g_i = S sum_j softplus(h_ij) grad m_ij of one classifier at a run's newest checkpoint: its alpha, its gates, float64.
+    """g_i = S sum_j softplus(h_ij) grad m_ij of one member at a run's newest checkpoint, with its alpha and gates, in float64.
 
     A lattice of a multiple of ``period`` samples meets every code of every class equally often.
-    Vectors ``[P]`` hold e^(a (1 - lambda_k)) sqrt(w_k) G_k for all k in turn, so that L_stat = ||left - G||^2 with plain norms.
+    Vectors ``[P]`` concatenate e^(a (1 - lambda_k)) sqrt(w_k) G_k over k, so that L_stat = ||left - G||^2 with plain norms.
 
     Args:
-        run: a generator, no free images.
-        bundle: the classifier.
-        classifier: index of the member.
-        device: where to compute.
-        micro_batch: samples of a backward.
+        run: Trained run of a generator other than free images.
+        bundle: Bundle of the classifier.
+        classifier: Index of the member.
+        device: Device of the computation.
+        micro_batch: Samples per backward.
 
     Raises:
-        UserError: free images, which are no distribution; a classifier whose batch statistics couple the samples of a batch.
+        UserError: the run has free images, which are no distribution, or batch statistics couple the samples.
     """
 
     def __init__(self, run: Run, bundle: Bundle, classifier: int, device: torch.device, micro_batch: int) -> None:
@@ -107,7 +106,7 @@ class Summands:
         return total
 
     def each(self, latents: Latents) -> Iterator[Tensor]:
-        """All g_i, some rows ``[b, P]`` at a time."""
+        """Yield all g_i in blocks ``[b, P]``."""
         rows = max(1, min(ROWS, ELEMENTS // len(self.left)))
         for samples in self._samples(latents, 1):
             for x, labels, mu in zip(*(torch.split(t, rows) for t in samples), strict=True):
@@ -116,7 +115,7 @@ class Summands:
 
     @torch.no_grad()
     def _samples(self, latents: Latents, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x, labels and mu = S / batch softplus(h) of each micro-batch."""
+        """Yield x, labels and mu = S / batch softplus(h) of each micro-batch."""
         for start in range(0, len(latents.labels), self.micro_batch):
             micro_batch = latents[start : start + self.micro_batch].to(self.left.device)
             x, h = self.module(micro_batch)

@@ -1,1 +1,1 @@
-"""Classifiers: bundles, architectures, fitting to the margin, rates and certificates."""
+"""Classifiers: bundles, architectures, normalization and rates."""

@@ -1,4 +1,4 @@
-"""The classifier bundle: all that generator training may know of a classifier, and nothing else.
+"""The classifier bundle: everything that generator training may know of a classifier.
 
 A folder with ``classifier.safetensors`` (weights, buffers, normalization) and ``bundle.json`` (architecture, classes,
 input shape, checksum). No code is unpickled; an architecture is a built-in name or the import path of an ``nn.Module``.
@@ -29,7 +29,7 @@ from hpc_c2g.files import write_atomically
 WEIGHTS, META, CERTIFICATE = "classifier.safetensors", "bundle.json", "certificate.json"
 FORMAT = 1
 OTHER_WEIGHTS = "classifier-b.safetensors"
-"""The weights' name where another bundle was replaced: two names take turns, the description says which is valid."""
+"""Alternate name of the weights: replacing a bundle switches between the two names, and ``bundle.json`` names the valid one."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Bundle:
     """A frozen classifier Phi(x; theta): R^[*S] -> R^C with its input normalization.
 
     Attributes:
-        model: the module, in eval mode, no parameter requires a gradient.
+        model: Module in eval mode, no parameter requires a gradient.
         architecture: ``{"target": built-in name or import path, **keyword arguments}``.
-        classes: names of the C classes.
+        classes: Names of the C classes.
         input_shape: ``[*S]`` of one input.
-        normalization: what the classifier subtracts and divides by.
+        normalization: Input normalization (mean and scale).
     """
 
     model: nn.Module
@@ -77,12 +77,12 @@ class Bundle:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter."""
+        """Dtype of the first parameter."""
         return next(self.model.parameters()).dtype
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of weights, buffers and normalization: the same for the same classifier, wherever it lies."""
+        """Checksum of weights, buffers and normalization; independent of the bundle's path."""
         return hashlib.sha256(save_safetensors(_tensors(self))).hexdigest()
 
     @property
@@ -96,12 +96,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module that ``architecture`` names, freshly initialized.
+    """Build the module that ``architecture`` names, freshly initialized.
 
-    Only subclasses of ``nn.Module`` are ever called, so a downloaded bundle cannot name an arbitrary function.
+    Only subclasses of ``nn.Module`` are called, so a downloaded bundle cannot name an arbitrary function.
 
     Raises:
-        UserError: an unknown name, something that is no module, or arguments it does not take.
+        UserError: the name is unknown or no module, or the module refuses its arguments.
     """
     kwargs = {k: v for k, v in architecture.items() if k != "target"}
     target = architecture.get("target")
@@ -150,7 +150,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def load_state_dict_file(path: Path) -> dict[str, Tensor]:
-    """A user's weights from ``.safetensors`` or a torch file, which is never unpickled beyond tensors."""
+    """Read a user's weights from ``.safetensors`` or a torch file (``weights_only``, no code is unpickled)."""
     if not path.is_file():
         raise UserError(f"state_dict={path} does not exist", "give the path of the saved weights")
     try:
@@ -190,7 +190,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     old = _weights_name(folder)
     meta["weights"] = new = OTHER_WEIGHTS if old == WEIGHTS else WEIGHTS
     write_atomically(folder / new, blob)
-    try:  # the description names its weights: until it is replaced, the old bundle is whole
+    try:  # bundle.json names its weights: until it is replaced, the old bundle stays valid
         write_atomically(folder / META, json.dumps(meta, indent=2).encode())
     except UserError:
         (folder / new).unlink()
@@ -200,7 +200,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
 
 
 def _weights_name(folder: Path) -> str | None:
-    """The weights file that the description in ``folder`` names, None where there is no description."""
+    """Name of the weights file in ``folder``'s bundle.json; None without a bundle.json."""
     try:
         name = json.loads((folder / META).read_text()).get("weights", WEIGHTS)
     except (OSError, ValueError, AttributeError):
@@ -209,7 +209,7 @@ def _weights_name(folder: Path) -> str | None:
 
 
 def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle back.
+    """Read a bundle.
 
     Raises:
         UserError: folder or file missing, truncated or altered weights, an architecture that does not fit them.

@@ -1,6 +1,6 @@
 """Degrees of activations: the linear equations between the rates of a classifier, read off its traced graph.
 
-Every activation scales like e^(a d); its degree d is a linear form in the rates. See ``rates.py`` for what is done with them.
+Every activation scales like e^(a d); its degree d is a linear form in the rates. ``rates.py`` solves them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hpc_c2g.errors import UserError
 Array = NDArray[np.float64]
 ZERO = 1e-9  # rates and degrees are sums of small fractions: anything below is round-off
 
-# What each operation does to the degree, for modules, functions and methods alike: names are compared in lower case
+# Effect of each operation on the degree, for modules, functions and methods alike: names are compared in lower case
 # without underscores, so ``nn.MaxPool2d``, ``F.max_pool2d`` and ``relu_`` need no entry of their own.
 KEEPS = re.compile(
     r"(leaky|r)?relu|abs|neg|(adaptive)?(max|avg)pool[123]d|(feature)?(alpha)?dropout([123]d)?|identity|upsample"
@@ -39,7 +39,7 @@ CURVED = re.compile(
 
 
 class Value(NamedTuple):
-    """What is known of one tensor of the graph."""
+    """Degree of one tensor of the graph."""
 
     degree: Array  # [K], coefficients over the rates
     fixed: bool  # made of parameters and constants alone, whatever the input
@@ -48,12 +48,12 @@ class Value(NamedTuple):
 class Equation(NamedTuple):
     """One condition on the rates."""
 
-    culprit: str  # whom to name when it cannot hold
+    culprit: str  # module or call to name when it cannot hold
     row: Array  # [K], row @ lambda = 0
 
 
 class Degrees:
-    """Walks a traced graph once, in order of execution, and collects the equations between the rates."""
+    """Degrees of all tensors of a traced graph, and the equations between the rates, from one pass in execution order."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.model, self.graph = model, graph
@@ -90,9 +90,9 @@ class Degrees:
         own = {name for name, _ in module.named_parameters()} if module is not None else set()
         if NORMALIZES.fullmatch(kind) and _is_torch(node) and own <= {"weight", "bias"}:
             return self._normalize(node, kind, x)
-        if not (moving or own) or SIZES.fullmatch(kind):  # whatever it does to sizes or to the raw input
+        if not (moving or own) or SIZES.fullmatch(kind):  # any operation on sizes or on the raw input
             return Value(self.zero, all(self.values[n].fixed for n in operands))
-        # functions of the user's may bear any name, and a parametrized or pruned module has other parameters
+        # user functions may have any name, and a parametrized or pruned module has other parameters
         if not (_is_torch(node) and own <= {"weight", "bias"}):
             raise _not_homogeneous(node, kind)
         if KEEPS.fullmatch(kind):
@@ -159,9 +159,9 @@ class Degrees:
         return out
 
     def _add(self, node: fx.Node, *terms: Any) -> Value:
-        """Terms must scale alike; a number other than zero does not scale, and zero scales as one likes."""
+        """Terms must scale alike; a nonzero constant does not scale, and zero has any degree."""
         values = [self.values[t] for t in terms if isinstance(t, fx.Node)]
-        # one that scales, so that an infeasible sum is found at the sum and not further on
+        # an operand that scales, so that an infeasible sum is reported at the sum itself
         out = max(values, key=lambda v: (not v.fixed, bool(v.degree.any())))
         for value in values:
             self._equate(node, "its operands must scale alike", value, out)
@@ -179,7 +179,7 @@ class Degrees:
         return np.array([self.values[self.result].degree, *(e.row for e in equations)])
 
     def reach(self, stop: set[str]) -> set[int]:
-        """Indices of the parameters that reach the output when the norms in ``stop`` let no input through."""
+        """Indices of the parameters that reach the output if the norms in ``stop`` block their input."""
         found: set[int] = set()
         alive = {self.result}
         for node in reversed(self.graph.nodes):
@@ -210,14 +210,14 @@ def _is_torch(node: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Tensors among the arguments, lists included, one that occurs twice counted twice."""
+    """Tensor arguments, lists included; a tensor that occurs twice counts twice."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
 def where(node: fx.Node) -> str:
-    """Module path or call, as a user finds it in the code."""
+    """Module path or function call of a node, for messages."""
     if node.op == "call_module":
         return f"module {str(node.target)!r} ({_module_class(node)})"
     if node.op in ("placeholder", "get_attr"):

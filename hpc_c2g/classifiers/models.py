@@ -1,4 +1,4 @@
-"""The classifiers that ship with the toolkit: MLP, CNN and residual CNN.
+"""Built-in classifiers: MLP, CNN and residual CNN.
 
 All of them are traceable by ``torch.fx`` (the rates are read off the graph) and take a normalized
 input ``[B, *input_shape]`` to logits ``[B, C]``. ``bias`` is ``all``, ``first`` or ``none``: a bias in the first layer

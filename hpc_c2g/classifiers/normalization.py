@@ -1,4 +1,4 @@
-"""The input normalization that a classifier subtracts: part of the classifier, it ships with the weights."""
+"""Input normalization of a classifier; part of the bundle, stored with the weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Normalization:
     """x = (raw - mean) / scale, all tensors broadcast to the input shape ``[*S]``, in raw units (pixels in 0..1).
 
     Attributes:
-        mean: what is subtracted, ``[*S]``.
-        scale: what it is divided by, ``[*S]``, positive.
-        lower: smallest raw value, ``[*S]``.
-        upper: largest raw value, ``[*S]``.
+        mean: Mean to subtract, ``[*S]``.
+        scale: Positive divisor, ``[*S]``.
+        lower: Smallest raw value, ``[*S]``.
+        upper: Largest raw value, ``[*S]``.
     """
 
     mean: Tensor
@@ -45,7 +45,7 @@ class Normalization:
         scale: float | list[float] | Tensor = 1.0,
         value_range: tuple[float, float] = (0.0, 1.0),
     ) -> Normalization:
-        """From a scalar, one number per channel, or a full tensor; raises UserError where the shape cannot match."""
+        """Build from a scalar, one number per channel, or a full tensor; raises UserError if the shape cannot match."""
 
         def expand(name: str, value: float | list[float] | Tensor) -> Tensor:
             tensor = torch.as_tensor(value, dtype=torch.float64)
@@ -67,11 +67,11 @@ class Normalization:
         )
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """Raw values ``[B, *S]`` to the classifier's input space."""
+        """Map raw values ``[B, *S]`` to the classifier's input space."""
         return (raw - self.mean.to(raw)) / self.scale.to(raw)
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """The classifier's input space ``[B, *S]`` back to raw values."""
+        """Map the classifier's input space ``[B, *S]`` to raw values."""
         return x * self.scale.to(x) + self.mean.to(x)
 
     def box(self) -> tuple[Tensor, Tensor]:

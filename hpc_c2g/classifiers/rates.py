@@ -6,7 +6,7 @@ Every activation scales like e^(a d). Its degree d is a linear form in the rates
 weight, ReLU and pooling keep d, a normalization replaces d by the rate of its affine weight. Biases, sums and the
 output (d = 1) give linear equations A lambda = b. Of their non-negative solutions the one nearest to uniform is taken,
 
-    min_u sum_{k in weights} (lambda_k - u)^2,   0 for what is never used,
+    min_u sum_{k in weights} (lambda_k - u)^2,   0 for unused tensors,
 
 which is 1/L for every tensor of a homogeneous net with L layers.
 """
@@ -31,7 +31,7 @@ from hpc_c2g.errors import UserError
 
 @dataclass(frozen=True)
 class Rates:
-    """Lambda: how every tensor of a classifier scales when its output scales by e^a.
+    """Lambda: scaling exponent of every tensor of a classifier whose output scales by e^a.
 
     Attributes:
         parameters: lambda_k >= 0 per parameter name; theta_k scales by e^(a lambda_k).
@@ -49,7 +49,7 @@ class Rates:
 
 
 def find_rates(model: nn.Module) -> Rates:
-    """The non-negative rates nearest to uniform, for every parameter, frozen or not.
+    """Find the non-negative rates nearest to uniform, for every parameter, frozen or not.
 
     Raises:
         UserError: the model cannot be traced, holds something that is not homogeneous, or its equations contradict each
@@ -60,7 +60,7 @@ def find_rates(model: nn.Module) -> Rates:
     try:
         model = copy.deepcopy(model).eval()
         arguments = inspect.signature(model.forward).parameters.values()
-        defaults = {p.name: p.default for p in arguments if p.default is not p.empty}  # flags are no tensors
+        defaults = {p.name: p.default for p in arguments if p.default is not p.empty}  # flags are not traced
         graph = fx.Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # any failure of a user's forward on symbolic values
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -72,7 +72,7 @@ def find_rates(model: nn.Module) -> Rates:
     vertex = _feasible(rows, np.sum([degrees.zero, *norms.values()], axis=0))
     if vertex is None:
         raise _contradiction(degrees)
-    # a norm's eps does not scale, so its input should not either: the linear program above made as few scale as it can
+    # a norm's eps does not scale, so its input should not either: the linear program above minimizes how many do
     pinned = {path for path, row in norms.items() if row @ vertex < 1e-6}
     A = np.array([*rows, *(row for path, row in norms.items() if path in pinned)])
     direct = degrees.reach({"", *pinned})
@@ -104,11 +104,11 @@ def verify_rates(
     """Largest |Phi(x; psi_a theta) - e^a Phi(x; theta)| / max |e^a Phi(x; theta)| over ``scales``, in float64.
 
     Args:
-        model: left as it is; a copy in eval mode is scaled.
-        rates: what ``find_rates`` gave; right ones stay below 1e-9.
+        model: Classifier; a copy in eval mode is scaled.
+        rates: Rates from ``find_rates``; correct ones give less than 1e-9.
         input_shape: ``[*S]`` of one sample.
-        scales: the values of a.
-        seed: of the four random inputs.
+        scales: Values of a.
+        seed: Seed of the four random inputs.
     """
     base = copy.deepcopy(model).cpu().double().eval()
     x = torch.randn(4, *input_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -138,7 +138,7 @@ def _feasible(rows: Array, cost: Array) -> Array | None:
 
 
 def _contradiction(degrees: Degrees) -> UserError:
-    """Names a smallest set of equations that cannot hold together, found by deleting all that can be spared."""
+    """Error that names a minimal infeasible set of equations, found by deleting every redundant one."""
     kept = list(degrees.equations)
     for equation in degrees.equations:
         rest = [e for e in kept if e is not equation]
@@ -154,7 +154,7 @@ def _contradiction(degrees: Degrees) -> UserError:
 def _least_squares(C: Array, A: Array, b: Array, x: Array) -> Array:
     """argmin ||C x||^2 subject to A x = b, x >= 0: primal active set from a feasible ``x`` [K], exact to round-off.
 
-    Coordinates that nothing determines stay 0: each step takes the solution of least norm.
+    Undetermined coordinates stay 0: each step takes the solution of least norm.
     """
     active: list[int] = []
     for _ in range(20 * x.size + 20):
@@ -163,7 +163,7 @@ def _least_squares(C: Array, A: Array, b: Array, x: Array) -> Array:
         N = null_space(A[:, free], rcond=ZERO)
         target = np.zeros_like(x)
         directions = C[:, free] @ N
-        directions[np.abs(directions) < ZERO] = 0.0  # all of it may be round-off, which a relative cutoff would invert
+        directions[np.abs(directions) < ZERO] = 0.0  # pure round-off, which a relative cutoff would invert
         target[free] = particular - N @ (np.linalg.pinv(directions, rcond=ZERO) @ (C[:, free] @ particular))
         blocking = free[target[free] < -ZERO]
         if blocking.size:
@@ -185,6 +185,6 @@ def _least_squares(C: Array, A: Array, b: Array, x: Array) -> Array:
 
 
 def _snap(value: float) -> float:
-    """The simple fraction that round-off hides, so that equal rates compare equal."""
+    """Round to the nearest simple fraction within round-off, so that equal rates compare equal."""
     simple = float(Fraction(value).limit_denominator(10_000))
     return simple if abs(simple - value) < 1e-12 else value

@@ -1,4 +1,4 @@
-"""Data sets: for fitting one's own classifiers, and for judging generators afterwards.
+"""Data sets, for fitting classifiers and for evaluating generators afterwards.
 
 Nothing under ``kkt``, ``generators`` or ``training`` imports this package: generator training never sees an image.
 """

@@ -1,7 +1,7 @@
 """CelebA from a folder of aligned faces and the official attribute list, both whole and in part.
 
-torchvision's reader insists on the md5 sums of five lists; this one needs a single list, and reads torchvision's
-layout too.
+torchvision's reader insists on the md5 sums of five lists; this reader needs a single list, and also reads
+torchvision's layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_celeba(config: DataConfig) -> Split:
     """Faces ``[3, image_size, image_size]``, pixels in 0..1; class 1 has ``config.attribute``, class 0 has not.
 
     The train part comes from the first four fifths of the list, the held-out part (at most 1000 images unless
-    ``held_out_size`` says otherwise) from the last fifth. Only the chosen images are decoded: cropped to the square in
+    ``held_out_size`` is set) from the last fifth. Only the chosen images are decoded: cropped to the square in
     their middle, then resized.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which samples go into which part: random choices, balanced over the classes and keyed by the seed.
+"""Random choice of the samples of each part, balanced over the classes and keyed by the seed.
 
 Every class has one random order. The train part takes from its front and the held-out part, where both come from one
 pool, from its end: the train part does not depend on the held-out size, and a larger train part contains a smaller one.
@@ -21,12 +21,12 @@ TRAIN, HELD_OUT = 0, 1
 
 
 def even_shares(size: int, count: int) -> list[int]:
-    """``size`` spread over ``count`` classes; the first ones take the remainder."""
+    """Spread ``size`` over ``count`` classes; the first ones take the remainder."""
     return [size // count + (i < size % count) for i in range(count)]
 
 
 def filled_shares(size: int, available: Sequence[int]) -> list[int]:
-    """As even as possible with at most ``available[c]`` of class c; needs ``size <= sum(available)``."""
+    """Spread ``size`` as evenly as possible with at most ``available[c]`` of class c; needs ``size <= sum(available)``."""
     level = 0
     while level < max(available) and sum(min(most, level + 1) for most in available) <= size:
         level += 1
@@ -38,7 +38,7 @@ def filled_shares(size: int, available: Sequence[int]) -> list[int]:
 
 
 def balanced_train_shares(config: DataConfig, names: Sequence[str]) -> list[int]:
-    """The train part's number of samples per class; ``config.train_size`` must not be None.
+    """Number of samples per class of the train part; ``config.train_size`` must not be None.
 
     Raises:
         UserError: fewer samples than classes.
@@ -72,7 +72,7 @@ def relabel(labels: Indices, names: Sequence[str], config: DataConfig) -> tuple[
 
 
 def split_pool(labels: Indices, names: Sequence[str], config: DataConfig) -> tuple[Indices, Indices]:
-    """Train and held-out part of one pool.
+    """Split one pool into train and held-out part.
 
     Args:
         labels: ``[n]`` in 0..C-1, or -1 for samples that belong to no class.
@@ -83,7 +83,7 @@ def split_pool(labels: Indices, names: Sequence[str], config: DataConfig) -> tup
         Two disjoint ascending arrays of indices into ``labels``.
 
     Raises:
-        UserError: a size larger than what is there.
+        UserError: a size exceeds the available samples.
     """
     orders = _orders(labels, len(names), config.seed, TRAIN)
     counts = [len(order) for order in orders]
@@ -106,7 +106,7 @@ def split_files(
     config: DataConfig,
     most_held_out: int | None = None,
 ) -> tuple[Indices, Indices]:
-    """As ``split_pool`` where the data set itself comes in two parts, one for each of ours.
+    """Choose train and held-out part from the two files of a data set, like ``split_pool`` from one.
 
     Args:
         train_labels: ``[n]`` in 0..C-1, or -1 for samples that belong to no class.
@@ -119,7 +119,7 @@ def split_files(
         Ascending indices into ``train_labels`` and into ``held_labels``.
 
     Raises:
-        UserError: a size larger than what is there.
+        UserError: a size exceeds the available samples.
     """
     train_orders = _orders(train_labels, len(names), config.seed, TRAIN)
     held_orders = _orders(held_labels, len(names), config.seed, HELD_OUT)
@@ -133,7 +133,7 @@ def split_files(
 
 
 def _orders(labels: Indices, classes: int, seed: int, stream: int) -> list[Indices]:
-    """Per class its indices in random order."""
+    """Indices of each class in random order."""
     return [np.random.default_rng([seed, stream, c]).permutation(np.flatnonzero(labels == c)) for c in range(classes)]
 
 
@@ -150,7 +150,11 @@ def _train_shares(counts: Sequence[int], names: Sequence[str], config: DataConfi
 
 
 def _all_shares(counts: Sequence[int], names: Sequence[str], config: DataConfig) -> list[int]:
-    """``counts`` as they are, for ``train_size`` None."""
+    """Return all ``counts``, for ``train_size`` None.
+
+    Raises:
+        UserError: a class has no samples left.
+    """
     if not all(counts):
         raise UserError(
             f"class {names[list(counts).index(0)]!r} of {config.name} has no samples left to train on",

@@ -1,4 +1,4 @@
-"""What every data set is turned into."""
+"""Common form of all data sets: labeled samples in two disjoint parts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Dataset:
     Attributes:
         samples: float32 ``[n, *S]``; pixels in 0..1, features in their own units.
         labels: int64 ``[n]`` in 0..C-1.
-        classes: the C names.
-        value_range: smallest and largest raw value that can occur (for pixels (0, 1)).
+        classes: Names of the C classes.
+        value_range: Smallest and largest possible raw value ((0, 1) for pixels).
     """
 
     samples: Tensor
@@ -27,7 +27,7 @@ class Dataset:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> Dataset:
-        """The samples ``indices``, in their order."""
+        """Select the samples ``indices``, in that order."""
         return replace(self, samples=self.samples[indices], labels=self.labels[indices])
 
 
@@ -38,7 +38,7 @@ def flat_rows(samples: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint parts of one data set: what the classifier is fitted to, and what it never sees."""
+    """Disjoint parts of one data set: the classifier's training part, and the held-out part."""
 
     train: Dataset
     held_out: Dataset

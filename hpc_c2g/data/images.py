@@ -1,6 +1,6 @@
 """MNIST and CIFAR-10 from a folder, which may be read-only; pixels in 0..1.
 
-The pixels stay bytes until it is known which images are wanted.
+Pixels stay bytes until the images are chosen.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load_cifar10(config: DataConfig) -> Split:
 
 
 def to_dataset(pixels: Bytes, labels: Indices, names: list[str]) -> Dataset:
-    """Bytes ``[n, C, H, W]`` to pixels in 0..1."""
+    """Convert bytes ``[n, C, H, W]`` to pixels in 0..1."""
     samples = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
     return Dataset(samples, torch.from_numpy(labels.astype(np.int64)), names, (0.0, 1.0))
 
@@ -90,7 +90,7 @@ def _image_split(
     names: list[str],
     config: DataConfig,
 ) -> Split:
-    """Bytes ``[n, C, H, W]`` and labels ``[n]`` of both files to the chosen parts."""
+    """Choose the parts from bytes ``[n, C, H, W]`` and labels ``[n]`` of both files."""
     train_labels, kept = relabel(train[1].astype(np.int64), names, config)
     test_labels, _ = relabel(test[1].astype(np.int64), names, config)
     chosen, held = split_files(train_labels, test_labels, kept, config)
@@ -100,7 +100,7 @@ def _image_split(
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
-    """An idx file of bytes (4 bytes of magic number, the sizes as big-endian int32, the data), plain or gzipped."""
+    """Read an idx file of bytes (4 bytes of magic number, the sizes as big-endian int32, the data), plain or gzipped."""
     plain, packed = folder / name, folder / f"{name}.gz"
     path = plain if plain.is_file() else packed
     if not path.is_file():
@@ -145,8 +145,8 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.integer]]:
 
 
 def _read_torchvision_cifar(root: Path, train: bool) -> tuple[Bytes, NDArray[np.integer]]:
-    """Bytes ``[n, 32, 32, 3]`` and labels; torchvision checks the md5 sums before it unpickles anything."""
-    # Here, so that every other data set loads without torchvision.
+    """Read bytes ``[n, 32, 32, 3]`` and labels; torchvision checks the md5 sums before it unpickles."""
+    # Imported here, so that every other data set loads without torchvision.
     from torchvision.datasets import CIFAR10
 
     try:

@@ -1,4 +1,4 @@
-"""From the name of a data set to its parts."""
+"""Load a data set by name, split into train and held-out part."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LOADERS: dict[str, Callable[[DataConfig], Split]] = {
 
 
 def load_split(config: DataConfig) -> Split:
-    """The train part and the held-out part of ``config.name``, disjoint, the same for the same config.
+    """Load the disjoint train and held-out parts of ``config.name``, deterministic in ``config``.
 
     The samples of a part come in the order of the data set (the toys' by class), not shuffled.
 
     Raises:
-        UserError: a field is out of its range, files are missing or damaged, or more samples are asked for than exist.
+        UserError: a field is out of its range, files are missing or damaged, or more samples are requested than exist.
     """
     # A config may have been changed since it was made: a copy is checked again.
     checked = replace(config)

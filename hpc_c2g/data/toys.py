@@ -1,4 +1,4 @@
-"""Points of the plane ``[2]`` in -3..3, drawn anew for every seed: blobs, moons, spirals."""
+"""Synthetic points ``[2]`` in -3..3, drawn from the seed: blobs, moons, spirals."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ SHAPES: dict[str, tuple[Callable[[int, Floats, Floats], Floats], int]] = {
 def load_toy(config: DataConfig) -> Split:
     """``blobs`` (4 classes), ``moons`` (2) or ``spirals`` (3), equally many points per class.
 
-    A class is one stream of points keyed by seed, part and class: a larger train part contains a smaller one. Held out
-    are 1000 fresh points unless ``held_out_size`` says otherwise.
+    A class is one stream of points keyed by seed, part and class: a larger train part contains a smaller one. The
+    held-out part has 1000 new points unless ``held_out_size`` is set.
 
     Raises:
         UserError: fewer points than classes, or a class that the toy does not have.

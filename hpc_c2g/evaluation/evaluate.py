@@ -19,6 +19,7 @@ from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.evaluation.landscape import picture, support
+from hpc_c2g.evaluation.metric_registry import METRICS, numbers
 from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
@@ -75,9 +76,9 @@ def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row, of those with quartiles the mean."""
-    means = {name: value.get("mean") if isinstance(value, dict) else value for name, value in row.items()}
-    return {name: value for name, value in means.items() if isinstance(value, float)}
+    """One number per metric that applies, by name."""
+    found = numbers(row)
+    return {metric.name: found[metric.name] for metric in METRICS if metric.name in found}
 
 
 def _as_markdown(result: Mapping[str, Any]) -> str:

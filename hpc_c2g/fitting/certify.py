@@ -1,4 +1,4 @@
-"""The certificates of a bundle in every form of the left side, from the data it was fitted to: *uses real data*."""
+"""Certificates of a bundle for every form of the left side, from its training data: *uses real data*."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hpc_c2g.kkt.options import LEFT_SIDES
 
 
 def certify_bundle(folder: str, data: DataConfig | None = None) -> tuple[dict[str, float], list[Certificate]]:
-    """Solve for every form and write ``certificate.json`` into the bundle's folder.
+    """Certify every form and write ``certificate.json`` into the bundle's folder.
 
     Args:
-        folder: of the bundle.
-        data: its own training data; None takes what its record names.
+        folder: Folder of the bundle.
+        data: Training data of the classifier; None takes those of its fit record.
 
     Returns:
-        The rates, and a certificate per form: one where all forms agree, as they do where the rates are uniform.
+        The rates, and a certificate per form; a single one if the rates are uniform, since all forms then agree.
 
     Raises:
-        UserError: no bundle, no data, or data that do not fit.
+        UserError: no bundle, no data, or data that do not fit the classifier.
     """
     bundle = load_bundle(folder)
     train = load_split(fitted_data(folder, data)).train

@@ -1,4 +1,4 @@
-"""How many equations the first layer's stationarity has for the samples: a column of gates each."""
+"""Number of equations of the first layer's stationarity: one column of gates each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RECTIFIERS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.lea
 
 
 class _FirstGates(TorchFunctionMode):
-    """Keeps the gates z > 0 of the first rectifier that runs, ``[B, units]``."""
+    """Records the gates z > 0 of the first rectifier that runs, ``[B, units]``."""
 
     gates: Tensor | None = None
 
@@ -28,9 +28,9 @@ def count_equations(model: nn.Module, x: Tensor, size: int = 256) -> int:
     """Distinct non-constant columns of the first gate matrix ``[n, units]`` times the input dimension, at most the number of parameters.
 
     Args:
-        model: without a rectifier, the number of parameters of its first layer is returned.
-        x: ``[n, *S]``.
-        size: samples of a forward pass.
+        model: Classifier; without a rectifier, the number of parameters of its first layer is returned.
+        x: Normalized inputs ``[n, *S]``.
+        size: Samples per forward pass.
     """
     gates = []
     for micro_batch in torch.split(x, size):

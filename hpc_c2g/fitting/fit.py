@@ -1,7 +1,7 @@
-"""Fitting classifiers: to a large margin by rescaled gradient flow, or as people train them.
+"""Fitting classifiers: to a large margin by rescaled gradient flow, or by ordinary minibatch training.
 
 The margin fit follows the gradient flow of cross-entropy with time rescaled: full-batch gradient descent on the smoothed margin
-log sum_{i, j != y_i} exp(-m_ij) with step rate / ||grad||^2. It cannot underflow and reaches a margin of 300 in seconds, where
+log sum_{i, j != y_i} exp(-m_ij) with step lr / ||grad||^2. It cannot underflow and reaches a margin of 300 in seconds, where
 plain gradient descent needs 1e6 epochs.
 """
 
@@ -20,11 +20,11 @@ from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margin
 
 WITH_WEIGHTS_OF_ONE = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 Report = Callable[[int, float], None]
-"""Called with (step, smallest margin or loss) now and then."""
+"""Progress callback: (step, smoothed margin or loss)."""
 
 
 def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
-    """Draw the weights anew from ``seed``; normalization layers keep theirs (weight 1, bias 0), but for ``norm``."""
+    """Draw new weights from ``seed``; normalization layers keep theirs (weight 1, bias 0), except for ``config.norm``."""
     for module in model.modules():
         if config.norm is not None and isinstance(module, WITH_WEIGHTS_OF_ONE) and module.weight is not None:
             nn.init.constant_(module.weight, config.norm)
@@ -73,7 +73,7 @@ def fit_margin(
             raise UserError(
                 f"fitting diverged at step {step}: the smoothed margin is {value}", "lower fit.lr or init.hidden"
             )
-        # a flow only descends: where a step overshoots, go on with half of it
+        # a flow only descends: halve the step after an overshoot
         lr = max(lr / 2, 1e-4 * config.lr) if value > previous else min(lr * 1.05, config.lr)
         previous = value
         if (
@@ -129,7 +129,7 @@ def fit_ordinary(
 
 @torch.no_grad()
 def _freeze_statistics(model: nn.Module, x: Tensor) -> None:
-    """Make the running statistics those of the full batch, so that eval mode computes what was fitted (up to the variance's n - 1)."""
+    """Set the running statistics to those of the full batch, so that eval mode is the fitted function (up to the variance's n - 1)."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     for norm in norms:

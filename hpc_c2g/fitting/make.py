@@ -1,4 +1,4 @@
-"""From a data set or a user's weights to a classifier bundle."""
+"""Make a classifier bundle from a data set or from a user's weights."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from hpc_c2g.fitting.fit import fit_margin, fit_ordinary, initialize
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
 RECORD = "fit.json"
-"""What a fit measured, beside the bundle: for people and for evaluation, never read by generator training."""
+"""File of the fit's measurements beside the bundle: for people and for evaluation, never read by generator training."""
 
 
 def make_classifier(
     config: ClassifierConfig, report: Callable[[int, float], None] | None = None
 ) -> tuple[Bundle, dict[str, Any]]:
-    """Make the bundle in ``config.out``, or take the one there if it came from the same settings.
+    """Make the bundle in ``config.out``, or load it if it was made with the same settings.
 
     Returns:
-        the bundle and its record (accuracies, margin, steps, seconds).
+        The bundle and its record (accuracies, margin, steps, seconds).
 
     Raises:
         UserError: another classifier is in ``out``, or any fault of data, architecture, weights or fit.
@@ -59,9 +59,8 @@ def make_classifier(
     settings = asdict(config)
     del settings["out"], settings["overwrite"]
     settings = json.loads(json.dumps(settings))
-    if (
-        isinstance(config.fit, ImportFitConfig) and Path(config.fit.state_dict).is_file()
-    ):  # the file may change under its name
+    # the file may change under the same name
+    if isinstance(config.fit, ImportFitConfig) and Path(config.fit.state_dict).is_file():
         settings["fit"]["sha256"] = hashlib.sha256(Path(config.fit.state_dict).read_bytes()).hexdigest()
     if (folder / META).exists() and not config.overwrite:
         record = read_record(folder)
@@ -70,20 +69,20 @@ def make_classifier(
         raise UserError(f"out={folder} holds another classifier", "choose another out, or overwrite=true to replace it")
     bundle, record = _imported(config) if isinstance(config.fit, ImportFitConfig) else _fitted(config, report)
     save_bundle(bundle, folder)
-    (folder / CERTIFICATE).unlink(missing_ok=True)  # it tells of the classifier that was here before
+    (folder / CERTIFICATE).unlink(missing_ok=True)  # it belongs to the previous classifier
     record = {"settings": settings, "weights_sha256": bundle.fingerprint, **record}
     write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     return bundle, record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The fit's record beside a bundle, empty where there is none."""
+    """Read the fit record beside a bundle; empty if there is none for these weights."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
         same = record["weights_sha256"] == json.loads((folder / META).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return record if same else {}  # else it tells of the classifier that was here before
+    return record if same else {}  # a record of other weights belongs to a previous classifier
 
 
 @flush_denormals()
@@ -150,7 +149,7 @@ def _normalization(config: NormalizationConfig, shape: tuple[int, ...], train: D
 
 @torch.no_grad()
 def describe(bundle: Bundle, split: Split) -> dict[str, float]:
-    """Accuracies on both parts and the smallest training margin."""
+    """Measure the accuracies on both parts and the smallest training margin."""
 
     def logits(part: Dataset) -> Tensor:
         x = bundle.normalization.normalize(part.samples.to(bundle.dtype))

@@ -1,4 +1,4 @@
-"""What a fit tells while it goes on: a line for a terminal, and once a minute one for a log file."""
+"""Progress of a fit: one line for a terminal, and one per minute for a log file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from hpc_c2g.fitting.config import MarginFitConfig
 
 LOG_EVERY_SECONDS = 60.0
-"""Between lines of a log file."""
+"""Seconds between lines of a log file."""
 
 
 def line(fit: object, step: int, value: float) -> str:
-    """How far it is; ``fit`` are its settings."""
+    """Return the progress line of a fit with the settings ``fit``."""
     goal = (
         f"smoothed margin {value:.4g} of {fit.target_margin:g}"
         if isinstance(fit, MarginFitConfig)
@@ -24,19 +24,20 @@ def line(fit: object, step: int, value: float) -> str:
 
 @dataclass
 class LogLines:
-    """A fit's report that says a line once a minute.
+    """Progress callback of a fit that writes at most one line per minute.
 
     Attributes:
-        fit: its settings.
-        say: writes a line.
+        fit: Settings of the fit.
+        write: Callable that writes a line.
+        last_write: Monotonic time of the last line.
     """
 
     fit: object
-    say: Callable[[str], None]
-    told: float = field(default_factory=time.monotonic)
+    write: Callable[[str], None]
+    last_write: float = field(default_factory=time.monotonic)
 
     def __call__(self, step: int, value: float) -> None:
-        """Say it, if it is due."""
-        if time.monotonic() - self.told >= LOG_EVERY_SECONDS:
-            self.told = time.monotonic()
-            self.say(line(self.fit, step, value))
+        """Write the line if it is due."""
+        if time.monotonic() - self.last_write >= LOG_EVERY_SECONDS:
+            self.last_write = time.monotonic()
+            self.write(line(self.fit, step, value))

@@ -1,4 +1,4 @@
-"""Which data a classifier was fitted to: from the record beside its bundle, checked against what the user names."""
+"""Training data of a classifier: from the fit record beside its bundle, checked against the user's settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hpc_c2g.fitting.make import read_record
 
 
 def fitted_data(classifier: str, asked: DataConfig | None) -> DataConfig:
-    """The data configuration of the classifier's own training part.
+    """Return the data configuration of the classifier's training part.
 
-    Fields of ``asked`` that are left at their defaults come from the record; ``root`` may differ, another machine has other folders.
+    Fields of ``asked`` left at their defaults come from the record; ``root`` may differ, since folders differ between machines.
 
     Raises:
         UserError: neither record nor ``asked``, or the two contradict each other.
@@ -23,7 +23,7 @@ def fitted_data(classifier: str, asked: DataConfig | None) -> DataConfig:
     if asked is None:
         if recorded is None:
             raise UserError(
-                f"classifier={classifier} does not say what data it was fitted to",
+                f"classifier={classifier} has no record of its training data",
                 "add data=NAME (and data.train_size=N)",
             )
         return recorded

@@ -22,8 +22,6 @@ class GeneratorConfig:
             others vary around it. 0: no codes, the class alone is embedded.
         embedding: length of a code, or of the class embedding.
         gain: on the continuous latents.
-        multiplier_widths: hidden layers of the multiplier network (without codes; with codes it is a table with a row per code).
-        output_scale: on the last weights at the start.
         canvas: each code (without codes: each class) has a learned image of its own too, which the decoder's is added to.
     """
 
@@ -31,8 +29,6 @@ class GeneratorConfig:
     codes: int = 20
     embedding: int = 64
     gain: float = 0.2
-    multiplier_widths: list[int] = field(default_factory=lambda: [128, 128])
-    output_scale: float = 0.3
     canvas: bool = False
 
     def __post_init__(self) -> None:
@@ -40,12 +36,8 @@ class GeneratorConfig:
             raise UserError(f"generator.codes={self.codes} is negative", "give codes per class, or 0 for none")
         if self.embedding < 1:
             raise UserError(f"generator.embedding={self.embedding} is too small", "give at least 1")
-        if not self.multiplier_widths or min(self.multiplier_widths) < 1:
-            raise UserError(f"generator.multiplier_widths={self.multiplier_widths}", "give widths >= 1")
-        if not (self.gain > 0 and self.output_scale > 0):
-            raise UserError(
-                f"generator.gain={self.gain}, generator.output_scale={self.output_scale}", "both must be positive"
-            )
+        if not self.gain > 0:
+            raise UserError(f"generator.gain={self.gain}", "give a gain > 0")
 
 
 @dataclass
@@ -99,26 +91,17 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
 
 @dataclass
 class LatentConfig:
-    """How latents are drawn during training; evaluation always draws fresh normal ones.
+    """Latents of a generator.
 
     Attributes:
-        dimensions: d.
-        scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
-            coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
-        bank_fraction: share of the steps during which the same bank of latents returns at every step.
+        dimensions: Number of latent coordinates d.
     """
 
     dimensions: int = 4
-    scheme: str = "stratified"
-    bank_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dimensions < 1:
             raise UserError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
-        if self.scheme not in SCHEMES:
-            raise UserError(f"latents.scheme={self.scheme!r} is unknown", f"choose one of {', '.join(SCHEMES)}")
-        if not 0 <= self.bank_fraction <= 1:
-            raise UserError(f"latents.bank_fraction={self.bank_fraction} is no share", "give a number from 0 to 1")
 
 
 def check_drawing(drawing: str) -> None:

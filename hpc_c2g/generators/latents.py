@@ -9,31 +9,33 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from hpc_c2g.generators.config import LatentConfig
+from hpc_c2g.generators.config import SCHEMES
+
+TRAINING_SCHEME = "stratified"
 
 
 @dataclass(frozen=True)
 class Latents:
-    """What a generator is asked for.
+    """Input of a generator: latents, labels and members of the samples.
 
     Attributes:
-        z: ``[B, d]``, standard normal marginals.
-        labels: ``[B]``, in the classifier's own label space.
-        index: sample index within the classifier's part of the global batch, ``[B]``.
-        classifier: which classifier a sample is for, ``[B]``.
+        z: Latents ``[B, d]``, standard normal marginals.
+        labels: Labels ``[B]``, in the classifier's own label space.
+        index: Sample index within the member's part of the global batch, ``[B]``.
+        member: Index of the member that a sample is for, ``[B]``.
     """
 
     z: Tensor
     labels: Tensor
     index: Tensor
-    classifier: Tensor
+    member: Tensor
 
     def to(self, device: torch.device) -> Latents:
-        """The same on ``device``."""
-        return Latents(*(t.to(device) for t in (self.z, self.labels, self.index, self.classifier)))
+        """Copy to ``device``."""
+        return Latents(*(t.to(device) for t in (self.z, self.labels, self.index, self.member)))
 
     def __getitem__(self, part: slice) -> Latents:
-        return Latents(self.z[part], self.labels[part], self.index[part], self.classifier[part])
+        return Latents(self.z[part], self.labels[part], self.index[part], self.member[part])
 
 
 def counted_uniforms(seed: int, step: int, start: int, stop: int, dimensions: int, stream: int = 0) -> np.ndarray:
@@ -50,47 +52,50 @@ def normal_quantiles(u: np.ndarray) -> Tensor:
 
 
 class LatentSampler:
-    """Draws any slice of one classifier's part of the global batch of any step. Labels cycle through the classes: y_i = i mod C.
+    """Sampler of any slice of one member's part of the global batch at any step. Labels cycle through the classes: y_i = i mod C.
 
     Args:
-        config: how.
-        classes: C.
-        batch: samples of the part.
-        steps: of the run.
-        seed: of the run.
-        classifier: its index; each has a stream of its own.
+        dimensions: Number of latent coordinates d.
+        classes: C, the number of classes.
+        batch: Number of samples of the part.
+        seed: Seed of the run.
+        member: Index of the member; each has its own random stream.
+        scheme: ``sobol``: one scrambled Sobol set, shifted mod 1 at random per class; ``stratified``: the same, but the first
+            coordinate is an even lattice, so that codes are met equally often; ``normal``: independent.
+
+    Raises:
+        ValueError: Unknown scheme.
     """
 
     def __init__(
-        self, config: LatentConfig, classes: int, batch: int, steps: int, seed: int, classifier: int = 0
+        self, dimensions: int, classes: int, batch: int, seed: int, member: int = 0, scheme: str = TRAINING_SCHEME
     ) -> None:
-        self.config, self.classes, self.seed, self.classifier = config, classes, seed, classifier
-        self.bank_steps = round(config.bank_fraction * steps)
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme={scheme!r} is unknown: choose one of {', '.join(SCHEMES)}")
+        self.dimensions, self.classes, self.seed, self.member = dimensions, classes, seed, member
         self.points = None
         per_class = -(-batch // classes)
-        if config.scheme != "normal":
-            engine = SobolEngine(config.dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+        if scheme != "normal":
+            engine = SobolEngine(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
             self.points = engine.draw(per_class, dtype=torch.float64).numpy()
-        self.lattice = per_class if config.scheme == "stratified" else None
+        self.lattice = per_class if scheme == "stratified" else None
 
     def batch(self, step: int, start: int, stop: int) -> Latents:
         """Samples ``start`` to ``stop`` of the part at ``step`` (counted from 1)."""
-        key = 0 if step <= self.bank_steps else step
         index = torch.arange(start, stop)
-        dimensions, stream = self.config.dimensions, self.classifier
         if self.points is None:
-            u = counted_uniforms(self.seed, key, start, stop, dimensions, stream)
+            u = counted_uniforms(self.seed, step, start, stop, self.dimensions, self.member)
         else:
-            shifts = counted_uniforms(self.seed, key, 0, self.classes, dimensions, stream)
+            shifts = counted_uniforms(self.seed, step, 0, self.classes, self.dimensions, self.member)
             place, label = index.numpy() // self.classes, index.numpy() % self.classes
             u = (self.points[place] + shifts[label]) % 1.0
             if self.lattice is not None:  # the shift moves a point within its own part of the lattice
                 u[:, 0] = (place + shifts[label, 0]) / self.lattice
-        return Latents(normal_quantiles(u), index % self.classes, index, torch.full_like(index, self.classifier))
+        return Latents(normal_quantiles(u), index % self.classes, index, torch.full_like(index, self.member))
 
 
-def fresh_latents(seed: int, count: int, dimensions: int, classes: int, start: int = 0, classifier: int = 0) -> Latents:
-    """Independent N(0, I) latents with cycling labels, for sampling after training; stream apart from training's."""
-    u = counted_uniforms(seed, 2**64 - 1, start, start + count, dimensions, classifier)
+def fresh_latents(seed: int, count: int, dimensions: int, classes: int, start: int = 0, member: int = 0) -> Latents:
+    """Independent N(0, I) latents with cycling labels, for sampling after training; their random stream differs from training's."""
+    u = counted_uniforms(seed, 2**64 - 1, start, start + count, dimensions, member)
     index = torch.arange(start, start + count)
-    return Latents(normal_quantiles(u), index % classes, index, torch.full_like(index, classifier))
+    return Latents(normal_quantiles(u), index % classes, index, torch.full_like(index, member))

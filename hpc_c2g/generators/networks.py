@@ -1,4 +1,4 @@
-"""Image generators (z, y, k) -> x and the multiplier network (z, y, k) -> h, in one trainable module; k is the classifier.
+"""Image generators (z, y, k) -> x and the multiplier network (z, y, k) -> h, in one trainable module; k is the member.
 
 Each classifier has its own label space, its own embeddings and its own input box; all share the decoder. No network uses
 batch statistics: a sample must not depend on which others share its micro-batch.
@@ -18,9 +18,14 @@ from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, Gen
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.kkt.duality import neutral_logit
 
+MULTIPLIER_WIDTHS = (128, 128)
+"""Hidden layers of the multiplier network of a generator without codes; with codes it is a table with a row per code."""
+OUTPUT_SCALE = 0.3
+"""Factor on the last weights of the image network at the start."""
 
-def _of(table: Tensor, classifier: Tensor) -> Tensor:
-    """Each sample's row of ``[K, ...]``; one classifier's row is left to broadcast."""
+
+def _select(table: Tensor, classifier: Tensor) -> Tensor:
+    """Row of ``table`` ``[K, ...]`` per sample; a single row is left to broadcast."""
     return table[classifier] if len(table) > 1 else table
 
 
@@ -36,12 +41,12 @@ class Box(nn.Module):
         center, half = (lower + upper) / 2, (upper - lower) / 2
         self.register_buffer("center", center)
         self.register_buffer("half_range", half)
-        # t = 0 is x = 0, the mean of the normalized space, unless that lies at the edge, where tanh has no slope
+        # t = 0 is x = 0, the mean of the normalized space, unless that lies at the edge, where tanh saturates
         self.register_buffer("offset", torch.atanh((-center / half).clamp(-0.8, 0.8)))
 
     def forward(self, t: Tensor, classifier: Tensor) -> Tensor:
         """Inputs ``[B, *S]``, each in the normalized space of its classifier."""
-        center, half_range, offset = (_of(b, classifier) for b in (self.center, self.half_range, self.offset))
+        center, half_range, offset = (_select(b, classifier) for b in (self.center, self.half_range, self.offset))
         x: Tensor = center + half_range * torch.tanh(t + offset)
         return x
 
@@ -85,7 +90,7 @@ class ConvImage(nn.Module):
             nn.GroupNorm(8, channels[-1]), nn.ReLU(), nn.Conv2d(channels[-1], shape[0], 3, padding=1)
         )
         with torch.no_grad():
-            self.tail[-1].weight.mul_(config.output_scale)  # type: ignore[operator]
+            self.tail[-1].weight.mul_(OUTPUT_SCALE)  # type: ignore[operator]
 
     def forward(self, features: Tensor) -> Tensor:
         """The image before the box."""
@@ -95,7 +100,7 @@ class ConvImage(nn.Module):
 
 
 class Condition(nn.Module):
-    """(z, y, k) to features: the class's embedding beside z, or one of its learned codes, selected by z_0, beside the rest of z."""
+    """(z, y, k) to features: z with the class's embedding, or the rest of z with the learned code that z_0 selects."""
 
     first: Tensor
 
@@ -108,7 +113,7 @@ class Condition(nn.Module):
 
     def rows(self, latents: Latents) -> Tensor:
         """Row of the table per sample, ``[B]``."""
-        labels: Tensor = _of(self.first, latents.classifier) + latents.labels
+        labels: Tensor = _select(self.first, latents.member) + latents.labels
         if not self.codes:
             return labels
         quantile: Tensor = torch.special.ndtr(latents.z[:, 0].double())
@@ -116,18 +121,18 @@ class Condition(nn.Module):
         return labels * self.codes + code
 
     def forward(self, latents: Latents, rows: Tensor) -> Tensor:
-        """Features ``[B, features]``; ``rows`` are those of the latents."""
+        """Features ``[B, features]``; ``rows`` are ``self.rows(latents)``."""
         z = latents.z[:, 1:] if self.codes else latents.z
         return torch.cat([self.gain * z.to(self.table.weight), self.table(rows)], 1)
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
-    """Where each classifier's rows begin in a table that holds ``counts`` rows for them in turn; int64 ``[K]``."""
+    """Index of each member's first row in a table of consecutive blocks of ``counts`` rows; int64 ``[K]``."""
     return torch.tensor([0, *itertools.accumulate(counts)][:-1])
 
 
 def neutral_logits(classes: Sequence[int]) -> Tensor:
-    """The neutral multiplier logit per classifier, ``[K, 1]``."""
+    """Neutral multiplier logit per member, ``[K, 1]``."""
     return torch.tensor([[neutral_logit(count)] for count in classes])
 
 
@@ -135,11 +140,11 @@ class Generator(nn.Module):
     """Conditional generator of images, and multipliers over the same condition.
 
     Args:
-        config: which and how large.
-        dimensions: of the latents.
-        classes: C_k of each classifier.
-        lower: of the normalized boxes, ``[K, *S]``.
-        upper: of the normalized boxes, ``[K, *S]``.
+        config: Settings of the generator.
+        dimensions: Dimension of the latents.
+        classes: C_k, number of classes per member.
+        lower: Lower bounds of the normalized boxes, ``[K, *S]``.
+        upper: Upper bounds of the normalized boxes, ``[K, *S]``.
     """
 
     neutral: Tensor
@@ -160,7 +165,7 @@ class Generator(nn.Module):
             self.image: nn.Module = ConvImage(features, shape, config)
         else:
             self.image = nn.Sequential(
-                perceptron([features, *config.widths, math.prod(shape)], config.output_scale), nn.Unflatten(1, shape)
+                perceptron([features, *config.widths, math.prod(shape)], OUTPUT_SCALE), nn.Unflatten(1, shape)
             )
         rows = sum(classes) * max(1, config.codes)
         self.canvas = nn.Embedding(rows, math.prod(shape)) if config.canvas else None
@@ -172,7 +177,7 @@ class Generator(nn.Module):
             self.multiplier: nn.Module = nn.Embedding(rows, max(classes))
             nn.init.zeros_(self.multiplier.weight)
         else:
-            self.multiplier = perceptron([features, *config.multiplier_widths, max(classes)], 1.0)
+            self.multiplier = perceptron([features, *MULTIPLIER_WIDTHS, max(classes)], 1.0)
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` in each classifier's normalized space, and the multiplier logits h ``[B, max C_k]``."""
@@ -182,7 +187,7 @@ class Generator(nn.Module):
         t = self.image(features)
         if self.canvas is not None:
             t = t + self.canvas(rows).view_as(t)
-        return self.box(t, latents.classifier), h + _of(self.neutral, latents.classifier)
+        return self.box(t, latents.member), h + _select(self.neutral, latents.member)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning rate: images, codes, multipliers, canvases where there are any."""
@@ -200,13 +205,13 @@ class FreeImages(nn.Module):
     """One free image and one row of multiplier logits per sample of the batch.
 
     Args:
-        config: how they start.
-        counts: B_k, images of each classifier.
-        classes: C_k of each classifier.
-        shape: ``[*S]``.
+        config: Settings of the free images.
+        counts: B_k, number of images per member.
+        classes: C_k, number of classes per member.
+        shape: Shape of one image ``[*S]``.
 
     Raises:
-        UserError: fewer images than classes.
+        UserError: a member has fewer images than classes.
     """
 
     first: Tensor
@@ -228,15 +233,15 @@ class FreeImages(nn.Module):
         neutral = neutral_logits(classes).repeat_interleave(torch.tensor(counts), 0)
         self.multiplier = nn.Parameter(neutral.expand(-1, max(classes)).clone())
         self.register_buffer("first", first_rows(counts))
-        # indices beyond the count start again at 0, after as many images of each class
+        # indices beyond the count wrap around after equally many images of each class
         self.register_buffer("whole", torch.tensor([n - n % c for n, c in zip(counts, classes, strict=True)]))
         self.register_buffer("count", torch.tensor(self.counts))
 
     def forward(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """x ``[B, *S]`` and the multiplier logits h ``[B, max C_k]``."""
-        k, index = latents.classifier, latents.index
-        index = torch.where(index < _of(self.count, k), index, index % _of(self.whole, k))
-        places = _of(self.first, k) + index
+        k, index = latents.member, latents.index
+        index = torch.where(index < _select(self.count, k), index, index % _select(self.whole, k))
+        places = _select(self.first, k) + index
         return self.image[places], self.multiplier[places]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -253,16 +258,16 @@ def build_generator(
     upper: Tensor,
     seed: int,
 ) -> Generator | FreeImages:
-    """The network that ``config`` names, initialized from ``seed`` without touching the global generator.
+    """Build the network that ``config`` names, initialized from ``seed`` without touching the global random state.
 
     Args:
-        config: which and how large.
-        dimensions: of the latents.
-        classes: C_k of each classifier.
-        counts: number of free images of each.
-        lower: of the normalized boxes, ``[K, *S]``.
-        upper: of the normalized boxes, ``[K, *S]``.
-        seed: of the initial weights.
+        config: Settings of the generator.
+        dimensions: Dimension of the latents.
+        classes: C_k, number of classes per member.
+        counts: Number of free images per member.
+        lower: Lower bounds of the normalized boxes, ``[K, *S]``.
+        upper: Upper bounds of the normalized boxes, ``[K, *S]``.
+        seed: Seed of the initial weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

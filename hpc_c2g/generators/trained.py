@@ -1,4 +1,4 @@
-"""A trained generator with all that is needed to sample raw images from it: no classifier, no data."""
+"""A trained generator and what sampling raw images from it needs: no classifier, no data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpc_c2g.generators.networks import FreeImages, Generator
 from hpc_c2g.kkt.margins import other_classes
 
 SUPPORT = 0.7
-"""A sample carries multipliers where they come to as much of its class's mean."""
+"""A sample is supported if its multipliers reach this fraction of its class's mean."""
 
 OVERSAMPLING = 8
 CHUNK = 4096
@@ -25,13 +25,13 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Member:
-    """What a generator knows of one solution of one of its classifiers.
+    """One solution of one of a generator's classifiers.
 
     Attributes:
-        index: of the member within the generator.
-        classifier: which one it is a solution of.
-        classes: names.
-        normalization: maps the generator's outputs for it to raw values.
+        index: Index of the member within the generator.
+        classifier: Index of the classifier.
+        classes: Names of the classes.
+        normalization: Map between raw values and the generator's outputs for this member.
     """
 
     index: int
@@ -42,12 +42,12 @@ class Member:
 
 @dataclass(frozen=True)
 class TrainedGenerator:
-    """Samples raw images.
+    """A trained generator that samples raw images.
 
     Attributes:
-        module: generator and multiplier network.
-        dimensions: of its latents.
-        members: the solutions of the classifiers it was born from, classifier by classifier.
+        module: Generator and multiplier network.
+        dimensions: Dimension of the latents.
+        members: Solutions of the classifiers, classifier by classifier.
     """
 
     module: Generator | FreeImages
@@ -58,17 +58,17 @@ class TrainedGenerator:
     def of(
         cls, bundles: Sequence[Bundle], solutions: int, module: Generator | FreeImages, dimensions: int
     ) -> TrainedGenerator:
-        """For a generator in training whose members have ``bundles``, each classifier's ``solutions`` in turn."""
+        """Wrap a generator in training; ``bundles`` holds one bundle per member, ``solutions`` consecutive ones per classifier."""
         members = [Member(i, i // solutions, b.classes, b.normalization) for i, b in enumerate(bundles)]
         return cls(module, dimensions, members)
 
     def only(self, classifier: int) -> TrainedGenerator:
-        """The part of the generator that belongs to one classifier."""
+        """Return the generator restricted to the members of one classifier."""
         return replace(self, members=[member for member in self.members if member.classifier == classifier])
 
     @property
     def classes(self) -> list[str]:
-        """Names of all classes; classifiers that name a class alike mean the same one."""
+        """Names of all classes; classes with equal names are the same class."""
         return list(dict.fromkeys(name for member in self.members for name in member.classes))
 
     @property
@@ -77,7 +77,7 @@ class TrainedGenerator:
         return tuple(self.members[0].normalization.mean.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights."""
+        """State that a checkpoint stores beside the weights."""
         names = ("mean", "scale", "lower", "upper")
         members = [
             {
@@ -107,9 +107,9 @@ class TrainedGenerator:
         """Fresh raw samples ``[count, *S]`` with labels ``[count]`` (indices into ``classes``) that cycle through the classes.
 
         At a KKT point the sum over training samples is the expectation over the generator *weighted by its multipliers*: a
-        sample without multipliers satisfies nothing. So samples are drawn in proportion to their multipliers, by importance
-        resampling within the class from ``OVERSAMPLING`` times as many. ``supported`` leaves out samples of less than ``SUPPORT``
-        times the mean multiplier and draws evenly among the others; ``plain`` draws evenly among all.
+        sample without multipliers contributes nothing. So samples are drawn in proportion to their multipliers, by importance
+        resampling within the class from ``OVERSAMPLING`` times as many. ``supported`` drops samples below ``SUPPORT`` times the
+        mean multiplier and draws uniformly among the others; ``plain`` draws uniformly among all.
         """
         classes = self.classes
         drawn = [self._candidates(member, count, seed, drawing) for member in self.members]
@@ -121,7 +121,7 @@ class TrainedGenerator:
             candidates = torch.nonzero(candidate_labels == label)[:, 0]
             wanted = torch.nonzero(labels == label)[:, 0]
             if drawing != "plain":
-                picked = systematic_resample(_chances(weights[candidates], drawing), len(wanted), generator)
+                picked = systematic_resample(_drawing_weights(weights[candidates], drawing), len(wanted), generator)
             else:
                 picked = torch.arange(len(wanted)) % len(candidates)
                 if len(self.members) > 1:  # candidates come member by member: take some of each
@@ -136,35 +136,35 @@ class TrainedGenerator:
         total = factor * -(-count // len(self.classes)) * classes
         if isinstance(self.module, FreeImages):  # a finite set: every candidate once
             total = self.module.counts[member.index]
-        latents = fresh_latents(seed, total, self.dimensions, classes, classifier=member.index)
+        latents = fresh_latents(seed, total, self.dimensions, classes, member=member.index)
         common = torch.tensor([self.classes.index(name) for name in member.classes])
         return *self.draw(latents, member), common[latents.labels]
 
     def picture(self, seed: int, rows: int = 10) -> tuple[Tensor, int]:
-        """Raw samples for a grid at latents that never change: a column per class, classifier by classifier; and the columns' number.
+        """Raw samples for a grid at fixed latents, a column per class, classifier by classifier; and the number of columns.
 
-        Of a classifier's solutions each has a row in turn.
+        Rows alternate between the solutions of a classifier.
         """
         parts: dict[int, list[Tensor]] = {}
         for member in self.members:
             columns = len(member.classes)
-            latents = fresh_latents(seed, rows * columns, self.dimensions, columns, classifier=member.index)
+            latents = fresh_latents(seed, rows * columns, self.dimensions, columns, member=member.index)
             drawn = self.draw(latents, member)[0].reshape(rows, columns, *self.input_shape)
             parts.setdefault(member.classifier, []).append(drawn)
-        turn = torch.arange(rows)
-        images = torch.cat([torch.stack(own)[turn % len(own), turn] for own in parts.values()], 1)
+        row = torch.arange(rows)
+        images = torch.cat([torch.stack(own)[row % len(own), row] for own in parts.values()], 1)
         return images.flatten(0, 1), images.shape[1]
 
 
-def _chances(weights: Tensor, drawing: str) -> Tensor:
-    """Of one class's candidates with relative multipliers ``[n]``; never all zero unless all multipliers are."""
+def _drawing_weights(weights: Tensor, drawing: str) -> Tensor:
+    """Drawing weights of one class's candidates with relative multipliers ``[n]``; not all zero unless all multipliers are."""
     if drawing == "supported":
         return (weights >= SUPPORT * weights.mean()).to(weights)
     return weights
 
 
 def systematic_resample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` indices, index i on average count w_i / sum w times, by one random offset and equal steps; shuffled."""
+    """Systematic resampling: ``count`` shuffled indices, index i on average count w_i / sum w times."""
     cumulative = weights.double().clamp_min(0).cumsum(0)
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     points = (torch.arange(count, dtype=torch.float64) + offset) / count * cumulative[-1]
@@ -173,9 +173,9 @@ def systematic_resample(weights: Tensor, count: int, generator: torch.Generator)
 
 
 def members_from(state: Mapping[str, Any]) -> list[Member]:
-    """The members that ``TrainedGenerator.state_dict`` kept."""
+    """Restore the members from ``TrainedGenerator.state_dict``."""
     return [
-        # a run from before there were solutions has one of each classifier
+        # checkpoints without solutions have one member per classifier
         Member(i, kept.get("classifier", i), kept["classes"], Normalization(**kept["normalization"]))
         for i, kept in enumerate(state["members"])
     ]

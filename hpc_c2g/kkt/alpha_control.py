@@ -15,6 +15,9 @@ from torch import Tensor
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
+TARGET_RHO = 1.0
+"""rho at a KKT point."""
+
 
 def probe_margin(
     classify: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, seed: int, count: int = 4096
@@ -69,9 +72,7 @@ def initial_alpha(probe: float, ascended: float, safety_factor: float = 1.5) -> 
     return -math.log(math.sqrt(probe * ascended) / safety_factor)
 
 
-def feedback(
-    alpha: float, alpha0: float, rho: float, rate: float = 0.02, target: float = 1.05, gain: float = 1.0
-) -> float:
+def feedback(alpha: float, alpha0: float, rho: float, rate: float, target: float, gain: float) -> float:
     """a <- min(a0, a - rate clip(gain log(rho / target), -1, 1)), complementary slackness as a control loop."""
     error = gain * math.log(rho / target) if rho > 0 else -1.0
     return min(alpha0, alpha - rate * max(-1.0, min(1.0, error)))

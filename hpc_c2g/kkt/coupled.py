@@ -18,6 +18,7 @@ For K layers that is 4 K + 2 passes over the samples instead of two, with the me
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from hpc_c2g.kkt.margins import pairwise_margins
 from hpc_c2g.kkt.normalization import Moments, Reduction, flatten_positions
+from hpc_c2g.kkt.stationarity import OnReady
 
 MicroBatch = tuple[Tensor, Tensor, Tensor]
 """x ``[b, *S]``, labels ``[b]`` and mu ``[b, C]`` of a micro-batch."""
@@ -108,8 +110,16 @@ class CoupledSum:
         for layer in reversed(range(len(self.values))):
             self.adjoints[layer] = self._total(lambda micro_batch, layer=layer: self._adjoint(micro_batch, layer))  # type: ignore[misc]
 
-    def kkt_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margins and G of one micro-batch, without a graph."""
+    def kkt_sum(
+        self, x: Tensor, labels: Tensor, multipliers: Tensor, keep_graph: bool = False, on_ready: OnReady | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margins and G of one micro-batch, without a graph; ``on_ready`` is not called.
+
+        Raises:
+            ValueError: ``keep_graph``: the graph of one micro-batch is not that of G.
+        """
+        if keep_graph:
+            raise ValueError("the KKT sum of coupled micro-batches keeps no graph")
         leaves = self._leaves()
         with torch.enable_grad():
             margins, lagrangian, _ = self._lagrangian(leaves, self.values, (x.detach(), labels, multipliers.detach()))
@@ -121,12 +131,10 @@ class CoupledSum:
         self.v, self.losses = v, losses
         self.tangents: list[Tensor] = []
         for layer in range(len(self.values)):
-            self.tangents.append(self._total(lambda micro_batch, layer=layer: self._tangent(micro_batch, layer)))  # type: ignore[misc]
+            self.tangents.append(self._total(functools.partial(self._tangent, layer=layer)))
         self.product_adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.product_adjoints[layer] = self._total(
-                lambda micro_batch, layer=layer: self._product_adjoint(micro_batch, layer)
-            )  # type: ignore[misc]
+            self.product_adjoints[layer] = self._total(functools.partial(self._product_adjoint, layer=layer))
 
     def directional_sum(self, x: Tensor, labels: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Margins of one micro-batch and R without the losses, with their graph with respect to x and mu."""

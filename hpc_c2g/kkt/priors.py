@@ -1,7 +1,8 @@
-"""What is known of any image before a classifier is asked: its box, its smoothness, that samples differ (sums over a micro-batch)."""
+"""Priors on samples: the input box, smoothness, moments (sums over a micro-batch)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,40 +27,6 @@ def total_variation(x: Tensor, global_batch: int) -> Tensor:
     ) / global_batch
 
 
-def root_mean_square_norm(x: Tensor) -> Tensor:
-    """sqrt(mean_i |x_i|^2) over samples ``[B, *S]``."""
-    return x.detach().flatten(1).square().sum(1).mean().sqrt()
-
-
-def repulsion(
-    x: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor, width: float, global_batch: int
-) -> Tensor:
-    """1/B sum_i mean over same-class references j of exp(-|x_i - x_j| / (width s)), s the references' root mean square norm.
-
-    The references are detached, so that the term is a plain sum over samples and does not depend on the micro-batching.
-
-    Args:
-        x: ``[b, *S]`` with a graph.
-        labels: ``[b]``.
-        reference: ``[M, *S]``, the first M samples of the same global batch.
-        reference_labels: ``[M]``.
-        width: range of the repulsion in units of s.
-        global_batch: B.
-    """
-    flat, others = x.flatten(1), reference.detach().flatten(1)
-    reach = width * root_mean_square_norm(others).clamp_min(1e-12)
-    total = flat.new_zeros(())
-    for label in torch.unique(labels).tolist():
-        same = others[reference_labels == label]
-        if not len(same):  # fewer references than classes
-            continue
-        distances = torch.cdist(flat[labels == label], same, compute_mode="donot_use_mm_for_euclid_dist")
-        # a sample's distance to itself drawn again is rounding, and its slope a unit vector at random
-        distances = torch.where(distances < 1e-4 * reach, 0.0, distances)
-        total = total + torch.exp(-distances / reach).mean(1).sum()
-    return total / global_batch
-
-
 def statistics_distance(moments: Sequence[Moments]) -> Tensor:
     """Mean over layers and channels of ((mean - running mean)^2 + (s - running s)^2) / (running s)^2, s = sqrt(variance + eps).
 
@@ -73,10 +40,10 @@ def statistics_distance(moments: Sequence[Moments]) -> Tensor:
 
 
 def standard_distance(moments: Tensor, mean_weight: float, deviation_weight: float) -> Tensor:
-    """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: how far a batch is from standardised inputs.
+    """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: how far a batch is from standardized inputs.
 
     A classifier that subtracts its training mean has E x = 0 over what it was trained on, one that divides by the deviation E x_d^2 = 1:
-    its normalization says so, no data are needed. The second fixes the scale of samples, which a large box leaves open.
+    this follows from its normalization, without data. The second fixes the scale of samples, which a large box leaves open.
 
     Args:
         moments: E x and E x^2 over the whole batch, ``[2, *S]``.
@@ -88,6 +55,28 @@ def standard_distance(moments: Tensor, mean_weight: float, deviation_weight: flo
     shift: Tensor = mean.square().sum() / second.sum().clamp_min(1e-12)
     spread: Tensor = (deviation - 1).square().mean()
     return mean_weight * shift + deviation_weight * spread
+
+
+def standard_share(
+    x: Tensor, moments: Tensor | None, mean_weight: float, deviation_weight: float, global_batch: int
+) -> Tensor:
+    """A micro-batch's share of ``standard_distance``, with the exact slope of its own samples.
+
+    Args:
+        x: ``[b, *S]``.
+        moments: E x and E x^2 over the whole batch, ``[2, *S]``.
+        mean_weight: w_m.
+        deviation_weight: w_s.
+        global_batch: B.
+
+    Raises:
+        ValueError: no moments were given.
+    """
+    if moments is None:
+        raise ValueError("the distance from standardized inputs needs the moments of the whole batch")
+    own = torch.stack([x.sum(0), x.square().sum(0)]) / global_batch
+    distance = functools.partial(standard_distance, mean_weight=mean_weight, deviation_weight=deviation_weight)
+    return share_of(distance, moments, own, len(x) / global_batch)
 
 
 def share_of(distance: Callable[[Tensor], Tensor], total: Tensor, part: Tensor, share: float) -> Tensor:

@@ -27,6 +27,8 @@ from hpc_c2g.kkt.options import AUTO, LEFT_SIDES, WEIGHTINGS
 
 Classifier = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(theta, x ``[B, *S]``) -> logits ``[B, C]``."""
+OnReady = Callable[[str, Tensor], None]
+"""Called with (name, G_k) as soon as a backward has G_k."""
 
 
 def resolve_form(rates: Mapping[str, float], form: str = AUTO) -> str:
@@ -86,7 +88,7 @@ def kkt_sum(
     labels: Tensor,
     multipliers: Tensor,
     keep_graph: bool = False,
-    on_ready: Callable[[str, Tensor], None] | None = None,
+    on_ready: OnReady | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Margins and G_k = sum_ij mu_ij grad_k m_ij of one micro-batch.
 

@@ -39,14 +39,11 @@ class AlarmConfig:
     """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
 
     Attributes:
-        policy: ``continue`` and tell of it; ``stop`` after a checkpoint; ``lower_lr``: all learning rates times ``factor``, each time that
-            a signature begins to fire.
-        factor: in (0, 1).
+        policy: ``continue`` and log it; ``stop`` after a checkpoint; ``lower_lr`` halves all learning rates each time that a signature
+            begins to fire.
     """
 
     policy: str = "continue"
-    factor: float = 0.5
 
     def __post_init__(self) -> None:
         require(self.policy in POLICIES, "alarms.policy", self.policy, f"choose {', '.join(POLICIES)}")
-        require(0 < self.factor < 1, "alarms.factor", self.factor, "give a factor in (0, 1)")

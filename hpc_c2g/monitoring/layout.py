@@ -1,60 +1,94 @@
-"""TensorBoard's custom layout of a run: charts by question, each curve found by the pattern of its name."""
+"""The list of all curves of a run, and TensorBoard's custom layout that derives from it: charts by question."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-MEMBER = r"((classifier|solution)\d+/)*"
-"""What the names of a classifier's or a solution's curves begin with; nothing where there is but one."""
-OWN = rf"^{MEMBER}"
+from hpc_c2g.monitoring.curves import Curve
+from hpc_c2g.monitoring.sample_metrics import SAMPLE_METRICS
+
+CONDITIONS, MULTIPLIERS = "Conditions", "Margins and multipliers"
+SIGNATURES, GRADIENTS, SPEED = "Signatures of failure", "Gradients", "Speed"
+LOSSES = "losses"
+"""Chart of the loss and of its weighted terms."""
+
+CURVES = (
+    Curve(
+        "stationarity",
+        CONDITIONS,
+        "relative residual",
+        members=False,
+        averaged=True,
+        note="relative KKT residual, no data",
+        logarithmic=True,
+    ),
+    Curve(
+        r"((classifier|solution)\d+/)+stationarity",
+        CONDITIONS,
+        "relative residual per classifier and solution",
+        members=False,
+    ),
+    Curve("stationarity/.+", CONDITIONS, "relative residual per tensor"),
+    Curve("loss", CONDITIONS, LOSSES, averaged=True, note="training loss, no data", logarithmic=True),
+    Curve("duality", CONDITIONS, LOSSES, averaged=True, note="no data", logarithmic=True),
+    Curve(
+        "rho",
+        CONDITIONS,
+        "rho: sum mu e^a m / sum mu, 1 at a KKT point",
+        averaged=True,
+        note="no data · 1 where the KKT conditions hold",
+    ),
+    Curve("alpha", CONDITIONS, "alpha", averaged=True),
+    Curve("multiplier_sum", MULTIPLIERS, "sum of multipliers / S, 1 at a KKT point"),
+    *(metric.curve for metric in SAMPLE_METRICS),
+    Curve("signature/.+", SIGNATURES, "level, 1 fires", members=False),
+    Curve("alarm/.+", SIGNATURES, "firing, 1 or 0", members=False),
+    Curve("gradient/generator", GRADIENTS, "norms", members=False, averaged=True),
+    Curve("gradient/(x|multipliers)", GRADIENTS, "norms"),
+    Curve("samples_per_second", SPEED, "samples per second", members=False, averaged=True),
+    Curve("time/(?!slowest).+", SPEED, "share of time", members=False),
+    Curve("time/slowest.+", SPEED, "slowest rank", members=False),
+    Curve("wire/(seconds|hidden)", SPEED, "residual all-reduce", members=False),
+    Curve("wire/bytes", SPEED, "residual all-reduce, bytes", members=False),
+    Curve("memory/.+", SPEED, "peak memory, GiB", members=False),
+)
+"""Every curve of a run except its weighted losses; those of samples are registered in ``sample_metrics``."""
+
+AVERAGED = tuple(curve.scalar for curve in CURVES if curve.averaged)
+"""Names of the scalars whose means over seeds a study charts."""
+
+LEARNING_CURVES = {curve.scalar: curve for curve in CURVES if curve.note}
+"""Curves that a study draws as a figure, by the name of their scalar."""
+
 Layout = dict[str, dict[str, list[Any]]]
 
 
-def layout(prefixes: Sequence[str]) -> Layout:
-    """Categories of charts.
+def layout(prefixes: Sequence[str], losses: Sequence[str]) -> Layout:
+    """TensorBoard's custom layout of a run: kind and patterns of each chart, by category and title.
 
     Args:
-        prefixes: of each member's curves: ``[""]`` for one, ``["classifier0/", ...]`` or ``["solution0/", ...]`` for several.
+        prefixes: Prefixes of the members' curves: ``[""]`` for one, ``["classifier0/", ...]`` or ``["solution0/", ...]`` for several.
+        losses: Names of the weighted losses, which are charted beside their sum.
     """
+    found: Layout = {}
+    for curve in (*CURVES, *(Curve(re.escape(name), CONDITIONS, LOSSES) for name in losses)):
+        charts = found.setdefault(curve.category, {})
+        if curve.quantiles:
+            charts |= _bands(curve, prefixes)
+        else:
+            charts.setdefault(curve.chart, ["Multiline", []])[1].append(curve.pattern)
+    return found
+
+
+def _bands(curve: Curve, prefixes: Sequence[str]) -> dict[str, list[Any]]:
+    """Charts of a median in its bands, one set per member and, of several members, one of their means."""
     return {
-        "Conditions": {
-            "relative residual": ["Multiline", [r"^stationarity$"]],
-            "relative residual per classifier and solution": [
-                "Multiline",
-                [r"^((classifier|solution)\d+/)+stationarity$"],
-            ],
-            "relative residual per tensor": ["Multiline", [OWN + "stationarity/"]],
-            "losses": ["Multiline", [OWN + "(loss|duality|feasibility|slackness|box|total_variation|repulsion)$"]],
-            "rho: sum mu e^a m / sum mu, 1 at a KKT point": ["Multiline", [OWN + "rho$"]],
-            "alpha": ["Multiline", [OWN + "alpha$"]],
-        },
-        "Margins and multipliers": {
-            **{
-                f"{prefix}{name}: median in {low} to {high} %": [
-                    "Margin",
-                    [f"{prefix}{key}/q50", f"{prefix}{key}/q{low:02d}", f"{prefix}{key}/q{high}"],
-                ]
-                for prefix in prefixes
-                for name, key in (("scaled margins", "margins"), ("relative multipliers", "multipliers"))
-                for low, high in ((5, 95), (25, 75))
-            },
-            "share of multipliers near zero": ["Multiline", [OWN + "multipliers/share_of_zeros$"]],
-            "sum of multipliers / S, 1 at a KKT point": ["Multiline", [OWN + "multiplier_sum$"]],
-            "least class's part of the multipliers": ["Multiline", [OWN + "class_mass$"]],
-        },
-        "Samples": {
-            "diversity": ["Multiline", [OWN + "diversity$"]],
-            "share that satisfies nothing": ["Multiline", [OWN + "unsupported$"]],
-            "roughness and saturation": ["Multiline", [OWN + "(roughness|saturation)$"]],
-        },
-        "Signatures of failure": {"level, 1 fires": ["Multiline", ["^signature/"]]},
-        "Gradients": {"norms": ["Multiline", [OWN + "gradient/"]]},
-        "Speed": {
-            "samples per second": ["Multiline", ["^samples_per_second$"]],
-            "share of time": ["Multiline", ["^time/(?!slowest)"]],
-            "slowest rank": ["Multiline", ["^time/slowest"]],
-            "residual all-reduce": ["Multiline", ["^wire/(seconds|hidden)$"]],
-            "peak memory, GiB": ["Multiline", ["^memory/"]],
-        },
+        f"{prefix}{curve.chart}: median in {low} to {high} %": [
+            "Margin",
+            [f"{prefix}{curve.name}/q50", f"{prefix}{curve.name}/q{low:02d}", f"{prefix}{curve.name}/q{high}"],
+        ]
+        for prefix in dict.fromkeys(["", *prefixes])
+        for low, high in ((5, 95), (25, 75))
     }

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 BOARD, SESSION = "tensorboard", "hparams"
-"""Folders of a run: its curves, and its hyper-parameters beside its final metrics, apart: a study shows sessions of its own."""
+"""Folders of a run's curves, and of its hyper-parameters with its final metrics; separate, because a study writes its own sessions."""
 HEADLINES = ("stationarity", "loss", "diversity", "unsupported")
-"""Metrics beside the hyper-parameters."""
+"""Metrics that the HParams page shows beside the hyper-parameters."""
 
 
 class MetricsFile:
@@ -74,11 +74,11 @@ class RunLog:
     """Context that logs a run's steps; each channel decides whether it is due.
 
     Args:
-        run_dir: where metrics.jsonl and tensorboard/ are.
-        config: how often.
-        steps: of the whole run.
-        global_batch: samples per step.
-        resumed_step: 0, or the step of the checkpoint that the run goes on from.
+        run_dir: Folder of metrics.jsonl and tensorboard/.
+        config: Steps between two lines and between two grids of images.
+        steps: Number of steps of the whole run.
+        global_batch: Number of samples per step.
+        resumed_step: Step of the checkpoint that the run resumes from; 0 without one.
     """
 
     def __init__(self, run_dir: Path, config: LogConfig, steps: int, global_batch: int, resumed_step: int) -> None:
@@ -118,38 +118,43 @@ class RunLog:
                 self.board.close()
                 self.session.close()
         except UserError:
-            if kind is None:  # else the first failure is the one to tell
+            if kind is None:  # else the first error is the one to report
                 raise
 
     def due(self, step: int) -> bool:
-        """Whether scalars are written at ``step``."""
+        """Return True if scalars are written at ``step``."""
         return due(step, self.config.every, self.steps)
 
     def log_run_summary(
-        self, texts: Mapping[str, str], hyperparameters: Mapping[str, Any], prefixes: Sequence[str]
+        self,
+        texts: Mapping[str, str],
+        hyperparameters: Mapping[str, Any],
+        prefixes: Sequence[str],
+        losses: Sequence[str],
     ) -> None:
-        """Write what a run is, before its first step: texts (markdown by name), hyper-parameters, the layout of its charts.
+        """Write the description of a run before its first step: texts, hyper-parameters, the layout of its charts.
 
         Args:
-            texts: by name.
-            hyperparameters: plain values by name.
-            prefixes: of each classifier's curves (see ``layout``).
+            texts: Markdown texts by name.
+            hyperparameters: Plain values by name.
+            prefixes: Prefixes of the members' curves (see ``layout``).
+            losses: Names of the weighted losses.
         """
         with writing(self.run_dir / BOARD):
             for name, text in texts.items():
                 self.board.add_text(name, text, self.newly_firing)
-            self.board.add_custom_scalars(layout(prefixes))
+            self.board.add_custom_scalars(layout(prefixes, losses))
             self.board.flush()
             write_session(self.session, hyperparameters)
             self.session.flush()
 
     def step(self, step: int, scalars: Mapping[str, float], alarms: Sequence[str] = ()) -> None:
-        """Show a step's progress, and log its scalars where that is due.
+        """Show a step's progress, and log its scalars if they are due.
 
         Args:
-            step: counted from 1.
-            scalars: by name.
-            alarms: names of the signatures of failure that begin to fire.
+            step: Number of the step, counted from 1.
+            scalars: Values by name.
+            alarms: Names of the failure signatures that begin to fire.
         """
         self.progress.update(self._task, completed=step, residual=f"{scalars['stationarity']:.4f}")
         if not self.due(step):
@@ -176,7 +181,7 @@ class RunLog:
 
 
 def add_scalars(board: SummaryWriter, scalars: Mapping[str, float], step: int) -> None:
-    """All scalars of a step as one event: a tenth of the time and half the bytes of an event for each."""
+    """Write all scalars of a step as one event: a tenth of the time and half the bytes of one event per scalar."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
@@ -184,9 +189,9 @@ def add_scalars(board: SummaryWriter, scalars: Mapping[str, float], step: int) -
 
 
 def write_session(board: SummaryWriter, hyperparameters: Mapping[str, Any]) -> None:
-    """One session of TensorBoard's HParams page; its metrics are the scalars of the same folder.
+    """Write one session of TensorBoard's HParams page; its metrics are the scalars of the same folder.
 
-    Without an experiment's summary: TensorBoard would take its columns from that of one run, and hide what only others have.
+    No experiment summary is written: TensorBoard would take its columns from one run, and hide settings that only others have.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -195,20 +200,20 @@ def write_session(board: SummaryWriter, hyperparameters: Mapping[str, Any]) -> N
 
 
 def writer_of(board: SummaryWriter) -> Any:
-    """The event file that a SummaryWriter writes: takes summaries of any kind."""
+    """Event file of a SummaryWriter, which accepts summaries of any kind."""
     return board._get_file_writer()  # type: ignore[no-untyped-call]
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Every so many steps, at the first and at the last."""
+    """Return True every ``every`` steps, and at the first and the last step."""
     return step % every == 0 or step in (1, steps)
 
 
-_on_gpu = functools.cache(torch.cuda.is_available)  # it asks the driver every time
+_on_gpu = functools.cache(torch.cuda.is_available)  # torch queries the driver at every call
 
 
 def _peak_memory() -> float:
-    """Peak memory of the process so far, GiB: of the GPU where there is one, else resident."""
+    """Peak memory of the process so far in GiB: GPU memory if there is a GPU, else resident memory."""
     if _on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,26 +1,30 @@
-"""What a batch of generated samples tells of itself, without data: spread, roughness, saturation, and who carries the multipliers.
+"""Statistics of a batch of generated samples, computed without data: spread, roughness, saturation, distribution of the multipliers.
 
-On the host in numpy: of a few numbers its small operators take a third of torch's time.
+``SAMPLE_METRICS`` registers each with its curve. They run on the host in numpy, whose small operators take a third of torch's time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hpc_c2g.monitoring.curves import Curve
 
 Array = NDArray[Any]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BAND = (0.5, 2.0)
 """Scaled margins within a factor 2 of 1, where a KKT point has those of all samples that carry multipliers."""
 CARRIES = 0.05
-"""Of the mean multiplier: a sample with less carries nothing."""
+"""Share of the mean multiplier below which a sample carries nothing."""
 EDGE = 0.01
-"""Of the box: values that near to its lower or upper end are saturated."""
+"""Share of the box: values that near to its lower or upper end are saturated."""
 SAMPLED = 10_007
-"""Values that quantiles are taken of at most: a prime."""
+"""Number of values that quantiles are computed from at most: a prime."""
 
 
 def diversity(x: Array, labels: Array) -> float:
@@ -96,23 +100,88 @@ def quantiles(name: str, values: Array) -> dict[str, float]:
     return {f"{name}/q{round(100 * q):02d}": float(value) for q, value in zip(QUANTILES, points, strict=True)}
 
 
-def sample_metrics(margins: Array, multipliers: Array, labels: Array, samples: Array, classes: int) -> dict[str, float]:
-    """All that is logged of one classifier's samples.
+@dataclass(frozen=True)
+class Batch:
+    """Generated samples of one classifier, on the host.
 
-    Args:
-        margins: scaled, e^a min_j m_ij, ``[B]``.
-        multipliers: mu_ij B / S, j != y_i, ``[B, C - 1]``.
-        labels: ``[B]``.
-        samples: the first of them, in 0..1 within the box, ``[n, *S]``.
-        classes: C.
+    Attributes:
+        margins: Scaled margins e^a min_j m_ij, ``[B]``.
+        multipliers: mu_ij B / S for j != y_i, ``[B, C - 1]``.
+        labels: Labels ``[B]``.
+        samples: First samples of the batch ``[n, *S]``, in 0..1 within the box.
+        classes: Number of classes C.
     """
-    each, n = multipliers.sum(1), len(samples)
-    told = {
-        "diversity": diversity(samples, labels[:n]),
-        "unsupported": unsupported(margins, each),
-        "class_mass": float(class_mass(each, labels, classes).min()),
-        "multipliers/share_of_zeros": float((multipliers < 1e-3 * multipliers.mean()).mean()),
-    }
-    if samples.ndim == 4:
-        told |= {"roughness": roughness(samples), "saturation": saturation(samples)}
-    return {**told, **quantiles("margins", margins), **quantiles("multipliers", multipliers)}
+
+    margins: Array
+    multipliers: Array
+    labels: Array
+    samples: Array
+    classes: int
+
+    @property
+    def is_images(self) -> bool:
+        """True if the samples are images ``[n, channels, H, W]``."""
+        return self.samples.ndim == 4
+
+
+@dataclass(frozen=True)
+class SampleMetric:
+    """A statistic of a batch, and the curve that it becomes.
+
+    Attributes:
+        function: The statistic: a float, or the values whose quantiles are logged if ``curve.quantiles``.
+        curve: Its curve, under whose name it is logged.
+        images: True if it applies to images only.
+    """
+
+    function: Callable[[Batch], Any]
+    curve: Curve
+    images: bool = False
+
+
+MULTIPLIERS, SAMPLES = "Margins and multipliers", "Samples"
+
+SAMPLE_METRICS = (
+    SampleMetric(
+        lambda b: diversity(b.samples, b.labels[: len(b.samples)]),
+        Curve("diversity", SAMPLES, "diversity", averaged=True),
+    ),
+    SampleMetric(
+        lambda b: unsupported(b.margins, b.multipliers.sum(1)),
+        Curve("unsupported", SAMPLES, "share off the margin band or without multipliers", averaged=True),
+    ),
+    SampleMetric(
+        lambda b: float(class_mass(b.multipliers.sum(1), b.labels, b.classes).min()),
+        Curve("class_mass", MULTIPLIERS, "smallest class's share of the multipliers", averaged=True),
+    ),
+    SampleMetric(
+        lambda b: float((b.multipliers < 1e-3 * b.multipliers.mean()).mean()),
+        Curve("multipliers/share_of_zeros", MULTIPLIERS, "share of multipliers near zero"),
+    ),
+    SampleMetric(
+        lambda b: roughness(b.samples),
+        Curve("roughness", SAMPLES, "roughness and saturation", averaged=True),
+        images=True,
+    ),
+    SampleMetric(
+        lambda b: saturation(b.samples), Curve("saturation", SAMPLES, "roughness and saturation"), images=True
+    ),
+    SampleMetric(lambda b: b.margins, Curve("margins", MULTIPLIERS, "scaled margins", quantiles=True, averaged=True)),
+    SampleMetric(
+        lambda b: b.multipliers,
+        Curve("multipliers", MULTIPLIERS, "relative multipliers", quantiles=True, averaged=True),
+    ),
+)
+"""Every statistic of samples, in the order of metrics.jsonl."""
+
+
+def sample_metrics(margins: Array, multipliers: Array, labels: Array, samples: Array, classes: int) -> dict[str, float]:
+    """All statistics of one classifier's samples by name; see ``Batch`` for the arguments."""
+    batch = Batch(margins, multipliers, labels, samples, classes)
+    found: dict[str, float] = {}
+    for metric in SAMPLE_METRICS:
+        if metric.images and not batch.is_images:
+            continue
+        value, name = metric.function(batch), metric.curve.name
+        found |= quantiles(name, value) if metric.curve.quantiles else {name: value}
+    return found

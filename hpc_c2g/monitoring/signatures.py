@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_c2g.monitoring.layout import MEMBER
+from hpc_c2g.monitoring.curves import MEMBER
 
 Line = Mapping[str, float]
 """The scalars of one logged step, as in metrics.jsonl."""
@@ -85,7 +85,7 @@ SIGNATURES = (
         0.2,
         above=False,
         reason="the latents explain less than 4 % of the samples' variance (0.2 squared), the labels all the rest",
-        advice="raise generator.codes or generator.gain, lower optimizer.lr, or add prior.repulsion",
+        advice="raise generator.codes or generator.gain, or lower optimizer.lr",
     ),
     Signature(
         "mode_invention",
@@ -102,7 +102,7 @@ SIGNATURES = (
         10.0,
         above=True,
         reason="the residual or the gradient is ten times what it was a few logged steps ago; it should fall",
-        advice="lower optimizer.lr, or give optimizer.max_grad_norm and optimizer.warmup_fraction",
+        advice="lower optimizer.lr, or give optimizer.max_grad_norm",
     ),
     Signature(
         "poor_quality",

@@ -1,1 +1,1 @@
-"""What a run will cost on a cluster, before anyone queues for it."""
+"""Predicted memory, time and scaling of a run on a cluster, before it is submitted."""

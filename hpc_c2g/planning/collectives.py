@@ -1,4 +1,4 @@
-"""Seconds of collectives over a cluster (pure functions). n is a number of members, b bytes, B bytes per second, l seconds."""
+"""Seconds of collectives over a cluster (pure functions). n is a number of ranks or nodes, b bytes, B bytes per second, l seconds."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from hpc_c2g.planning.hardware import HardwareSpec
 
 
-def ring_seconds(nbytes: float, members: int, bandwidth: float, latency: float) -> float:
-    """2 (n - 1)/n b / B + 2 (n - 1) l: a ring all-reduce sends every byte twice, in 2 (n - 1) messages one after the other."""
-    if members < 2:
+def ring_seconds(nbytes: float, ranks: int, bandwidth: float, latency: float) -> float:
+    """Ring all-reduce: 2 (n - 1)/n b / B + 2 (n - 1) l, every byte sent twice in 2 (n - 1) consecutive messages."""
+    if ranks < 2:
         return 0.0
-    return 2 * (members - 1) / members * nbytes / bandwidth + 2 * (members - 1) * latency
+    return 2 * (ranks - 1) / ranks * nbytes / bandwidth + 2 * (ranks - 1) * latency
 
 
-def tree_seconds(nbytes: float, members: int, bandwidth: float, latency: float) -> float:
-    """2 b / B + 2 ceil(log2 n) l: a double binary tree, up and down, its messages pipelined."""
-    if members < 2:
+def tree_seconds(nbytes: float, ranks: int, bandwidth: float, latency: float) -> float:
+    """Double binary tree all-reduce: 2 b / B + 2 ceil(log2 n) l, reduce and broadcast with pipelined messages."""
+    if ranks < 2:
         return 0.0
-    return 2 * nbytes / bandwidth + 2 * math.ceil(math.log2(members)) * latency
+    return 2 * nbytes / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
 
 
 def all_reduce_seconds(nbytes: float, nodes: int, hardware: HardwareSpec) -> float:
@@ -28,13 +28,13 @@ def all_reduce_seconds(nbytes: float, nodes: int, hardware: HardwareSpec) -> flo
     ring(b, g, B_intra, l_intra). Between nodes each rank exchanges its b / g bytes at its g-th part of the node's bandwidth, which
     is b bytes at all of it, by the faster of two algorithms: min(ring, tree)(b, N, B_inter, l_inter).
     """
-    inside = ring_seconds(nbytes, hardware.ranks_per_node, hardware.intra_gb_per_s * 1e9, hardware.intra_us * 1e-6)
+    intra = ring_seconds(nbytes, hardware.ranks_per_node, hardware.intra_gb_per_s * 1e9, hardware.intra_us * 1e-6)
     link = (hardware.inter_gb_per_s * 1e9, hardware.inter_us * 1e-6)
-    return inside + min(ring_seconds(nbytes, nodes, *link), tree_seconds(nbytes, nodes, *link))
+    return intra + min(ring_seconds(nbytes, nodes, *link), tree_seconds(nbytes, nodes, *link))
 
 
 def algorithm(nbytes: float, nodes: int, hardware: HardwareSpec) -> str:
-    """Which of the two all-reduces between nodes is the faster."""
+    """Name of the faster all-reduce between nodes: ``ring`` or ``tree``."""
     link = (hardware.inter_gb_per_s * 1e9, hardware.inter_us * 1e-6)
     return "ring" if ring_seconds(nbytes, nodes, *link) <= tree_seconds(nbytes, nodes, *link) else "tree"
 

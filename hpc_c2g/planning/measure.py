@@ -1,6 +1,6 @@
-"""The hardware of the machine that runs this, measured in some seconds: operators, operator calls and all-reduces.
+"""Measurement of this machine's hardware in a few seconds: operators, operator calls and all-reduces.
 
-Nothing here trains: operators run one by one on numbers of their own, so that the hardware is independent of the step that it
+Nothing here trains: operators run one by one on synthetic tensors, so that the hardware is independent of the step that it
 predicts. Their sizes are the step's, because rates depend on them. As many processes compute at once as there are cores, since
 neighbors share caches and memory.
 """
@@ -34,16 +34,16 @@ from hpc_c2g.training.cost.op_counter import Op, OpCounter, TensorShape
 
 @dataclass(frozen=True)
 class Rates:
-    """What one process measured: seconds and bytes.
+    """Measurements of one process: seconds and bytes.
 
     Attributes:
-        products: seconds of a step's matrix products, each as often as the step calls it.
-        flops: of those.
-        moves: seconds of the memory-bound operators that move most of a step's bytes.
-        moved: bytes of those.
-        call: seconds per operator.
+        products: Seconds of a step's matrix products, each as often as the step calls it.
+        flops: Operations of these products.
+        moves: Seconds of the memory-bound operators that move most of a step's bytes.
+        moved: Bytes moved by these operators.
+        call: Seconds per operator call.
         sums: (bytes, seconds) of all-reduces.
-        runtime: bytes of the process before it computed.
+        runtime: Bytes of the process before its first computation.
     """
 
     products: float
@@ -56,15 +56,15 @@ class Rates:
 
 
 def measure(choice: LocalHardware, cost: MicroBatchCost) -> HardwareSpec:
-    """The hardware of this machine at the sizes of ``cost``.
+    """Measure this machine's hardware at the sizes of ``cost``.
 
     Raises:
-        UserError: a process died or did not answer in time.
+        UserError: a process failed or timed out.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
     ranks = choice.ranks_per_node or gpus or cores
-    count = max(2, ranks) if gpus != 1 else 1  # a link needs two ends
+    count = max(2, ranks) if gpus != 1 else 1  # a link needs two processes
     active = min(ranks, cores)
     threads = min(torch.get_num_threads(), max(1, cores // active))
     device = pick_device("auto").type
@@ -78,7 +78,7 @@ def measure(choice: LocalHardware, cost: MicroBatchCost) -> HardwareSpec:
 
 
 def hardware_of(rates: Sequence[Rates], ranks: int) -> HardwareSpec:
-    """The hardware of a machine from what its processes measured; ``ranks`` of them will train."""
+    """Combine the measurements of a machine's processes; ``ranks`` of them will train."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores, count = len(os.sched_getaffinity(0)), len(rates)
     computing = [r for r in rates if r.moved]
@@ -99,30 +99,30 @@ def hardware_of(rates: Sequence[Rates], ranks: int) -> HardwareSpec:
     )
 
 
-def fit_ring(sums: Sequence[tuple[int, float]], members: int) -> tuple[float, float]:
-    """(l, B) of t = 2 (n - 1) l + 2 (n - 1)/n b / B, by least squares on the relative errors; both positive.
+def fit_ring(sums: Sequence[tuple[int, float]], ranks: int) -> tuple[float, float]:
+    """Fit (l, B) of t = 2 (n - 1) l + 2 (n - 1)/n b / B by least squares on the relative errors; both are positive.
 
     Args:
         sums: (bytes, seconds) of all-reduces of at least two sizes.
-        members: n.
+        ranks: n, the number of ranks.
     """
-    rows = torch.tensor([[2 * (members - 1) / t, 2 * (members - 1) / members * b / t] for b, t in sums]).double()
+    rows = torch.tensor([[2 * (ranks - 1) / t, 2 * (ranks - 1) / ranks * b / t] for b, t in sums]).double()
     solution = torch.linalg.lstsq(rows, torch.ones(len(rows), 1).double()).solution.flatten().tolist()
     smallest, largest = min(sums), max(sums)
-    latency = solution[0] if solution[0] > 0 else smallest[1] / (2 * (members - 1))
-    per_byte = solution[1] if solution[1] > 0 else largest[1] * members / (2 * (members - 1) * largest[0])
+    latency = solution[0] if solution[0] > 0 else smallest[1] / (2 * (ranks - 1))
+    per_byte = solution[1] if solution[1] > 0 else largest[1] * ranks / (2 * (ranks - 1) * largest[0])
     return latency, 1 / per_byte
 
 
 def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int, seconds: float) -> Rates:
-    """What one of the ranks measures; all call it together.
+    """Measure the rates of this rank; collective.
 
     Args:
-        world: the ranks.
-        cost: of a step, for its sizes.
-        active: ranks that compute at once, the first ones; no more than there are cores.
-        threads: of each.
-        seconds: about how long each rate is measured.
+        world: Ranks of the measurement.
+        cost: Cost of a micro-batch, for its tensor sizes.
+        active: Number of ranks that compute at once (the first ones), at most the number of cores.
+        threads: Number of threads per rank.
+        seconds: Approximate duration of each measurement.
     """
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # as a training process has
         import deepspeed  # noqa: F401
@@ -131,7 +131,9 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
         import hpc_c2g.training.loop  # noqa: F401
     torch.set_num_threads(threads)
     torch.ones(8, 8, device=world.device) @ torch.ones(8, 8, device=world.device)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports a compiler, which stays
+    torch.optim.Adam(
+        [torch.zeros(1, requires_grad=True)]
+    )  # the first optimizer imports a compiler, which stays in memory
     runtime = _runtime_bytes(world.device)
     sums = _sums(world, cost, seconds)
     measured = {"products": 0.0, "flops": 0.0, "moves": 0.0, "moved": 0.0, "call": 0.0}
@@ -153,7 +155,7 @@ def measure_rates(world: World, cost: MicroBatchCost, active: int, threads: int,
 
 
 def _most_of(operators: Sequence[tuple[Op, int]], part: float = 0.9) -> list[tuple[Op, int]]:
-    """Those that move ``part`` of all the bytes, the largest movers first."""
+    """Operators that move the fraction ``part`` of all bytes, largest first."""
     ordered = sorted(operators, key=lambda pair: -pair[0].nbytes * pair[1])
     wanted, moved, kept = part * sum(o.nbytes * n for o, n in operators), 0.0, []
     for operator, count in ordered:
@@ -164,11 +166,10 @@ def _most_of(operators: Sequence[tuple[Op, int]], part: float = 0.9) -> list[tup
 
 
 def _replay(operators: Sequence[tuple[Op, int]], device: torch.device, memory: int, seconds: float) -> float:
-    """Seconds of all the calls, in memory used as a step uses it.
+    """Seconds of all the calls, with the memory access pattern of a step.
 
-    Operands take turns, and results stay, until they fill as much memory as a step works in; then all results are freed at once.
-    Caches are as cold as in a step, and the allocator returns memory to the system (whose fresh pages cost more than most operators)
-    as often.
+    Operands rotate, and results are kept until they fill as much memory as a step uses; then all results are freed at once. Caches
+    are as cold as in a step, and the allocator returns memory to the system (whose fresh pages cost more than most operators) as often.
     """
     result = 0.0
     for operator, count in operators:
@@ -185,7 +186,7 @@ def _replay(operators: Sequence[tuple[Op, int]], device: torch.device, memory: i
 
 
 def _operands(operator: Op, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-    """Ones (which stay normal numbers under repeated in-place changes), and zeros for indices."""
+    """Operands of ones (which stay finite under repeated in-place updates), and of zeros for indices."""
 
     def real(value: Any) -> Any:
         if isinstance(value, TensorShape):
@@ -194,16 +195,16 @@ def _operands(operator: Op, device: torch.device) -> tuple[list[Any], dict[str, 
             return torch.full((length,), fill, dtype=value.dtype, device=device).as_strided(value.shape, value.stride)
         return [real(v) for v in value] if isinstance(value, tuple) else value
 
-    # a device is that of the dry run, which has none
+    # the dry run has no device: use this one
     named = {name: device if name == "device" else real(value) for name, value in operator.keywords}
     return [real(value) for value in operator.arguments], named
 
 
 def _call_seconds(device: torch.device, seconds: float) -> float:
-    """Per operator of a little program of modules on tiny tensors: forward, gradient with graph, gradient of that, the host's part.
+    """Host seconds per operator of a small program on tiny tensors: forward, gradient with graph, second gradient.
 
-    It goes through what every PyTorch program of this kind goes through (modules called with given weights, a custom function,
-    autograd twice), because Python's part of a call is larger than the operator's.
+    The program uses what a training step uses (modules called with given weights, a custom function, double backward), because Python's
+    share of a call is larger than the operator's.
     """
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).to(device)
     weights = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
@@ -230,7 +231,7 @@ class _Double(torch.autograd.Function):
 
 
 def _sums(world: World, cost: MicroBatchCost, seconds: float) -> tuple[tuple[int, float], ...]:
-    """All-reduces of a few bytes to the step's own sizes; all ranks make the same number of calls."""
+    """Time all-reduces from a few bytes to the step's sizes; all ranks make the same number of calls."""
     if world.size == 1:
         return ()
     largest = max(*cost.sums, 4 * cost.generator_parameters, 1 << 16)
@@ -251,8 +252,7 @@ def _sums(world: World, cost: MicroBatchCost, seconds: float) -> tuple[tuple[int
 def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Mean seconds of a call over about ``seconds``, after two calls to warm up.
 
-    A single thread is timed by its own clock, which stands still while other programs have the core: the hardware is that of a
-    machine without them.
+    A single thread is timed by its CPU clock, so that other programs on the core do not count.
     """
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()

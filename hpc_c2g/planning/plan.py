@@ -1,4 +1,4 @@
-"""A plan for one training run on one cluster: what fits, how long a step takes, how it scales."""
+"""Plan of one training run on one cluster: memory, time per step and scaling."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost, largest_micro_
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``make_plan`` found; bytes and seconds of one rank.
+    """Result of ``make_plan``; bytes and seconds are of one rank.
 
     Attributes:
-        hardware: of the cluster.
-        nodes: N.
-        share: samples of a rank.
-        micro_batch: samples whose graph is held.
-        zero_stage: of DeepSpeed.
-        dtype: of the generator.
-        overlap: whether the generator's sum is hidden.
-        cost: of a micro-batch.
-        memory: of a rank.
-        available: bytes of a rank, without the margin.
-        step: its seconds.
-        strong: the same batch on more nodes.
-        weak: a batch that grows with the nodes.
+        hardware: Hardware of the cluster.
+        nodes: N, the number of nodes.
+        share: Samples per rank.
+        micro_batch: Samples per micro-batch.
+        zero_stage: ZeRO stage of DeepSpeed.
+        dtype: Dtype of the generator.
+        overlap: True if the generator's gradient communication overlaps with its backward.
+        cost: Cost of a micro-batch.
+        memory: Memory of a rank.
+        available: Bytes available to a rank, without the margin.
+        step: Seconds of a step.
+        strong: Scaling table with a constant global batch.
+        weak: Scaling table with a global batch proportional to the nodes.
     """
 
     hardware: HardwareSpec
@@ -73,10 +73,10 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Cost the step, measure the hardware, choose micro-batch and ZeRO stage, predict.
+    """Compute the step's cost, measure the hardware, choose micro-batch and ZeRO stage, and predict.
 
     Raises:
-        UserError: no bundle, a batch that the ranks cannot share, a hardware that cannot be had, or nothing that fits.
+        UserError: no bundle, fewer samples than ranks, unreadable or unmeasurable hardware, or nothing fits.
     """
     bundle = load_bundle(config.classifier)
     dry = DryRun(bundle, config)
@@ -117,7 +117,7 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def find_hardware(config: PlanConfig, dry: DryRun) -> HardwareSpec:
-    """The saved one, the named one, or that of this machine."""
+    """Return the hardware of ``hardware_file``, the named hardware, or that of this machine."""
     if config.hardware_file is not None:
         return load_hardware(Path(config.hardware_file))
     if isinstance(config.hardware, HardwareSpec):
@@ -130,10 +130,10 @@ def find_hardware(config: PlanConfig, dry: DryRun) -> HardwareSpec:
 def choose(
     config: PlanConfig, hardware: HardwareSpec, dry: DryRun, share: int, ranks: int, file_bytes: float
 ) -> tuple[int, int]:
-    """(ZeRO stage, largest micro-batch): the lowest stage at which one sample fits, then as many samples as fit.
+    """Choose (ZeRO stage, largest micro-batch): the lowest stage at which one sample fits, then as many samples as fit.
 
     Raises:
-        UserError: nothing fits; with the bytes that are needed at least.
+        UserError: nothing fits; the message names the required memory.
     """
     room = hardware.rank_memory * (1 - config.margin) - hardware.runtime_gib * GIB
     small = dry.cost(1)
@@ -160,5 +160,5 @@ def choose(
 
 
 def _file_bytes(bundle: Bundle) -> float:
-    """Of the bundle's tensors, twice: the model of the bundle, and the copy whose graph is traced."""
+    """Bytes of the bundle's tensors."""
     return float(sum(t.numel() * t.element_size() for t in bundle.model.state_dict().values()))

@@ -16,20 +16,20 @@ from hpc_c2g.training.cost.op_counter import OpCost
 
 STAGES = (0, 1, 2, 3)
 CostOf = Callable[[int, bool], MicroBatchCost]
-"""(samples of a micro-batch, one pass) -> its cost, such as ``DryRun.cost``."""
+"""(samples of a micro-batch, one pass) -> cost of the micro-batch, such as ``DryRun.cost``."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank.
+    """Memory of one rank in bytes.
 
     Attributes:
-        runtime: before the first tensor.
-        classifier: theta, and the copy within its graph.
-        weights: of the generator.
-        gradients: of the generator.
-        moments: Adam's two, and a float32 master of the weights where DeepSpeed keeps one.
-        working: alive within a step: G, residual, direction, buckets, and one micro-batch with its graph.
+        runtime: Memory of the process before its first tensor.
+        classifier: theta, and its copy in the traced graph.
+        weights: Weights of the generator.
+        gradients: Gradients of the generator.
+        moments: Adam's two moments, and the float32 master weights if DeepSpeed keeps them.
+        working: Peak within a step: G, residual, direction, buckets, and one micro-batch with its graph.
     """
 
     runtime: float
@@ -66,7 +66,7 @@ def classifier_bytes(parameters: int, hardware: HardwareSpec, file_bytes: float)
 def memory(
     cost: MicroBatchCost, hardware: HardwareSpec, dtype: str, stage: int, ranks: int, file_bytes: float = 0.0
 ) -> Memory:
-    """Bytes of one rank of ``ranks``; ``file_bytes`` are the bundle's own tensors."""
+    """Predict the memory of one of ``ranks`` ranks; ``file_bytes`` are the bundle's tensors."""
     return Memory(
         hardware.runtime_gib * GIB,
         classifier_bytes(cost.classifier_parameters, hardware, file_bytes),
@@ -76,10 +76,10 @@ def memory(
 
 
 def work_seconds(work: OpCost, hardware: HardwareSpec) -> float:
-    """Roofline of a rank: device max(F / R, b_F / W) + b / W, host c o; the longer where it is asynchronous, else their sum.
+    """Roofline of a rank: device max(F / R, b_F / W) + b / W, host c o; the larger of both if asynchronous, else their sum.
 
     F operations and b_F bytes of matrix products, b bytes of the other operators, c calls; R, W, o the hardware's matrix rate, memory
-    bandwidth and time per call. Ranks that share cores get their share of all of it.
+    bandwidth and time per call. Ranks that share cores get a share of each rate.
     """
     bandwidth = hardware.memory_gb_per_s * 1e9
     device = max(work.flops / (hardware.matrix_tflops * 1e12), work.matrix_bytes / bandwidth)
@@ -90,17 +90,17 @@ def work_seconds(work: OpCost, hardware: HardwareSpec) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step; ``hidden`` is communication that runs behind computation.
+    """Seconds of one step; ``hidden`` communication overlaps with computation.
 
     Attributes:
-        first: pass 1, the KKT sum (0 where there is one pass).
-        second: pass 2: cotangents and the generator's backward.
-        saved: of both passes, for the micro-batch that is kept from the first to the second.
-        residual: residual, direction and their buffers.
+        first: Pass 1, the KKT sum (0 with a single pass).
+        second: Pass 2, cotangents and the generator's backward.
+        saved: Time saved by keeping a micro-batch's graph from pass 1 to pass 2.
+        residual: Residual, direction and their buffers.
         update: Adam and the generator's buffers.
-        residual_sum: all-reduce of G, and of the few scalars of the step.
-        generator_sum: communication of the generator's gradient (and, in stage 3, weights).
-        hidden: part of ``generator_sum`` behind the last backward.
+        residual_sum: All-reduce of G and of the step's scalars.
+        generator_sum: Communication of the generator's gradient (and, in stage 3, weights).
+        hidden: Part of ``generator_sum`` that overlaps with the last backward.
     """
 
     first: float
@@ -114,17 +114,17 @@ class StepTime:
 
     @property
     def computation(self) -> float:
-        """All but communication."""
+        """Seconds of computation."""
         return self.first + self.second - self.saved + self.residual + self.update
 
     @property
     def exposed(self) -> float:
-        """Communication that nothing hides."""
+        """Seconds of communication that does not overlap with computation."""
         return self.residual_sum + self.generator_sum - self.hidden
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return self.computation + self.exposed
 
 
@@ -139,26 +139,26 @@ def step_time(
 ) -> StepTime:
     """t = m (t_first + t_second) - t_saved + t_residual + t_update + t_sums, with m = share / micro-batch.
 
-    The sums of a step: each of the rehearsal's all-reduces, one flag (does a rank want to stop), and the generator's. ZeRO updates
-    1/n of the weights on each rank. ``overlap`` hides the generator's sum behind the backward of the last micro-batch, as
+    The sums of a step: each all-reduce of the dry run, one stop flag, and the generator's gradient. ZeRO updates 1/n of the weights
+    on each rank. ``overlap`` hides the generator's sum behind the backward of the last micro-batch, as
     DeepSpeed's overlap_comm does from stage 1 on.
 
     Args:
-        cost: of the micro-batch.
-        hardware: of the cluster.
-        nodes: N.
-        share: samples of a rank.
-        dtype: of the generator's weights.
-        stage: of ZeRO.
-        overlap: whether the generator's sum runs behind its backward.
+        cost: Cost of a micro-batch.
+        hardware: Hardware of the cluster.
+        nodes: N, the number of nodes.
+        share: Samples per rank.
+        dtype: Dtype of the generator's weights.
+        stage: ZeRO stage.
+        overlap: Overlap the generator's gradient communication with its backward.
     """
     m = share / cost.samples
     ranks = nodes * hardware.ranks_per_node
-    alone = ranks == 1
+    single_rank = ranks == 1
     nbytes = {"float32": 4, "bfloat16": 2}[dtype] * cost.generator_parameters
-    sums = 0.0 if alone else sum(all_reduce_seconds(b, nodes, hardware) for b in (*cost.sums, 4))
+    sums = 0.0 if single_rank else sum(all_reduce_seconds(b, nodes, hardware) for b in (*cost.sums, 4))
     forwards = math.ceil(m) * (1 if cost.one_pass else 2)
-    generator = 0.0 if alone else generator_seconds(nbytes, stage, math.ceil(m), forwards, nodes, hardware)
+    generator = 0.0 if single_rank else generator_seconds(nbytes, stage, math.ceil(m), forwards, nodes, hardware)
     return StepTime(
         first=work_seconds(cost.first, hardware) * m,
         second=work_seconds(cost.second, hardware) * m,
@@ -173,16 +173,16 @@ def step_time(
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """A number of nodes: the batch, the step, and how much of the added hardware turns into speed.
+    """One row of a scaling table: batch, step time and efficiency on a number of nodes.
 
     Attributes:
-        nodes: N.
-        ranks: n.
-        global_batch: B.
-        micro_batch: samples whose graph is held.
-        step: its seconds.
-        efficiency: strong: t(1) / (N t(N)); weak: t(1) / t(N); 1 at one node.
-        error: statistical error of the batch's G relative to the smallest batch in the table, sqrt(B_0 / B).
+        nodes: N, the number of nodes.
+        ranks: n, the number of ranks.
+        global_batch: B, the global batch size.
+        micro_batch: Samples per micro-batch.
+        step: Seconds of a step.
+        efficiency: Strong: t(1) / (N t(N)); weak: t(1) / t(N); 1 at one node.
+        error: Statistical error of the batch's G relative to the smallest batch in the table, sqrt(B_0 / B).
     """
 
     nodes: int
@@ -195,7 +195,7 @@ class ScalingRow:
 
 
 def balanced(share: int, largest: int) -> int:
-    """Samples per micro-batch when ``share`` is split as evenly as micro-batches of at most ``largest`` allow."""
+    """Samples per micro-batch when ``share`` is split evenly into micro-batches of at most ``largest``."""
     return math.ceil(share / math.ceil(share / largest))
 
 
@@ -210,18 +210,18 @@ def scaling(
     stage: int = 0,
     overlap: bool = False,
 ) -> list[ScalingRow]:
-    """Predictions over numbers of nodes, beginning with 1; ends where the batch no longer divides by the ranks.
+    """Predict step times over numbers of nodes, from 1 until the ranks no longer divide the batch.
 
     Args:
-        cost_of: a micro-batch's cost.
-        hardware: of the cluster.
-        nodes: increasing, from 1.
-        batch_of: global batch on so many nodes.
-        largest: micro-batch that fits into memory.
-        strong: the same batch everywhere, else one that grows with the nodes.
-        dtype: of the generator.
-        stage: of ZeRO.
-        overlap: see ``step_time``.
+        cost_of: Cost of a micro-batch.
+        hardware: Hardware of the cluster.
+        nodes: Increasing numbers of nodes, from 1.
+        batch_of: Global batch size by number of nodes.
+        largest: Largest micro-batch that fits into memory.
+        strong: Constant global batch (strong scaling) instead of a growing one (weak scaling).
+        dtype: Dtype of the generator.
+        stage: ZeRO stage.
+        overlap: See ``step_time``.
     """
     rows: list[ScalingRow] = []
     for n in nodes:

@@ -1,4 +1,4 @@
-"""A plan as tables, and the formulas with their numbers put in."""
+"""Tables of a plan, and its formulas with numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit."""
+    """Format seconds with three digits and a unit."""
     scale, unit = next(((s, u) for s, u in UNITS if value >= s), UNITS[-1])
     return f"{value / scale:.3g} {unit}"
 
 
 def gib(nbytes: float) -> str:
-    """GiB with three decimals, the unit left to the heading."""
+    """Format bytes as GiB with three decimals, without the unit."""
     return f"{nbytes / GIB:.3f}"
 
 
@@ -34,7 +34,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Bytes of a rank by what they are for."""
+    """Memory of a rank by purpose."""
     m = plan.memory
     table = _table(
         f"memory per rank: micro_batch={plan.micro_batch} of share {plan.share}, ZeRO stage {plan.zero_stage}",
@@ -55,7 +55,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def step_table(plan: Plan) -> Table:
-    """Seconds of a step by what they are spent on."""
+    """Time of a step by phase."""
     t = plan.step
     ranks = plan.nodes * plan.hardware.ranks_per_node
     table = _table(f"one step on {plan.nodes} node(s), {ranks} rank(s)", ("part", "time", "share"))
@@ -76,7 +76,7 @@ def step_table(plan: Plan) -> Table:
 
 
 def scaling_table(plan: Plan, kind: str) -> Table:
-    """Strong or weak scaling over nodes."""
+    """Strong or weak scaling over numbers of nodes; ``kind`` is ``strong`` or ``weak``."""
     rows: list[ScalingRow] = getattr(plan, kind)
     title = {
         "strong": "strong scaling: the same batch on more nodes",
@@ -101,7 +101,7 @@ def scaling_table(plan: Plan, kind: str) -> Table:
 
 
 def formulas(plan: Plan) -> str:
-    """What was computed, with this plan's numbers."""
+    """Formulas of the prediction with this plan's numbers."""
     p, c, t, n = plan.hardware, plan.cost, plan.step, plan.nodes
     m = plan.share / c.samples
     ranks, Q, G = n * p.ranks_per_node, c.generator_parameters, max(c.sums)

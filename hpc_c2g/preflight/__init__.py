@@ -1,1 +1,1 @@
-"""What would stop a study on a cluster, checked before it starts (the verb ``doctor``)."""
+"""Checks before a study starts (``c2g doctor``): folder, machine, Slurm's settings and, by a small job, the nodes themselves."""

@@ -1,4 +1,4 @@
-"""What was looked at, and what was found."""
+"""Result of one check."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        status: ``ok``, ``warning`` (a study may run), ``error`` (it will not), ``unknown`` (nobody could tell).
-        message: was found, with its value.
-        mend: what can be done about it.
+        status: ``ok``, ``warning`` (a study can run), ``error`` (it cannot) or ``unknown`` (could not be checked).
+        message: Finding, with the field and its value.
+        hint: Fix; empty if there is nothing to fix.
     """
 
     status: str
@@ -21,6 +21,6 @@ class CheckResult:
     hint: str = ""
 
 
-def wrong(found: Sequence[CheckResult]) -> bool:
-    """Whether any is an error."""
-    return any(f.status == "error" for f in found)
+def has_errors(results: Sequence[CheckResult]) -> bool:
+    """Return True if any result is an error."""
+    return any(result.status == "error" for result in results)

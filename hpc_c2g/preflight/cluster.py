@@ -1,4 +1,4 @@
-"""What would stop a study on a cluster, as far as the login node can tell: the questions to Slurm."""
+"""Checks of a Slurm cluster from the login node: the queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.preflight.check_result import CheckResult, wrong
+from hpc_c2g.preflight.check_result import CheckResult, has_errors
 from hpc_c2g.preflight.cluster_checks import (
     NEEDED,
     USEFUL,
@@ -20,7 +20,7 @@ from hpc_c2g.preflight.cluster_checks import (
     check_ping,
     check_programs,
     check_variables,
-    settled,
+    combine_results,
 )
 from hpc_c2g.scheduling.batch_script import Shape, sbatch_text
 from hpc_c2g.scheduling.profile import SlurmProfile
@@ -31,46 +31,49 @@ from hpc_c2g.scheduling.sbatch import check_script
 def check_slurm(
     profile: SlurmProfile, shape: Shape, folder: Path, seconds: float = TIMEOUT_S
 ) -> tuple[list[CheckResult], bool]:
-    """(all that the login node can ask, whether a job that is submitted now may start at all).
+    """Check the cluster and the profile.
 
     Args:
-        profile: of the cluster.
-        shape: of one run.
-        folder: of the study.
-        seconds: after which a program counts as not answered.
+        profile: Profile of the cluster.
+        shape: Nodes and ranks of one run.
+        folder: Study folder.
+        seconds: Time after which a program counts as not answering.
+
+    Returns:
+        The results, and True if a job that is submitted now can start.
     """
-    found = check_programs({name: shutil.which(name) for name in (*NEEDED, *USEFUL)})
-    found += check_variables(os.environ)
-    if wrong(found):
-        return found, False
-    found.append(check_ping(query("scontrol", "ping", seconds=seconds)))
-    if wrong(found):
-        return found, False
+    results = check_programs({name: shutil.which(name) for name in (*NEEDED, *USEFUL)})
+    results += check_variables(os.environ)
+    if has_errors(results):
+        return results, False
+    results.append(check_ping(query("scontrol", "ping", seconds=seconds)))
+    if has_errors(results):
+        return results, False
     config = settings(query("scontrol", "show", "config", seconds=seconds).output)
     partitions = records(query("scontrol", "-a", "-o", "show", "partition", seconds=seconds).output)
-    named, chosen = check_partitions(profile, partitions)
-    found += named
-    found += check_limits(profile, shape, chosen) + check_array(profile, config)
-    found += _account(profile, config, seconds)
-    hardware: list[CheckResult] = []
-    service: list[CheckResult] = []
+    partition_results, chosen = check_partitions(profile, partitions)
+    results += partition_results
+    results += check_limits(profile, shape, chosen) + check_array(profile, config)
+    results += _account_results(profile, config, seconds)
+    size_results: list[CheckResult] = []
+    state_results: list[CheckResult] = []
     if chosen:
         nodes = records(query("scontrol", "-a", "-o", "show", "node", seconds=seconds).output)
         hosts = {name: _hosts(getattr(profile, name), seconds) for name in ("nodelist", "exclude")}
-        hardware, service = check_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
-    taken, words = _rehearsal(profile, shape, folder, seconds)
-    # away nodes make sbatch refuse a rehearsal, but no job
-    startable = not wrong([*found, *hardware]) and (taken is not False or wrong(service))
-    return settled([*found, *service], hardware, taken, words), startable
+        size_results, state_results = check_nodes(profile, shape, chosen, nodes, hosts["nodelist"], hosts["exclude"])
+    accepted, text = _test_script(profile, shape, folder, seconds)
+    # nodes out of service make sbatch refuse a test, but no job
+    startable = not has_errors([*results, *size_results]) and (accepted is not False or has_errors(state_results))
+    return combine_results([*results, *state_results], size_results, accepted, text), startable
 
 
 def _hosts(names: str | None, seconds: float) -> list[str] | None:
     return query("scontrol", "show", "hostnames", names, seconds=seconds).output.split() if names else None
 
 
-def _account(profile: SlurmProfile, config: Record, seconds: float) -> list[CheckResult]:
+def _account_results(profile: SlurmProfile, config: Record, seconds: float) -> list[CheckResult]:
     if shutil.which("sacctmgr") is None:
-        return []  # told already
+        return []  # check_programs reports it
     cluster = config.get("ClusterName", "")
     answer = query(
         *("sacctmgr", "-n", "-P", "show", "associations", f"user={pwd.getpwuid(os.getuid()).pw_name}"),
@@ -79,14 +82,14 @@ def _account(profile: SlurmProfile, config: Record, seconds: float) -> list[Chec
         seconds=seconds,
     )
     if answer.code != 0:
-        what = f"account and qos could not be checked: {answer.fault}"
-        return [CheckResult("unknown", what, "sbatch has the last word on them")]
+        message = f"account and qos could not be checked: {answer.fault}"
+        return [CheckResult("unknown", message, "sbatch checks them at submission")]
     rows = [line.split("|") for line in answer.output.splitlines() if line.count("|") == 2]
     return check_account(profile, config.get("AccountingStorageEnforce", "none"), rows)
 
 
-def _rehearsal(profile: SlurmProfile, shape: Shape, folder: Path, seconds: float) -> tuple[bool | None, str]:
-    """(whether sbatch takes the script of a run, its words)."""
+def _test_script(profile: SlurmProfile, shape: Shape, folder: Path, seconds: float) -> tuple[bool | None, str]:
+    """(True if sbatch accepts the script of a run or None if it does not answer, its answer)."""
     try:
         text = sbatch_text(profile, shape, "c2g-doctor", folder)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What this machine lacks to run a study by itself (``cluster=local``)."""
+"""Checks of this machine for a study without a scheduler (``cluster=local``)."""
 
 from __future__ import annotations
 
@@ -14,61 +14,63 @@ TORCH = "import torch; print(torch.__version__, torch.cuda.device_count() if tor
 
 
 def check_host(seconds: float = 180.0) -> list[CheckResult]:
-    """What ``cluster=local`` needs: Python, torch (in a process of its own), cores and memory."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    found = [check_python(version)]
-    found.append(check_torch(query(sys.executable, "-c", TORCH, seconds=seconds), seconds))
+    """Check torch (in a child process), cores and memory.
+
+    Args:
+        seconds: Time limit of the import of torch.
+    """
     try:
-        memory = Path("/proc/meminfo").read_text()
+        meminfo = Path("/proc/meminfo").read_text()
     except OSError:
-        memory = ""
-    return [*found, check_memory(len(os.sched_getaffinity(0)), memory, _cgroup_room())]
-
-
-def check_python(version: str) -> CheckResult:
-    """Whether the package runs on it."""
-    if tuple(map(int, version.split(".")[:2])) < (3, 10):
-        return CheckResult("error", f"Python {version} is too old", "make an environment with Python >= 3.10")
-    return CheckResult("ok", f"Python {version}")
+        meminfo = ""
+    torch = check_torch(query(sys.executable, "-c", TORCH, seconds=seconds), seconds)
+    return [torch, check_memory(len(os.sched_getaffinity(0)), meminfo, _cgroup_free_bytes())]
 
 
 def check_torch(answer: Answer, seconds: float) -> CheckResult:
-    """Whether it can be imported."""
-    if answer.code == 0:
-        version, _, devices = answer.output.strip().rpartition(" ")
-        return CheckResult("ok", f"torch {version}, {devices} GPUs")
-    if answer.code is None:
-        hint = "look at the load and the disk of this machine"
-        return CheckResult("error", f"torch could not be imported within {seconds:g} s", hint)
-    cause = re.findall(r"(\w*Error: .*?)(?= Traceback|$)", answer.fault)
-    what = f"torch cannot be imported: {cause[-1] if cause else answer.fault[-200:] or f'exit code {answer.code}'}"
-    return CheckResult("error", what, f"{sys.executable} -m pip install torch")
-
-
-def check_memory(cores: int, meminfo: str, room: int | None = None) -> CheckResult:
-    """Whether one run per core has room: each has its own Python and torch.
+    """Check that torch can be imported.
 
     Args:
-        cores: that this process may use.
-        meminfo: /proc/meminfo.
-        room: bytes that the process's control group may still take, if it has a limit.
+        answer: Answer of ``python -c TORCH``.
+        seconds: Its time limit.
+    """
+    if answer.code == 0:
+        version, _, devices = answer.output.strip().rpartition(" ")
+        return CheckResult("ok", f"Python {sys.version.split()[0]}, torch {version}, {devices} GPUs")
+    if answer.code is None:
+        hint = "check the load and the disk of this machine"
+        return CheckResult("error", f"torch could not be imported within {seconds:g} s", hint)
+    cause = re.findall(r"(\w*Error: .*?)(?= Traceback|$)", answer.fault)
+    why = cause[-1] if cause else answer.fault[-200:] or f"exit code {answer.code}"
+    return CheckResult("error", f"torch cannot be imported: {why}", f"{sys.executable} -m pip install torch")
+
+
+def check_memory(cores: int, meminfo: str, cgroup_free: int | None = None) -> CheckResult:
+    """Check that there is memory for one run per core; each has its own Python and torch.
+
+    Args:
+        cores: Cores that this process may use.
+        meminfo: Text of /proc/meminfo.
+        cgroup_free: Bytes left in the process's control group; None without a limit.
     """
     free = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    if not free and room is None:
+    if not free and cgroup_free is None:
         return CheckResult("unknown", f"{cores} cores; memory could not be read", "see `free -g`")
-    most = min(b for b in (int(free[1]) * 1024 if free else None, room) if b is not None) / 2**30
-    told = f"{cores} cores, {most:.1f} GiB of memory free"
-    if most < 1:
-        return CheckResult("error", f"{told}: too little for one run", "end other programs")
-    if most < cores:
-        return CheckResult("warning", f"{told}: less than 1 GiB per run", f"parallel={int(most)} at most")
-    return CheckResult("ok", told)
+    limits = (int(free[1]) * 1024 if free else None, cgroup_free)
+    gib = min(limit for limit in limits if limit is not None) / 2**30
+    text = f"{cores} cores, {gib:.1f} GiB of memory free"
+    if gib < 1:
+        return CheckResult("error", f"{text}: too little for one run", "end other programs")
+    if gib < cores:
+        return CheckResult("warning", f"{text}: less than 1 GiB per run", f"parallel={int(gib)} at most")
+    return CheckResult("ok", text)
 
 
-def _cgroup_room() -> int | None:
+def _cgroup_free_bytes() -> int | None:
+    """Bytes left below the limit of the control group; None without a limit or without cgroup v2."""
     try:
         own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].splitlines()[0]
         folder = Path("/sys/fs/cgroup") / own.lstrip("/")
         return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError, IndexError):  # no limit, or none of version 2
+    except (OSError, ValueError, IndexError):
         return None

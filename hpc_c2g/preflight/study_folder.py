@@ -1,211 +1,128 @@
-"""A study's folder, as the login node sees it: room, rights, links, locks, and whether other nodes can see it at all."""
+"""Checks of a study's folder from the login node: free space, permissions, hard links."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import sqlite3
 import stat
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically
-from hpc_c2g.preflight.check_result import CheckResult
+from hpc_c2g.preflight.check_result import CheckResult, has_errors
 from hpc_c2g.scheduling.batch_script import check_folder
 
 T = TypeVar("T")
-PATIENCE = 60.0
-MOUNTS = Path("/proc/self/mountinfo")
-IN_MEMORY = {"tmpfs", "ramfs", "overlay", "aufs", "devtmpfs", "squashfs"}
-DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "vfat", "exfat", "ntfs", "bcachefs"}
-SHARED = {"nfs", "nfs3", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "panfs", "wekafs", "orangefs"}
-SHARED |= {"pvfs2", "afs", "gfs2", "ocfs2", "vast", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs", "fuse.daos", "dvs"}
-OF_THE_MACHINE = ("/", "/tmp", "/var", "/var/tmp", "/scratch/local", "/local")
-LITTLE, SCARCE = 1 << 30, 10 << 30
-"""Bytes below which a study cannot begin, and below which it may end early."""
-FEW_FILES = 10_000
-
-
-class Mount(NamedTuple):
-    """A mounted file system."""
-
-    point: str
-    kind: str
+FOLDER_TIMEOUT_S = 60.0
+MIN_BYTES, LOW_BYTES = 1 << 30, 10 << 30
+"""Free bytes below which a study cannot begin, and below which it may end early."""
+MIN_FILES, LOW_FILES = 100, 10_000
+"""The same for the number of files that can still be created."""
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was found by doing in the folder what a study does there.
+class FolderProbe:
+    """Outcome of doing in a folder what a study does there.
 
     Attributes:
-        refused: why nothing can be written; the rest is then without meaning.
-        bytes: free for this user.
-        files: that can still be made; None where the file system does not say.
-        mode: of the folder.
-        links: why hard links do not work; leases are made of them.
-        sqlite: why the ledger does not work.
+        write_error: Reason why nothing can be written; the other fields then have no meaning.
+        free_bytes: Free bytes for this user.
+        free_files: Number of files that can still be created; None if the file system does not report it.
+        mode: Permission bits of the folder.
+        link_error: Reason why hard links, which leases need, do not work; empty if they do.
     """
 
-    refused: str = ""
-    bytes: int = 0
-    files: int | None = None
+    write_error: str = ""
+    free_bytes: int = 0
+    free_files: int | None = None
     mode: int = 0o700
-    links: str = ""
-    sqlite: str = ""
+    link_error: str = ""
 
 
-def check_study_folder(folder: Path, slurm: bool, seconds: float = PATIENCE) -> list[CheckResult]:
-    """Try it out; leaves nothing behind.
+def check_study_folder(folder: Path, slurm: bool, seconds: float = FOLDER_TIMEOUT_S) -> list[CheckResult]:
+    """Write into the folder, check the outcome, and leave nothing behind.
 
     Args:
-        folder: of the study, there or to be made.
-        slurm: whether its path must be one that Slurm takes.
-        seconds: after which the file system counts as not answering.
+        folder: Study folder, which need not exist.
+        slurm: True if the path must be valid in a batch script.
+        seconds: Time after which the file system counts as hanging.
     """
     try:
         if slurm:
             check_folder(folder)
-        probe = _within(seconds, lambda: _tried(folder))
+        probe = _with_timeout(seconds, lambda: probe_folder(folder))
     except UserError as error:
         return [CheckResult("error", error.problem, error.hint)]
     except TimeoutError:
-        hint = "choose another study_dir, or tell the administrators that the file system hangs"
+        hint = "choose another study_dir, or report the hanging file system to the administrators"
         return [CheckResult("error", f"study_dir={folder} does not answer within {seconds:g} s", hint)]
     except OSError as error:
         return [CheckResult("error", f"study_dir={folder}: {error.strerror}", "choose another study_dir")]
-    return check_probe(folder, probe) + check_umask(_umask())
+    return check_probe(folder, probe)
 
 
-def check_mount(name: str, path: Path, seconds: float = PATIENCE) -> CheckResult:
-    """Whether other nodes are likely to see ``path``; only a job can tell."""
-    try:
-        return mount_result(name, _within(seconds, lambda: mount_of(_real(path), MOUNTS.read_text())))
-    except (OSError, TimeoutError):
-        return mount_result(name, None)
-
-
-def check_probe(folder: Path, probe: Probe) -> list[CheckResult]:
-    """What the trial means."""
-    if probe.refused:
-        return [
-            CheckResult("error", f"study_dir={folder} cannot be written: {probe.refused}", "choose another study_dir")
-        ]
-    found = []
-    free = f"{probe.bytes / 2**30:.1f} GiB free"
-    if probe.bytes < SCARCE:
-        level = "error" if probe.bytes < LITTLE else "warning"
-        found.append(CheckResult(level, f"study_dir={folder}: {free}", "make room, or choose another study_dir"))
-    if probe.files is not None and probe.files < FEW_FILES:
-        level = "error" if probe.files < 100 else "warning"
-        what = f"study_dir={folder}: only {probe.files} more files can be made there"
-        found.append(CheckResult(level, what, "remove files, or choose another study_dir"))
-    if probe.links:
-        what = f"study_dir={folder} has no hard links ({probe.links}): two jobs could do the same run"
-        found.append(CheckResult("error", what, "choose another file system"))
-    if probe.sqlite:
-        what = f"study_dir={folder}: the ledger does not work there ({probe.sqlite})"
-        found.append(
-            CheckResult("error", what, "choose another file system, or have it mounted with locks (NFS: lockd)")
-        )
+def check_probe(folder: Path, probe: FolderProbe) -> list[CheckResult]:
+    """Check free space, permissions and links."""
+    if probe.write_error:
+        message = f"study_dir={folder} cannot be written: {probe.write_error}"
+        return [CheckResult("error", message, "choose another study_dir")]
+    results = []
+    free = f"{probe.free_bytes / 2**30:.1f} GiB free"
+    if probe.free_bytes < LOW_BYTES:
+        status = "error" if probe.free_bytes < MIN_BYTES else "warning"
+        hint = "free disk space, or choose another study_dir"
+        results.append(CheckResult(status, f"study_dir={folder}: {free}", hint))
+    if probe.free_files is not None and probe.free_files < LOW_FILES:
+        status = "error" if probe.free_files < MIN_FILES else "warning"
+        message = f"study_dir={folder}: only {probe.free_files} more files can be created there"
+        results.append(CheckResult(status, message, "remove files, or choose another study_dir"))
+    if probe.link_error:
+        message = f"study_dir={folder} has no hard links ({probe.link_error}): two jobs could do the same run"
+        results.append(CheckResult("error", message, "choose another file system"))
     if probe.mode & stat.S_IWOTH and not probe.mode & stat.S_ISVTX:
-        what = f"study_dir={folder} can be written by everybody (mode {probe.mode:o}): they could run code as you"
-        found.append(CheckResult("warning", what, f"chmod o-w {folder}"))
-    if not any(f.status == "error" for f in found):
-        found.insert(0, CheckResult("ok", f"study_dir={folder}: written, linked, locked; {free}"))
-    return found
+        message = f"study_dir={folder} is world-writable (mode {probe.mode:o}): others could run code as you"
+        results.append(CheckResult("warning", message, f"chmod o-w {folder}"))
+    if not has_errors(results):
+        results.insert(0, CheckResult("ok", f"study_dir={folder}: files and hard links work; {free}"))
+    return results
 
 
-def check_umask(umask: int | None) -> list[CheckResult]:
-    """Whether new files can be read by their owner, and not be written by all."""
-    if umask is None:
-        return []
-    if umask & 0o700:
-        return [
-            CheckResult(
-                "error", f"umask={umask:04o} hides new files from yourself", "umask 0022 in your shell's start-up"
-            )
-        ]
-    if not umask & 0o002:
-        what = f"umask={umask:04o} lets everybody write your new files: they could run code as you"
-        return [CheckResult("warning", what, "umask 0022 in your shell's start-up")]
-    return []
-
-
-def mount_result(name: str, mount: Mount | None) -> CheckResult:
-    """Whether nodes are likely to see a file system of this kind."""
-    if mount is None:
-        return CheckResult(
-            "unknown", f"{name}: its file system could not be found", "c2g doctor --job tells whether nodes see it"
-        )
-    where = f"{name} is on {mount.kind} at {mount.point}"
-    if mount.kind in SHARED:
-        return CheckResult("ok", where)
-    if mount.kind in IN_MEMORY or (mount.kind in DISKS and mount.point in OF_THE_MACHINE):
-        hint = "choose a folder of the file system that the cluster shares; c2g doctor --job tells"
-        return CheckResult("warning", f"{where}: node-local? nodes must see it", hint)
-    return CheckResult("unknown", f"{where}: shared only if it is exported to the nodes", "c2g doctor --job tells")
-
-
-def mount_of(path: str, mountinfo: str) -> Mount | None:
-    """The file system that a real path lies on, from /proc/self/mountinfo."""
-    best: Mount | None = None
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        if len(before.split()) < 5 or not after:
-            continue
-        point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and (best is None or len(point) >= len(best.point)):  # what was mounted later lies above
-            best = Mount(point, after.split()[0])
-    return best
-
-
-def _real(folder: Path) -> str:
-    """Of the folder, or of what is there of it."""
-    return os.path.realpath(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()))
-
-
-def _tried(folder: Path) -> Probe:
-    """Make the folder where it is not there, try all, take everything away again."""
+def probe_folder(folder: Path) -> FolderProbe:
+    """Create the folder if it does not exist, write and link a file in it, and remove everything again."""
     folder = folder.absolute()
-    made = []
+    created = []
     try:
         for parent in reversed((folder, *folder.parents)):
             if not parent.exists():
                 parent.mkdir()
-                made.append(parent)
+                created.append(parent)
         work = folder / f".doctor-{uuid.uuid4().hex[:12]}"
         work.mkdir(mode=0o700)
     except OSError as error:
-        _remove(made)
-        return Probe(refused=f"{error.strerror} ({error.filename})")
+        _remove(created)
+        return FolderProbe(write_error=f"{error.strerror} ({error.filename})")
     try:
-        mode, room = stat.S_IMODE(folder.stat().st_mode), os.statvfs(folder)
+        mode, space = stat.S_IMODE(folder.stat().st_mode), os.statvfs(folder)
         try:
-            write_atomically(work / "data", bytes(1 << 20))  # a quota shows only when it is met
+            write_atomically(work / "data", bytes(1 << 20))  # statvfs does not show a quota
         except UserError as error:
-            return Probe(refused=error.problem)
-        return Probe(
-            bytes=room.f_bavail * room.f_frsize,
-            files=room.f_favail if room.f_files else None,
+            return FolderProbe(write_error=error.problem)
+        return FolderProbe(
+            free_bytes=space.f_bavail * space.f_frsize,
+            free_files=space.f_favail if space.f_files else None,
             mode=mode,
-            links=_link_fault(work),
-            sqlite=sqlite_fault(work),
+            link_error=_link_error(work),
         )
     finally:
         for file in work.iterdir():
             with contextlib.suppress(OSError):
                 file.unlink()
-        _remove([*made, work])
+        _remove([*created, work])
 
 
 def _remove(folders: list[Path]) -> None:
@@ -214,7 +131,7 @@ def _remove(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _link_fault(work: Path) -> str:
+def _link_error(work: Path) -> str:
     try:
         os.link(work / "data", work / "link")
     except OSError as error:
@@ -222,75 +139,26 @@ def _link_fault(work: Path) -> str:
     return "" if os.path.samefile(work / "data", work / "link") else "the link is another file"
 
 
-OTHER = """
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
-try:
-    connection.execute("begin immediate")
-    print("free", connection.execute("select count(*) from t").fetchone()[0])
-except sqlite3.OperationalError as error:
-    print(error)
-"""
-
-
-def sqlite_fault(folder: Path, seconds: float = 20.0) -> str:
-    """Why a ledger in rollback mode would not work in ``folder``; empty where it does. Another process must see its lock."""
-    file = folder / "trial.sqlite"
-
-    def other() -> str:
-        command = [sys.executable, "-I", "-S", "-c", OTHER, str(file)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
-        return done.stdout.strip() or done.stderr.strip().rpartition("\n")[2]
-
-    try:
-        with closing(sqlite3.connect(file, timeout=5, isolation_level=None)) as connection:
-            (mode,) = connection.execute("pragma journal_mode=delete").fetchone()
-            if mode != "delete":
-                return f"journal mode {mode}"
-            connection.execute("pragma synchronous=full")
-            connection.execute("create table t (x)")
-            connection.execute("begin immediate")
-            connection.execute("insert into t values (1)")
-            locked = other()
-            if "locked" not in locked:
-                return f"another process does not see its lock: {locked}"
-            connection.execute("commit")
-            after = other()
-            return "" if after == "free 1" else f"another process does not see what was written: {after}"
-    except sqlite3.Error as error:
-        return str(error)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__} while a second process looked"
-
-
-def _umask() -> int | None:
-    try:
-        found = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1], 8) if found else None
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What ``work`` returns or raises; it is left alone where it hangs.
+def _with_timeout(seconds: float, work: Callable[[], T]) -> T:
+    """Return what ``work`` returns, or raise what it raises; a call that hangs is abandoned in its thread.
 
     Raises:
-        TimeoutError: it does.
+        TimeoutError: ``work`` did not end within ``seconds``.
     """
-    result: list[T] = []
-    fault: list[BaseException] = []
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            result.append(work())
+            results.append(work())
         except BaseException as error:
-            fault.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         raise TimeoutError
-    if fault:
-        raise fault[0]
-    return result[0]
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -11,28 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_c2g.evaluation.metric_registry import COLUMNS as METRIC_COLUMNS
 from hpc_c2g.files import write_atomically, writing
+from hpc_c2g.monitoring.layout import AVERAGED
 from hpc_c2g.monitoring.run_log import add_scalars, write_session, writer_of
 from hpc_c2g.reporting.curves import Average
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.page import Picture
-from hpc_c2g.reporting.results import MEASURES, METRICS, NO_POINT, SEEDS, Row
+from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIERS, SEEDS, Row
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FORMAT = 1  # raise it when parts are written differently: what was written before is then written again
 FOLDER, STUDY, RUNS = "board", "0-study", "runs"
-CHARTS = (
-    *("stationarity", "loss", "duality", "alpha", "rho", "diversity", "unsupported", "roughness", "class_mass"),
-    *("margins/q50", "multipliers/q50", "gradient/generator", "samples_per_second"),
-)
-"""Scalars whose means get a chart with their band."""
-COLUMNS = (
-    *("stationarity", "coverage", "transfer_accuracy", "proximity", "oracle_accuracy", "diversity"),
-    *("rho", "alpha", "certificate", "classifier_accuracy", "samples_per_second"),
-)
-"""Metrics in the order of the HParams page, which shows the first five."""
+COLUMNS = (MEASURED[0], *METRIC_COLUMNS, *MEASURED[1:], *OF_CLASSIFIERS)
+"""Measures in the order of the HParams page, which shows the first five."""
 Write = Callable[["SummaryWriter"], None]
 
 
@@ -132,7 +126,7 @@ def write_averages(averages: Mapping[str, Average]) -> Write:
         for step, scalars in sorted(by_step.items()):
             add_scalars(board, scalars, step)
         # TensorBoard shows charts of this kind in reverse
-        charts = {tag: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for tag in reversed(CHARTS) if tag in averages}
+        charts = {tag: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for tag in reversed(AVERAGED) if tag in averages}
         board.add_custom_scalars({"Mean over seeds, 95 % interval": charts})
 
     return write
@@ -194,7 +188,7 @@ def write_pictures(figures: Sequence[Figure], mosaics: Sequence[Picture], tables
 
 
 def _labeled(name: str) -> str:
-    return f"{name} (uses real data)" if name in METRICS else name
+    return f"{name} (uses real data)" if name in METRIC_COLUMNS else name
 
 
 def _add_png(board: SummaryWriter, tag: str, png: bytes) -> None:

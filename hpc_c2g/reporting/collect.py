@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.evaluation_log import FOLDER as EVALUATION
+from hpc_c2g.monitoring.layout import LEARNING_CURVES
 from hpc_c2g.monitoring.run_log import BOARD
 from hpc_c2g.reporting.archive import Archive, gather
 from hpc_c2g.reporting.board import (
@@ -29,7 +30,7 @@ from hpc_c2g.reporting.board import (
 from hpc_c2g.reporting.curves import Average, Curves, average
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.events import event_files, stamp_of
-from hpc_c2g.reporting.figures import CURVES, figures
+from hpc_c2g.reporting.figures import figures
 from hpc_c2g.reporting.mosaics import mosaic, ranked
 from hpc_c2g.reporting.page import Picture
 from hpc_c2g.reporting.results import (
@@ -170,7 +171,7 @@ def drawn(
     prediction: Mapping[int, float] | None,
 ) -> list[Figure]:
     """The study's figures."""
-    curves = {label: averages(archive, keys, tuple(CURVES)) for label, keys in grouped(runs).items()}
+    curves = {label: averages(archive, keys, tuple(LEARNING_CURVES)) for label, keys in grouped(runs).items()}
     return figures(found.groups, bound_groups(found.sampling), curves, prediction)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpc_c2g.monitoring.layout import LEARNING_CURVES
 from hpc_c2g.reporting.curves import Average
 from hpc_c2g.reporting.drawing import Figure, Panel, decades, figure, logarithmic, marks, short
 from hpc_c2g.reporting.law_figures import batch_law, efficiency, sampling
@@ -28,14 +29,8 @@ __all__ = [
     "sampling",
 ]
 
-CURVES = {
-    "loss": "training loss, no data",
-    "stationarity": "relative KKT residual, no data",
-    "duality": "no data",
-    "rho": "no data · 1 where the KKT conditions hold",
-}
-"""The scalars whose curves are drawn, and what is said of them."""
 CURVE_POINTS = 300
+"""Number of points that a curve is drawn with at most."""
 
 
 def figures(
@@ -51,7 +46,7 @@ def figures(
         *batch_law(groups),
         *sampling(sampling_rows),
         *efficiency(groups, prediction),
-        *learning_curves(averages, list(CURVES)),
+        *learning_curves(averages, list(LEARNING_CURVES)),
     ]
     names: dict[str, int] = {}
     for k, one in enumerate(found):
@@ -78,7 +73,9 @@ def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequenc
         of = f" ({page + 1} of {pages})" if pages > 1 else ""
         told = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
         told += [_summary(t, here) for t in present]
-        panels = [Panel(t, CURVES.get(t, "no data"), _curves(t, here)) for t in present]
+        panels = [
+            Panel(t, LEARNING_CURVES[t].note if t in LEARNING_CURVES else "no data", _curves(t, here)) for t in present
+        ]
         name = "learning_curves" if page == 0 else f"learning_curves-{page + 1}"
         found.append(figure(name, f"Learning curves{of}", " ".join(told), panels))
     return found
@@ -104,7 +101,7 @@ def _summary(tag: str, here: Mapping[str, Mapping[str, Average]]) -> str:
 def _curves(tag: str, here: Mapping[str, Mapping[str, Average]]) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         means = [float(v) for one in here.values() if tag in one for v in one[tag].mean]
-        log = tag in ("stationarity", "loss", "duality") and logarithmic(means, 3)
+        log = tag in LEARNING_CURVES and LEARNING_CURVES[tag].logarithmic and logarithmic(means, 3)
         for k, (label, one) in enumerate(here.items()):
             if tag in one:
                 a, every = one[tag], max(1, len(one[tag].steps) // 7)

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import t as student
 
+from hpc_c2g.evaluation.metric_registry import METRICS, USES_REAL_DATA, Measure
 from hpc_c2g.reporting.curves import CONFIDENCE
 from hpc_c2g.reporting.results import NO_POINT
 
@@ -19,46 +20,16 @@ REST = "others"
 NO_FIELDS = {"runs", *NO_POINT, *(f"{name}_sd" for name in NO_POINT)}
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What a figure shows of runs.
-
-    Attributes:
-        name: key in the rows.
-        title: for a reader.
-        source: what it was computed with.
-        best: ``high``, ``low``, or ``one`` where real images have 1.
-    """
-
-    name: str
-    title: str
-    source: str
-    best: str
-
-    @property
-    def aim(self) -> str:
-        """Where it should go."""
-        return {"high": "higher is better", "low": "lower is better", "one": "best near 1"}[self.best]
-
-    @property
-    def note(self) -> str:
-        """Source and aim."""
-        return f"{self.source} · {self.aim}"
-
-
-MEASURES = {
+MEASURES: dict[str, Measure] = {
     m.name: m
     for m in (
-        Measure("oracle_accuracy", "oracle accuracy", "uses real data", "high"),
-        Measure("transfer_accuracy", "transfer accuracy", "uses real data", "high"),
-        Measure("proximity", "proximity", "uses real data", "low"),
-        Measure("coverage", "coverage", "uses real data", "high"),
-        Measure("diversity", "diversity", "uses real data", "one"),
-        Measure("stationarity", "relative KKT residual", "no data", "low"),
+        *METRICS,
+        Measure("stationarity", "relative KKT residual", "low", "no data"),
         # the condition is the classifier's own, on the images that it was fitted to
-        Measure("certificate", "certificate", "uses real data", "low"),
+        Measure("certificate", "certificate", "low", USES_REAL_DATA),
     )
 }
+"""Measures that figures show, by name: the metrics, the residual of the run and the certificate of its classifier."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +155,7 @@ def extremes(measure: Measure, rows: Sequence[tuple[str, Row]]) -> str:
     """The best and the worst of rows with their places, as a sentence."""
     ranked = [(place, row) for place, row in rows if math.isfinite(value(row, measure.name))]
     keys = {"high": lambda v: -v, "low": lambda v: v, "one": lambda v: abs(v - 1)}
-    ranked.sort(key=lambda pair: keys[measure.best](value(pair[1], measure.name)))
+    ranked.sort(key=lambda pair: keys[measure.better](value(pair[1], measure.name)))
     (best, top), (worst, last) = ranked[0], ranked[-1]
     head = f"{measure.title[0].upper()}{measure.title[1:]} ({measure.source}; {measure.aim}): "
     if value(top, measure.name) == value(last, measure.name):

@@ -12,16 +12,14 @@ from typing import Any
 
 from hpc_c2g import markdown
 from hpc_c2g.errors import UserError
+from hpc_c2g.evaluation.metric_registry import COLUMNS, numbers
 from hpc_c2g.files import write_atomically
 from hpc_c2g.reporting import memorization
 from hpc_c2g.reporting.drawing import Figure
-from hpc_c2g.reporting.results import MEASURED, METRICS, OF_CLASSIFIERS, Results, members
+from hpc_c2g.reporting.results import MEASURED, OF_CLASSIFIERS, Results, members
 from hpc_c2g.reporting.tables import cell
 from hpc_c2g.studies.tasks import read_spec
 
-SIMILARITIES = ("ssim_sample_to_train", "ssim_train_to_sample")
-OF_ROWS = ("marginal_distance", "correlation_distance")
-SHOWN = (*METRICS, "ssim_train_to_sample", "ssim_train_to_sample_best10", *OF_ROWS)
 PRIVATE = ("celeba",)
 """Data of which no picture is published."""
 PLACE = re.compile(r"(?<=['\"])/[^'\"]*|(?<![\w.])/[^\s'\",;:)]+")
@@ -32,18 +30,6 @@ PICTURES = {
     "nearest.png": "training images, the best recovered first, below them the nearest samples",
     "landscape.png": "training points over the classifier's margin, ringed where they carry multipliers; generated points beside them",
 }
-
-
-def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one evaluation or baseline as plain numbers, keys as in evaluation.json; of SSIM its mean and its ten best."""
-    found: dict[str, Any] = {}
-    for name in (*METRICS, *SIMILARITIES, *OF_ROWS):
-        value = row.get(name)
-        if isinstance(value, dict):
-            found |= {name: value.get("mean"), f"{name}_best10": value.get("best10")}
-        else:
-            found[name] = value
-    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def content(study: Path, name: str, about: str, found: Results, folders: Mapping[str, str]) -> dict[str, Any]:
@@ -64,18 +50,18 @@ def content(study: Path, name: str, about: str, found: Results, folders: Mapping
         efforts = _efforts(study / folders[rows[0]["id"]])
         for row in rows:
             evaluations = _evaluations(study / folders[row["id"]] / "evaluation.json")
-            own = _mean(map(figures_of, evaluations))
+            own = _mean(map(numbers, evaluations))
             recalled += [_by_multiplier(study, evaluation) for evaluation in evaluations]
             measured = {k: row[k] for k in (*MEASURED, *OF_CLASSIFIERS, "alarms", "steps") if k in row}
             runs.append({"id": row["id"], "seed": row.get("train.seed", row.get("seed")), **measured, **own})
             for evaluation in evaluations:
                 for who, judged in evaluation.get("baselines", {}).items():
-                    baselines.setdefault(who, []).append(figures_of(judged))
-        numbers = [{k: v for k, v in run.items() if isinstance(v, float)} for run in runs]
+                    baselines.setdefault(who, []).append(numbers(judged))
+        values = [{k: v for k, v in run.items() if isinstance(v, float)} for run in runs]
         groups[label] = {
             "runs": runs,
-            "mean": _mean(numbers),
-            "sd": _deviation(numbers),
+            "mean": _mean(values),
+            "sd": _deviation(values),
             "baselines": {who: _mean(rows) for who, rows in baselines.items()},
             "by_multiplier": memorization.mean_parts(recalled) if all(recalled) else [],
             "efforts": {who: steps for who, steps in efforts.items() if who in ("generator", *baselines)},
@@ -134,7 +120,7 @@ def _deviation(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def table(group: Mapping[str, Any]) -> list[str]:
     """The generator above its baselines, in markdown."""
     whole = [group["mean"], *group["baselines"].values()]
-    names = [name for name in SHOWN if any(name in row for row in whole)]
+    names = [name for name in COLUMNS if any(name in row for row in whole)]
     count = len(group["runs"])
     own = [cell(group["mean"].get(n), group["sd"].get(n)) for n in names]
     generator = [f"**generator**, {count} seed{'s' if count > 1 else ''}", *own]

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpc_c2g.evaluation.metric_registry import Measure
 from hpc_c2g.reporting import laws
 from hpc_c2g.reporting.drawing import COLORS, FAINT, Figure, Panel, decades, figure, logarithmic, marks, short, ticks
-from hpc_c2g.reporting.laws import MEASURES, REST, Measure, Row, half_width, there, value
+from hpc_c2g.reporting.laws import MEASURES, REST, Row, half_width, there, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +154,7 @@ def _range(axes: Axes, m: Measure, rows: Sequence[Row], which: str = "y") -> Non
     (low, high), put = (axes.get_ylim(), axes.set_ylim) if which == "y" else (axes.get_xlim(), axes.set_xlim)
     if m.name in ("proximity", "diversity") and low < 1 < high:
         (axes.axhline if which == "y" else axes.axvline)(1, color=FAINT, linestyle=":", linewidth=1.2, zorder=0)
-    if m.best == "low" and m.name != "proximity" and logarithmic(values, 3):
+    if m.better == "low" and m.name != "proximity" and logarithmic(values, 3):
         bars = [value(r, m.name) - half_width(r, m.name) for r in rows]
         least = min([*values, *(b for b in bars if b > min(values) / 2)])
         put(least / 1.15, max([*values, *(value(r, m.name) + half_width(r, m.name) for r in rows)]) * 1.15)

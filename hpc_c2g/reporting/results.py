@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_c2g.evaluation.metric_registry import COLUMNS as METRIC_COLUMNS
+from hpc_c2g.evaluation.metric_registry import numbers
 from hpc_c2g.files import last_line
 from hpc_c2g.studies.reports import load_report
 from hpc_c2g.studies.task_status import TaskStatus
 
-METRICS = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diversity")
-"""With real data."""
 MEASURED = ("stationarity", "alpha", "rho", "samples_per_second")
-"""While training, without data."""
+"""Scalars of the last logged step, computed without data."""
 OF_CLASSIFIERS = ("certificate", "classifier_accuracy")
-MEASURES = (*MEASURED, *METRICS, *OF_CLASSIFIERS)
+MEASURES = (*MEASURED, *METRIC_COLUMNS, *OF_CLASSIFIERS)
 SAMPLED = ("error", "predicted", "quantile", "bound", "residual_bias")
 SEEDS = ("seed", "train.seed", "classifier.seed")
 NO_POINT = (*MEASURES, "id", "steps", "alarms")
@@ -75,7 +75,7 @@ def rows(study: Path, views: Sequence[TaskStatus]) -> tuple[list[Row], list[str]
             row |= _measured(study / view.task.folder)
             judge = judges.get(view.task.folder)
             if judge is not None and judge.state == "done":
-                judged = _evaluation(study / view.task.folder)
+                judged = evaluation_of(study / view.task.folder)
                 row |= judged
                 if not judged:
                     left_out.append(
@@ -174,18 +174,14 @@ def _measured(folder: Path) -> Row:
     return {name: last[name] for name in MEASURED if name in last} | {"steps": last.get("step")} if last else {}
 
 
-def _evaluation(folder: Path) -> Row:
-    """Of one generator's samples; with several classifiers the mean over them."""
+def evaluation_of(folder: Path) -> Row:
+    """Metrics of one generator's samples; with several classifiers the mean over them."""
     content = _load(folder / "evaluation.json")
     if not isinstance(content, dict):
         return {}
-    parts = content.get("classifiers", [content])
-    found = {}
-    for name in METRICS:
-        values = [p[name] for p in parts if isinstance(p.get(name), (int, float))]
-        if values:
-            found[name] = statistics.mean(values)
-    return found
+    parts = [numbers(part) for part in content.get("classifiers", [content])]
+    values = {name: [part[name] for part in parts if name in part] for name in METRIC_COLUMNS}
+    return {name: statistics.mean(own) for name, own in values.items() if own}
 
 
 def members(found: Sequence[Row]) -> dict[str, list[Row]]:

@@ -12,6 +12,9 @@ from hpc_c2g.monitoring.sample_metrics import sample_metrics
 from hpc_c2g.monitoring.signatures import BY_NAME, GRACE, WINDOW, judged, levels
 from hpc_c2g.training.step.sample_stats import SampleStats
 
+LOWERED_LR = 0.5
+"""Factor on all learning rates each time that a signature begins to fire, with ``alarms.policy=lower_lr``."""
+
 
 def sample_scalars(
     sample_stats: Sequence[SampleStats], classes: Sequence[int], prefixes: Sequence[str]
@@ -75,9 +78,7 @@ class FailureMonitor:
             lowered = newly_firing and self.config.policy == "lower_lr"
             scalars = {f"signature/{name}": level for name, level in found.items()}
             scalars |= {f"alarm/{name}": float(name in firing) for name in found}
-            self.state = MonitorState(
-                scalars, firing, newly_firing, before.lr_scale * (self.config.factor if lowered else 1.0)
-            )
+            self.state = MonitorState(scalars, firing, newly_firing, before.lr_scale * (LOWERED_LR if lowered else 1.0))
         return self.state
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hpc_c2g.denormals import flush_denormals
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
+from hpc_c2g.kkt.loss_terms import loss_names
 from hpc_c2g.monitoring.images import grid, save_png, zoom_for
 from hpc_c2g.monitoring.profiler import StepProfiler
 from hpc_c2g.monitoring.run_log import RunLog, due
@@ -170,7 +171,7 @@ def _started(setup: TrainerSetup, checkpoint: Checkpoint | None, boundary: Calla
 
 def _log(config: TrainConfig, resumed: int, setup: TrainerSetup) -> RunLog:
     log = RunLog(Path(config.run_dir), config.log, config.steps, config.global_batch, resumed)
-    log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes)
+    log.log_run_summary(run_summary(setup), hyperparameters(config), config.prefixes, loss_names())
     for advice in setup.advice() if not resumed else ():
         logger.warning(advice)
     return log

@@ -17,14 +17,9 @@ from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig
-from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import FreeImages
-from hpc_c2g.training.config.objective import PriorConfig
 from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine
-from hpc_c2g.training.step.objective import Objective, loss_terms
-from hpc_c2g.training.step.sharding import shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator
 from hpc_c2g.training.step.train_step import TrainStep
 
 IMAGES_PER_CLASS = 20
@@ -52,18 +47,18 @@ def pilot_alphas(
     for number in range(rounds):
         k = number * world.size + world.rank
         bundle = bundles[k] if k < len(bundles) else None
-        pilot = world.raise_on_all_ranks(lambda bundle=bundle: bundle and _Pilot(bundle, config, world.device))  # type: ignore[misc]
+        pilot = world.raise_on_all_ranks(lambda bundle=bundle: bundle and _pilot(bundle, config, world.device))  # type: ignore[misc]
         fault: UserError | None = None
         for step in range(1, config.alpha.pilot_steps + 1):
             boundary()
             if pilot is not None and fault is None:
                 try:
-                    pilot.step(step)
-                except UserError as error:  # told when all ranks can hear it
+                    pilot(step)
+                except UserError as error:  # raised below, on all ranks
                     fault = error
         world.raise_on_all_ranks(lambda fault=fault: _raise(fault))  # type: ignore[misc]
         if pilot is not None:
-            alphas[k] = pilot.step.alpha[0]
+            alphas[k] = pilot.alpha[0]
     world.sum([alphas])
     return [float(alpha) for alpha in alphas]
 
@@ -73,41 +68,27 @@ def _raise(fault: UserError | None) -> None:
         raise fault
 
 
-class _Pilot:
-    """Free images under the run's own objective, in one process."""
-
-    def __init__(self, bundle: Bundle, config: TrainConfig, device: torch.device) -> None:
-        objective = Objective(bundle, config, config.global_batch, device, torch.float32)
-        classes = objective.classes
-        count = IMAGES_PER_CLASS * classes
-        steps = max(1, config.alpha.pilot_steps)
-        pilot = replace(
-            config,
-            steps=steps,
-            global_batch=count,
-            shares=[],
-            micro_batch=None,
-            generator=FreeImagesConfig(),
-            latents=LatentConfig(dimensions=1),
-            stationarity=replace(config.stationarity, weight=1.0),
-            prior=replace(config.prior, repulsion=PriorConfig.repulsion),
-            optimizer=OptimizerConfig(lr=LR, lr_multipliers=LR),
-            deterministic=False,
-        )
-        alone = World.single_process(device)
-        mesh = Mesh.over(alone, 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            images = FreeImages(FreeImagesConfig(), [count], [classes], objective.lower.shape).to(device)
-        terms = loss_terms(pilot, objective.is_image)
-        self.step = TrainStep(
-            pilot,
-            {0: objective.under(pilot, count)},
-            {0: LatentSampler(pilot.latents, classes, count, steps, config.seed)},
-            [classes],
-            MetricAccumulator([list(objective.theta)], [terms], RunningSum(alone), device),
-            AdamEngine(images, pilot.optimizer, RunningSum(alone)),
-            mesh,
-            shard(pilot, [classes], mesh, None),
-            [objective.initial_alpha()],
-        )
+def _pilot(bundle: Bundle, config: TrainConfig, device: torch.device) -> TrainStep:
+    """The training step of free images under the run's own objective, in one process."""
+    classes = len(bundle.classes)
+    count = IMAGES_PER_CLASS * classes
+    pilot = replace(
+        config,
+        classifier="pilot",
+        solutions=1,
+        steps=max(1, config.alpha.pilot_steps),
+        global_batch=count,
+        shares=[],
+        micro_batch=None,
+        generator=FreeImagesConfig(),
+        latents=LatentConfig(dimensions=1),
+        stationarity=replace(config.stationarity, weight=1.0),
+        optimizer=OptimizerConfig(lr=LR, lr_multipliers=LR),
+        deterministic=False,
+    )
+    alone = World.single_process(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        images = FreeImages(FreeImagesConfig(), [count], [classes], bundle.input_shape).to(device)
+    engine = AdamEngine(images, pilot.optimizer, RunningSum(alone))
+    return TrainStep.build(pilot, [bundle], engine, Mesh.over(alone, 1))

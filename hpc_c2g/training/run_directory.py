@@ -30,7 +30,6 @@ FREE_TO_CHANGE = (
     "zero_stage",
     "distributed.groups",
     "distributed.hierarchical",
-    "distributed.bucket_mib",
     "log",
     "profiler",
     "checkpoint",

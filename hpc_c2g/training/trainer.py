@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.reduction import RunningSum, TreeSum
+from hpc_c2g.distributed.reduction import TreeSum
 from hpc_c2g.distributed.world import World
-from hpc_c2g.errors import UserError
-from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.kkt.normalization import couples
@@ -23,9 +19,8 @@ from hpc_c2g.training.cost.capacity import available_bytes, check_classifiers, l
 from hpc_c2g.training.engines.adam_engine import AdamEngine
 from hpc_c2g.training.engines.deepspeed_engine import DeepSpeedEngine
 from hpc_c2g.training.step.bundles import boxes, class_counts
-from hpc_c2g.training.step.objective import Objective, loss_terms
+from hpc_c2g.training.step.objective import check_uncoupled
 from hpc_c2g.training.step.sharding import Sharding, check_coupled, shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator
 from hpc_c2g.training.step.train_step import TrainStep
 
 
@@ -104,18 +99,14 @@ class TrainerSetup:
         sharding = shard(config, class_counts(bundles), mesh, size)
         if any(couples(b.model, config.stationarity.statistics) for b in bundles):
             check_coupled(config, sharding)
-        elif config.prior.statistics:
-            raise UserError(
-                f"prior.statistics={config.prior.statistics} finds no batch statistics"
-                f" (stationarity.statistics={config.stationarity.statistics})",
-                "give prior.statistics=0, or a classifier with BatchNorm and stationarity.statistics=auto",
-            )
+        else:
+            check_uncoupled(config)
         return cls(config, world, bundles, mesh, size, sharding)
 
     def advice(self) -> list[str]:
         """What is worth knowing before the first step: parts of the batch that meet some codes more often than others."""
         config, found = self.config, []
-        if config.latents.scheme != "stratified" or not config.generator.codes or config.generator.name == "free":
+        if not config.generator.codes or config.generator.name == "free":
             return []
         alone = len(self.bundles) == 1
         for k in range(0, len(self.bundles), config.solutions):  # a classifier's solutions have equal parts
@@ -141,32 +132,14 @@ class TrainerSetup:
 
     def build(self, alphas: list[float]) -> Trainer:
         """Everything that trains, each member's alpha at its start."""
-        config, world, mesh = self.config, self.world, self.mesh
-        classes, batches = class_counts(self.bundles), self.sharding.batches
+        config, world = self.config, self.world
         engine: DeepSpeedEngine | AdamEngine
         if config.deterministic:
             gradients = TreeSum(world, len(self.bundles))
             engine = AdamEngine(self.generator().to(world.device), config.optimizer, gradients)
         else:
             engine = DeepSpeedEngine(self.generator(), config, self.sharding.micro_batch_count, world)
-        samplers = {
-            k: LatentSampler(config.latents, classes[k], batches[k], config.steps, config.seed, k)
-            for k in mesh.local_members
-        }
-        objectives = world.raise_on_all_ranks(
-            lambda: {
-                k: Objective(self.bundles[k], config, batches[k], world.device, torch.float32)
-                for k in mesh.local_members
-            }
-        )
-        accumulator = MetricAccumulator(
-            [list(b.parameters) for b in self.bundles],
-            [loss_terms(config, len(b.input_shape) == 3) for b in self.bundles],
-            TreeSum(world, len(self.bundles)) if config.deterministic else RunningSum(world),
-            world.device,
-            config.prefixes,
-        )
-        step = TrainStep(config, objectives, samplers, classes, accumulator, engine, mesh, self.sharding, alphas)
+        step = TrainStep.build(config, self.bundles, engine, self.mesh, alphas, micro_batch=self.micro_batch)
         # on the CPU: the device may hold no second generator
         preview_generator = TrainedGenerator.of(
             self.bundles, config.solutions, self.generator(), config.latents.dimensions

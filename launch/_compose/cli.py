@@ -1,10 +1,11 @@
-"""What every verb shares: Hydra composition into a typed configuration, and one clear line for a user's mistake."""
+"""Composition of a command line into a typed configuration, and one-line errors; shared by all verbs."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -19,12 +20,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 import hpc_c2g
 from hpc_c2g.errors import UserError
+from hpc_c2g.renamed import refuse_old_name, refuse_old_value
 from hpc_c2g.training.preemption import EXIT_PREEMPTED, Preempted
-from launch._compose.arguments import INFORMATION, home_expanded, split_flags
+from launch._compose.arguments import INFORMATION, home_expanded, quoted, split_flags
 
 T = TypeVar("T")
 EXIT_USER_ERROR = 2
@@ -79,7 +81,7 @@ def run_verb(
 
 @contextlib.contextmanager
 def user_errors(verb: str) -> Iterator[None]:
-    """Within, a user's mistake ends the process with one line, and a signal that was heeded with a code of its own."""
+    """Context in which a user's mistake or a signal ends the process with one line and an exit code of its own."""
     try:
         yield
     except UserError as error:
@@ -111,7 +113,12 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     Raises:
         UserError: a mandatory value is missing, or a check failed.
     """
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    except InterpolationResolutionError as error:
+        raise UserError(
+            f"{error.full_key} cannot be read: {str(error).splitlines()[0]}", "write a $ that is text as \\$ in quotes"
+        ) from error
     if missing:
         raise UserError(f"{missing[0]} is not given", f"add {missing[0]}=VALUE to the command line")
     try:
@@ -146,20 +153,30 @@ def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
     for group in sorted({name.partition(".")[0] for name in chosen if "." in name} - chosen):
         if group in optional and (config_folder() / group).is_dir():
             raise UserError(f"a field of {group} is set, but no {group} is chosen", f"add {group}=NAME")
+    for override in overrides:
+        refuse_old_value(*override.partition("=")[::2])
     try:
         return composed(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         known = list(keys(OmegaConf.to_container(composed(verb, []))))
+        for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
+            if key not in known:
+                refuse_old_name(key, value)
         raise readable(error, known) from error
 
 
 def readable(error: Exception, known: list[str]) -> UserError:
-    """Hydra's several lines as one that says how to mend it."""
+    """An error of Hydra or OmegaConf as one line that names the fix."""
     if isinstance(error, OverrideParseException):
-        return UserError(f"{error.override!r} cannot be read", "write field=value, a list as 'field=[1,2]' in quotes")
+        field, _, value = str(error.override).partition("=")
+        text_of = f", or as text {shlex.quote(f'{field}={quoted(value)}')}" if value and value[0] not in "[{" else ""
+        return UserError(
+            f"{error.override!r} cannot be read", f"write field=value, a list as 'field=[1,2]' in quotes{text_of}"
+        )
     text = f"{error}\n{error.__cause__ or ''}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and "append" in text:
+        refuse_old_name(unknown[1])
         close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help for what can be set"
         return UserError(f"there is no setting {unknown[1]!r}", hint)

@@ -12,23 +12,19 @@ from torch.nn.utils import get_total_norm
 from hpc_c2g.classifiers.bundle import Bundle, build_model
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
-from hpc_c2g.generators.latents import LatentSampler
-from hpc_c2g.generators.networks import build_generator
+from hpc_c2g.generators.networks import OUTPUT_SCALE, build_generator
 from hpc_c2g.training.config.objective import DualityConfig, GateConfig, PriorConfig, StationarityConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.step.bundles import boxes, class_counts
-from hpc_c2g.training.step.objective import Objective, loss_terms
-from hpc_c2g.training.step.sharding import shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator
+from hpc_c2g.training.step.sharding import batch_shares
 from hpc_c2g.training.step.train_step import TrainStep
 
 BATCH, ALPHA0 = 12, 0.5
 GENERATORS = {
-    "codes": MLPGeneratorConfig(codes=2, embedding=5, widths=[9], output_scale=4.0),
-    "no codes": MLPGeneratorConfig(codes=0, embedding=5, widths=[9], multiplier_widths=[7], output_scale=4.0),
+    "codes": MLPGeneratorConfig(codes=2, embedding=5, widths=[9]),
+    "no codes": MLPGeneratorConfig(codes=0, embedding=5, widths=[9]),
     "free": FreeImagesConfig(name="free", start=0.1),
 }
 
@@ -112,10 +108,10 @@ def config(micro_batch: int | None = None, generator: str = "codes", **changes) 
         global_batch=BATCH,
         micro_batch=micro_batch,
         generator=GENERATORS[generator],
-        latents=LatentConfig(dimensions=3, bank_fraction=0.2),
+        latents=LatentConfig(dimensions=3),
         stationarity=StationarityConfig(weight=1.3),
         duality=DualityConfig(feasibility=0.3, slackness=0.2),
-        prior=PriorConfig(box=1.5, total_variation=0.1, mean=0.3, deviation=0.2, repulsion=0.4, repulsion_references=7),
+        prior=PriorConfig(box=1.5, total_variation=0.1, mean=0.3, deviation=0.2),
         gates=GateConfig(0.5, 0.1),
     )
     return dataclasses.replace(everything, **changes)
@@ -124,30 +120,23 @@ def config(micro_batch: int | None = None, generator: str = "codes", **changes) 
 def trainer(bundles: Sequence[Bundle], settings: TrainConfig, world: World | None = None, **engine) -> TrainStep:
     """A step in float64 over ``world``, with a generator away from its start, where all multipliers are alike."""
     world = world or World.single_process(torch.device("cpu"))
+    if len(bundles) > 1:
+        settings = dataclasses.replace(settings, classifier=[f"classifier {k}" for k in range(len(bundles))])
     classes = class_counts(bundles)
     mesh = Mesh.over(world, len(bundles), settings.distributed.groups, settings.distributed.hierarchical)
-    sharding = shard(settings, classes, mesh, settings.micro_batch)
-    lower, upper = boxes(bundles)
-    dimensions = settings.latents.dimensions
-    module = build_generator(settings.generator, dimensions, classes, sharding.batches, lower, upper, settings.seed)
+    batches, dimensions = batch_shares(settings, classes), settings.latents.dimensions
+    module = build_generator(settings.generator, dimensions, classes, batches, *boxes(bundles), settings.seed)
     if not isinstance(settings.generator, FreeImagesConfig):
         with torch.no_grad():
+            module.image[0][-1].weight.mul_(4.0 / OUTPUT_SCALE)
             module.multiplier.apply(lambda m: m.weight.add_(0.3) if isinstance(m, nn.Embedding) else None)
-    objectives = {
-        k: Objective(bundles[k], settings, sharding.batches[k], world.device, torch.float64) for k in mesh.local_members
-    }
-    samplers = {
-        k: LatentSampler(settings.latents, classes[k], sharding.batches[k], settings.steps, settings.seed, k)
-        for k in mesh.local_members
-    }
-    accumulator = MetricAccumulator(
-        [list(b.parameters) for b in bundles],
-        [loss_terms(settings, True) for _ in bundles],
-        RunningSum(world),
-        world.device,
-        [f"classifier{k}/" for k in range(len(bundles))] if len(bundles) > 1 else [""],
-    )
-    plain = PlainEngine(module, world, **engine)
-    return TrainStep(
-        settings, objectives, samplers, classes, accumulator, plain, mesh, sharding, [ALPHA0] * len(bundles)
+    alpha0 = [ALPHA0] * len(bundles)
+    return TrainStep.build(
+        settings,
+        bundles,
+        PlainEngine(module, world, **engine),
+        mesh,
+        alpha0,
+        micro_batch=settings.micro_batch,
+        dtype=torch.float64,
     )

@@ -1,4 +1,4 @@
-"""Laws of the doctor on a real Slurm: a healthy cluster has no fault, and each fault is one line with its mend."""
+"""Laws of the doctor on a real Slurm: a healthy cluster has no error, and each fault is one line with its hint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slurm
 
 
 def findings(study: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
-    """Exit code and findings of ``c2g doctor``."""
+    """Exit code and results of ``c2g doctor``."""
     command = [sys.executable, "-m", "launch", "doctor", f"study_dir={study}", "cluster=local_slurm", "--json"]
     root = Path(__file__).parents[2]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200, cwd=root)
@@ -27,7 +27,7 @@ def findings(study: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
 
 
 def errors(study: Path, *arguments: str) -> list[str]:
-    """Its errors, each with its mend."""
+    """Errors of ``c2g doctor``, each with its hint."""
     _, found = findings(study, *arguments)
     wrong = [f for f in found if f["status"] == "error"]
     assert all(f["hint"] for f in wrong)
@@ -51,11 +51,11 @@ def test_a_healthy_cluster_has_no_fault(cluster, tmp_path):
     code, found = findings(tmp_path / "study", "--job", "nodes=2")
     assert code == 0
     assert {f["status"] for f in found} <= {"ok", "warning"}
-    told = " ".join(f["message"] for f in found if f["status"] == "ok")
-    for word in ("is UP", "partition main is up", "sbatch takes the script", "2 ranks met and added up right"):
-        assert word in told
+    text = " ".join(f["message"] for f in found if f["status"] == "ok")
+    for word in ("is UP", "partition main is up", "sbatch accepts the script", "all-reduce of 2 ranks is right"):
+        assert word in text
     nodes = 2 if cluster.namespaces else 1  # by their names
-    assert f"{nodes} nodes read and write" in told
+    assert f"{nodes} nodes read and write" in text
     assert not cluster.run("squeue", "-h", "--states=PD,R").strip()
     assert not (tmp_path / "study").exists()
 
@@ -89,7 +89,7 @@ def test_a_folder_that_a_node_does_not_share_is_one_line(cluster, tmp_path, node
     assert f"profile.exclude={name}" in line
 
 
-def test_a_job_that_waits_for_nodes_says_so_and_is_cancelled(cluster, tmp_path):
+def test_a_job_that_waits_for_nodes_is_reported_and_cancelled(cluster, tmp_path):
     cluster.script("node.sh", "down", *cluster.nodes())
     before, waits = errors(tmp_path, "--job", "wait=3")
     assert "are in service" in before

@@ -11,7 +11,14 @@ from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, LatentConfig,
 from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
 from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.settings import from_plain
-from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, GateConfig, PriorConfig, StationarityConfig
+from hpc_c2g.training.config.objective import (
+    AlphaConfig,
+    DualityConfig,
+    GateConfig,
+    LossWeights,
+    PriorConfig,
+    StationarityConfig,
+)
 
 COMM_DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("float32", "bfloat16")
@@ -20,26 +27,21 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass
 class OptimizerConfig:
-    """Adam with linear warm-up and a cosine to ``final_fraction`` of the rate.
+    """Adam, its learning rates with a cosine schedule.
 
     Attributes:
-        lr: of the decoder.
-        lr_codes: of the codes.
-        lr_multipliers: of the multipliers.
-        lr_canvases: of the canvases; faster ones cover more where alpha stays on the high side, and pull it down where it does not.
-        betas: Adam's.
-        warmup_fraction: of the steps.
-        final_fraction: of the rates, at the last step.
-        gradient_clipping: largest norm of the whole gradient; 0 for none.
+        lr: Learning rate of the decoder.
+        lr_codes: Learning rate of the codes.
+        lr_multipliers: Learning rate of the multipliers.
+        lr_canvases: Learning rate of the canvases. A higher one covers more where alpha stays on the high side, and pulls it down
+            where it does not.
+        max_grad_norm: Largest norm of the whole gradient; 0 for no clipping.
     """
 
     lr: float = 1e-3
     lr_codes: float = 0.02
     lr_multipliers: float = 0.01
     lr_canvases: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_fraction: float = 0.0
-    final_fraction: float = 0.05
     max_grad_norm: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,15 +50,6 @@ class OptimizerConfig:
             require(
                 0 < getattr(self, name) <= 1e30, f"optimizer.{name}", getattr(self, name), "give a rate in (0, 1e30]"
             )
-        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        require(two, "optimizer.betas", self.betas, "give two numbers in [0, 1)")
-        self.betas = (self.betas[0], self.betas[1])  # OmegaConf brings a list
-        require(
-            0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "give a share in [0, 1)"
-        )
-        require(
-            0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "give a share in [0, 1]"
-        )
         require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "give 0 for none")
 
 
@@ -77,16 +70,15 @@ class DistributedConfig:
     """How several processes share the work; none of it changes the result beyond rounding, ``comm_dtype: bfloat16`` excepted.
 
     Attributes:
-        groups: of processes, each with its own part of the classifiers and solutions; None takes as many as divide both.
-        hierarchical: G is summed inside each node first, then across nodes.
-        wire: what G travels as, ``float32`` or ``bfloat16`` (half the bytes, its rounding errors fed back).
-        bucket_mib: a bucket of G leaves when it holds as much, while the backward goes on.
+        groups: Number of groups of processes, each with its own part of the classifiers and solutions; null takes as many as divide
+            both.
+        hierarchical: Sum G inside each node first, then across nodes.
+        comm_dtype: Data type of G in collectives, ``float32`` or ``bfloat16`` (half the bytes, with error feedback).
     """
 
     groups: int | None = None
     hierarchical: bool = False
     comm_dtype: str = "float32"
-    bucket_mib: float = 4.0
 
     def __post_init__(self) -> None:
         require(self.groups is None or self.groups >= 1, "distributed.groups", self.groups, "give >= 1, or null")
@@ -96,7 +88,6 @@ class DistributedConfig:
             self.comm_dtype,
             f"choose {' or '.join(COMM_DTYPES)}",
         )
-        require(self.bucket_mib > 0, "distributed.bucket_mib", self.bucket_mib, "give a size > 0")
 
 
 @dataclass
@@ -145,10 +136,10 @@ class TrainConfig:
     generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
     stationarity: StationarityConfig = field(default_factory=StationarityConfig)
-    duality: DualityConfig = field(default_factory=DualityConfig)
+    duality: LossWeights = field(default_factory=DualityConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     gates: GateConfig = field(default_factory=GateConfig)
-    prior: PriorConfig = field(default_factory=PriorConfig)
+    prior: LossWeights = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from hpc_c2g.classifiers.bundle import Bundle
+from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, RunningSum
 from hpc_c2g.distributed.world import World
@@ -31,9 +32,8 @@ from hpc_c2g.training.config.train import DistributedConfig, OptimizerConfig, Tr
 from hpc_c2g.training.cost.op_counter import Op, OpCost, OpCounter
 from hpc_c2g.training.engines.adam_engine import build_optimizer
 from hpc_c2g.training.step.bundles import boxes, class_counts
-from hpc_c2g.training.step.objective import Objective, loss_terms
-from hpc_c2g.training.step.sharding import batch_shares, shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator
+from hpc_c2g.training.step.objective import Objective
+from hpc_c2g.training.step.sharding import batch_shares
 from hpc_c2g.training.step.train_step import TrainStep
 
 META = torch.device("meta")
@@ -78,8 +78,7 @@ class MicroBatchCost:
 class DryRun:
     """A run's classifier and generator on the meta device, ready to be costed at any micro-batch.
 
-    The repulsion prior is left out (its size depends on the labels' values), products are counted in float32, everything else as
-    configured.
+    Products are counted in float32, everything else as configured.
 
     Args:
         bundle: the classifier.
@@ -87,8 +86,9 @@ class DryRun:
     """
 
     def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
+        self.bundle = bundle
         self.config = replace(
-            config, prior=replace(config.prior, repulsion=0.0), deterministic=False, matmul_precision="float32"
+            config, classifier="dry run", solutions=1, shares=[], deterministic=False, matmul_precision="float32"
         )
         with OpCounter():
             self.objective = Objective(bundle, self.config, config.global_batch, META, torch.float32)
@@ -113,31 +113,30 @@ class DryRun:
 
     def _trace(self, samples: int, micro_batches: int, keeps_last: bool = True) -> CostTracer:
         count = samples * micro_batches
-        config = replace(self.config, global_batch=count, micro_batch=samples, shares=[])
-        config = replace(config, distributed=DistributedConfig())
+        config = replace(self.config, global_batch=count, micro_batch=samples, distributed=DistributedConfig())
         meter = OpCounter()
         run = CostTracer(meter, self.build(), config.optimizer, config.zero_stage == 3)
-        classes, mesh = [self.objective.classes], Mesh.over(World.single_process(META), 1)
-        names = list(self.objective.theta)
-        accumulator = MetricAccumulator([names], [loss_terms(config, self.objective.is_image)], _Sum(run), META)
+        mesh = Mesh.over(World.single_process(META), 1)
+
+        def marked_sum(config: TrainConfig, mesh: Mesh, objective: Objective, comm_stream: CommStream) -> ResidualSum:
+            return _MarkedSum(run, objective, mesh, comm_stream)
+
         with meter:
             run.optimizer.step()  # Adam makes its moments in its first step
             run.clear()
-            step = TrainStep(
+            step = TrainStep.build(
                 config,
-                {0: self.objective.under(config, count)},
-                {0: _Latents(config.latents.dimensions)},  # type: ignore[dict-item]
-                classes,
-                accumulator,
+                [self.bundle],
                 run,
                 mesh,
-                shard(config, classes, mesh, samples),
                 [0.0],
+                micro_batch=samples,
+                objectives={0: self.objective.under(config, count)},
+                sampler=lambda _: _Latents(config.latents.dimensions),
+                residual_sum=marked_sum,
+                scalar_sum=lambda *_: _Sum(run),
+                keep_last_graph=keeps_last,
             )
-            G = _MarkedSum(self.objective.theta, mesh, step.comm_stream, "float32", 2**62)
-            G.run = run
-            step.keeps_last = step.keeps_last and keeps_last
-            step.shares = [replace(step.shares[0], G=G)]
             step(1)
             run.mark()
         return run
@@ -164,11 +163,6 @@ class DryRun:
         residual = two.phases[0] + two.phases[1] - (first + second) * 2
         saved = two.phases[0] + two.phases[1] - (real.phases[0] + real.phases[1])
         return MicroBatchCost(first=first, second=second, saved=saved, residual=residual, **sizes)  # type: ignore[arg-type]
-
-
-def micro_batch_cost(bundle: Bundle, config: TrainConfig, samples: int, one_pass: bool = False) -> MicroBatchCost:
-    """``DryRun(bundle, config).cost(samples, one_pass)``."""
-    return DryRun(bundle, config).cost(samples, one_pass)
 
 
 def largest_micro_batch(working_bytes: Callable[[int], float], available_bytes: float, limit: int) -> int:
@@ -261,7 +255,9 @@ class CostTracer:
 class _MarkedSum(ResidualSum):
     """The residual's sum over ranks ends the first phase; it is not sent."""
 
-    run: CostTracer
+    def __init__(self, run: CostTracer, objective: Objective, mesh: Mesh, comm_stream: CommStream) -> None:
+        super().__init__(objective.theta, mesh, comm_stream, "float32", 2**62)
+        self.run = run
 
     def total(self) -> dict[str, Tensor]:
         """The sum over micro-batches."""

@@ -13,6 +13,8 @@ from hpc_c2g.training.config.train import OptimizerConfig
 from hpc_c2g.training.engines.engine_state import EngineState, Layout, buffers_of
 from hpc_c2g.training.engines.zero_state import whole_layout
 
+BETAS = (0.9, 0.99)
+
 
 def build_optimizer(module: Generator | FreeImages, config: OptimizerConfig) -> torch.optim.Adam:
     """Adam with a learning rate per group of the generator's parameters."""
@@ -23,7 +25,7 @@ def build_optimizer(module: Generator | FreeImages, config: OptimizerConfig) -> 
         "canvases": config.lr_canvases,
     }
     groups = [{"params": params, "lr": rates[name]} for name, params in module.parameter_groups().items()]
-    return torch.optim.Adam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    return torch.optim.Adam(groups, lr=config.lr, betas=BETAS)
 
 
 class OptimizedModule:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,25 @@ from torch import Tensor
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.classifiers.rates import find_rates, verify_rates
 from hpc_c2g.errors import UserError
-from hpc_c2g.kkt import alpha_control, directional, duality, priors, stationarity
+from hpc_c2g.kkt import alpha_control, loss_terms, options, stationarity
+from hpc_c2g.kkt.backends import Autograd, ClosedForm, KKTBackend
 from hpc_c2g.kkt.closed_form import Layer, MLPClosedForm, closed_form_layers
 from hpc_c2g.kkt.coupled import CoupledSum, MicroBatch, PartialStats
 from hpc_c2g.kkt.gates import GatedClassifier
-from hpc_c2g.kkt.normalization import BatchStatistics, Reduction, couples, refuse_functional_batch_norm
+from hpc_c2g.kkt.loss_terms import BATCH_STATISTICS, IMAGE, INPUT_MOMENTS, LossInputs, LossTerm
+from hpc_c2g.kkt.normalization import (
+    BatchStatistics,
+    Moments,
+    Reduction,
+    couples,
+    no_reduction,
+    refuse_functional_batch_norm,
+)
 from hpc_c2g.training.config.train import TrainConfig
 
 RATE_TOLERANCE = 1e-6
+WEIGHTING = "scale_free"
+"""Weights of the tensors' residuals; see ``residual_weights``."""
 
 
 def verified_rates(bundle: Bundle) -> dict[str, float]:
@@ -39,16 +50,37 @@ def verified_rates(bundle: Bundle) -> dict[str, float]:
     return rates.parameters
 
 
-def loss_terms(config: TrainConfig, is_image: bool) -> list[str]:
-    """Names of what ``Objective.sample_losses`` returns, in its order."""
-    optional = {
-        "slackness": config.duality.slackness,
-        "total_variation": config.prior.total_variation and is_image,
-        "statistics": config.prior.statistics,
-        "standard": config.prior.mean + config.prior.deviation,
-        "repulsion": config.prior.repulsion,
-    }
-    return ["feasibility", "box", *(name for name, there in optional.items() if there)]
+def weights_of(term: LossTerm, config: TrainConfig) -> list[float]:
+    """Value of each of a term's weights."""
+    return [operator.attrgetter(weight.setting)(config) for weight in term.weight]
+
+
+def active_terms(config: TrainConfig, bundle: Bundle) -> list[LossTerm]:
+    """Terms of ``LOSS_TERMS`` that apply to a classifier and have a weight."""
+    there = {INPUT_MOMENTS}
+    if len(bundle.input_shape) == 3:
+        there.add(IMAGE)
+    if couples(bundle.model, config.stationarity.statistics):
+        there.add(BATCH_STATISTICS)
+    return [
+        term for term in loss_terms.LOSS_TERMS if term.needs <= there and (term.always or any(weights_of(term, config)))
+    ]
+
+
+def check_uncoupled(config: TrainConfig) -> None:
+    """Refuse the weight of a term that needs batch statistics, where no classifier of a run has them.
+
+    Raises:
+        UserError: such a weight.
+    """
+    for term in loss_terms.LOSS_TERMS:
+        for weight, value in zip(term.weight, weights_of(term, config), strict=True):
+            if BATCH_STATISTICS in term.needs and value:
+                raise UserError(
+                    f"{weight.setting}={value} finds no batch statistics"
+                    f" (stationarity.statistics={config.stationarity.statistics})",
+                    f"give {weight.setting}=0, or a classifier with BatchNorm and stationarity.statistics=auto",
+                )
 
 
 def kkt_backend_name(bundle: Bundle, config: TrainConfig) -> str:
@@ -65,6 +97,16 @@ def _links(phi: GatedClassifier, bundle: Bundle, config: TrainConfig) -> tuple[L
     links = closed_form_layers(phi) if wanted else None
     # a weight that the bundle knows by another name, which forward does not use
     return links if links and all(n in bundle.parameters for k in links for n in (k.weight, k.bias) if n) else None
+
+
+def _classifier_settings(config: TrainConfig) -> dict[str, object]:
+    """Settings that the frozen classifier of an ``Objective`` is computed from, by name."""
+    return {
+        "seed": config.seed,
+        "kkt_backend": config.kkt_backend,
+        "matmul_precision": config.matmul_precision,
+        "stationarity.statistics": config.stationarity.statistics,
+    }
 
 
 @dataclass(frozen=True)
@@ -98,10 +140,10 @@ class Objective:
     def __init__(
         self, bundle: Bundle, config: TrainConfig, batch: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.config, self.batch = config, batch
+        self.config, self.batch, self.fixed = config, batch, _classifier_settings(config)
         self.classes = len(bundle.classes)
         self.rates = verified_rates(bundle)
-        self.left_side = stationarity.left_side(self.rates, config.stationarity.left_side)
+        self.left_side = stationarity.left_side(self.rates, options.AUTO)
         self.phi = GatedClassifier(bundle.model).to(device, dtype)
         refuse_functional_batch_norm(self.phi.graph.graph, config.stationarity.statistics)
         self.coupled = couples(bundle.model, config.stationarity.statistics)
@@ -112,7 +154,7 @@ class Objective:
         # the probes' own statistics: behind a BatchNorm the scale is then that of any batch
         own = BatchStatistics() if self.coupled else None
         self.gate_scales = self.phi.pre_activation_scales(self.theta, self._probes(1024), own)
-        self.is_image = len(bundle.input_shape) == 3
+        self.bundle, self.terms = bundle, active_terms(config, bundle)
 
     def _chain(self, links: tuple[Layer, ...] | None) -> MLPClosedForm | None:
         """The closed form, or the refusal of a precision that needs it."""
@@ -127,9 +169,16 @@ class Objective:
         return MLPClosedForm(links, self.theta, self.config.matmul_precision) if links else None
 
     def under(self, config: TrainConfig, batch: int) -> Objective:
-        """The same classifier under other settings (batch, weights of the terms)."""
+        """The same classifier with another batch, and other weights and schedules of the terms.
+
+        Raises:
+            ValueError: a setting differs that the classifier's rates, gates or backend were computed from.
+        """
+        changed = [name for name, value in _classifier_settings(config).items() if value != self.fixed[name]]
+        if changed:
+            raise ValueError(f"the objective was built with another {', '.join(changed)}: build a new one")
         other = copy.copy(self)
-        other.config, other.batch = config, batch
+        other.config, other.batch, other.terms = config, batch, active_terms(config, self.bundle)
         return other
 
     def _probes(self, count: int) -> Tensor:
@@ -171,28 +220,27 @@ class Objective:
         """S = <Lambda theta(a), c theta(a)>."""
         return stationarity.multiplier_scale(self.squares, self.rates, self.left_side, alpha)
 
-    def kkt_sum(
+    def kkt_backend(
         self,
         gamma: float,
-        x: Tensor,
-        labels: Tensor,
-        multipliers: Tensor,
-        keep_graph: bool,
-        on_ready: Callable[[str, Tensor], None] | None = None,
-        statistics: BatchStatistics | CoupledSum | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margins and G of one micro-batch; see ``stationarity.kkt_sum``, and ``CoupledSum`` for one of several that are coupled."""
-        if isinstance(statistics, CoupledSum):
-            return statistics.kkt_sum(x, labels, multipliers)
-        if self.chain is not None:
-            return self.chain.kkt_sum(self.widths(gamma), x, labels, multipliers, keep_graph, on_ready)
-        phi = self.at_gates(gamma, statistics)
-        return stationarity.kkt_sum(phi, self.theta, x, labels, multipliers, keep_graph, on_ready)
+        micro_batches: Callable[[], Iterator[MicroBatch]] | None = None,
+        reduce: Reduction = no_reduction,
+    ) -> KKTBackend:
+        """How the KKT sums of one batch are computed, with gates of width gamma s.
 
-    def coupled_sum(
-        self, gamma: float, micro_batches: Callable[[], Iterator[MicroBatch]], reduce: Reduction
-    ) -> CoupledSum:
-        """The KKT sum over micro-batches that batch statistics couple; collective."""
+        Args:
+            gamma: Relative gate width.
+            micro_batches: Yields the micro-batches of a batch that batch statistics couple; None where it is held at once. Unused
+                where samples are not coupled.
+            reduce: Sums batch statistics over ranks; with ``micro_batches`` this call is then collective.
+        """
+        if self.chain is not None:
+            return ClosedForm(self.chain, self.widths(gamma))
+        if not self.coupled:
+            return Autograd(self.at_gates(gamma), self.theta)
+        if micro_batches is None:
+            statistics = BatchStatistics(reduce)
+            return Autograd(self.at_gates(gamma, statistics), self.theta, statistics)
         widths = self.widths(gamma)
 
         def phi(theta: Mapping[str, Tensor], x: Tensor, given: PartialStats) -> Tensor:
@@ -200,26 +248,9 @@ class Objective:
 
         return CoupledSum(phi, self.theta, micro_batches, reduce)
 
-    def directional_sum(
-        self,
-        gamma: float,
-        residual: Residual,
-        x: Tensor,
-        labels: Tensor,
-        multipliers: Tensor,
-        statistics: CoupledSum | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Margins and <v, G> of one micro-batch; see ``directional.directional_sum``, and ``CoupledSum`` for a coupled one."""
-        if statistics is not None:
-            return statistics.directional_sum(x, labels, multipliers)
-        if self.chain is not None:
-            return self.chain.directional_sum(self.widths(gamma), residual.direction, x, labels, multipliers)
-        return directional.directional_sum(self.at_gates(gamma), self.theta, residual.direction, x, labels, multipliers)
-
     def weights(self, alpha: float, own_scale: float = 1.0) -> dict[str, float]:
-        """L_stat's weight of each tensor's residual, by the run's ``stationarity.weighting``."""
-        weighting = self.config.stationarity.weighting
-        return stationarity.residual_weights(self.squares, self.rates, self.left_side, alpha, weighting, own_scale)
+        """L_stat's weight of each tensor's residual; ``own_scale`` as ``residual_weights`` takes it."""
+        return stationarity.residual_weights(self.squares, self.rates, self.left_side, alpha, WEIGHTING, own_scale)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float, own_scale: float = 1.0) -> Residual:
         """L_stat's terms and direction from the *global* G; ``own_scale`` as ``residual_weights`` takes it."""
@@ -235,43 +266,11 @@ class Objective:
         x: Tensor,
         labels: Tensor,
         alpha: float,
-        reference: tuple[Tensor, Tensor] | None,
-        statistics: BatchStatistics | CoupledSum | None = None,
-        moments: Tensor | None = None,
+        layer_moments: Sequence[Moments] = (),
+        input_moments: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms that are plain sums over samples: duality and priors, divided by the batch.
-
-        Args:
-            margins: ``[b, C]``.
-            multipliers: ``[b, C]``.
-            x: ``[b, *S]``.
-            labels: ``[b]``.
-            alpha: the scale.
-            reference: samples and labels that repel, None without repulsion.
-            statistics: of the KKT sum that gave the margins, None where they are frozen.
-            moments: E x and E x^2 over the whole batch ``[2, *S]``, None where no prior asks for them.
-        """
-        config, batch = self.config, self.batch
-        terms = {  # in the order of ``loss_terms``
-            "feasibility": config.duality.feasibility * duality.feasibility(margins, labels, alpha, batch),
-            "box": config.prior.box * priors.box_excess(x, self.lower, self.upper, batch),
-        }
-        if config.duality.slackness:
-            S = self.multiplier_scale(alpha)
-            terms["slackness"] = config.duality.slackness * duality.slackness(margins, multipliers, alpha, S)
-        if config.prior.total_variation and self.is_image:
-            terms["total_variation"] = config.prior.total_variation * priors.total_variation(x, batch)
-        if config.prior.statistics and statistics is not None:  # known to every rank, each counts its part
-            distance = priors.statistics_distance(statistics.moments)
-            terms["statistics"] = config.prior.statistics * distance * (len(x) / batch)
-        if moments is not None:
-            own = torch.stack([x.sum(0), x.square().sum(0)]) / batch
-            distance_of = functools.partial(
-                priors.standard_distance, mean_weight=config.prior.mean, deviation_weight=config.prior.deviation
-            )
-            terms["standard"] = priors.share_of(distance_of, moments, own, len(x) / batch)
-        if reference is not None:
-            terms["repulsion"] = config.prior.repulsion * priors.repulsion(
-                x, labels, *reference, config.prior.repulsion_width, batch
-            )
-        return terms
+        """Weighted losses of one micro-batch by the name of their term; arguments as the attributes of ``LossInputs``."""
+        scale = self.multiplier_scale(alpha)
+        box = (self.lower, self.upper)
+        s = LossInputs(margins, multipliers, x, labels, alpha, scale, self.batch, *box, layer_moments, input_moments)
+        return {term.name: term.function(s, *weights_of(term, self.config)) for term in self.terms}

@@ -11,9 +11,9 @@ from torch.profiler import record_function
 from hpc_c2g.distributed.world import World
 
 PHASES = ("kkt_sum", "all_reduce", "cotangents", "optimizer", "log", "checkpoint")
-"""Pass 1; what is waited for G and the scalars; pass 2 with the generator's backward and its sum; the update; writing."""
+"""First pass; waiting for G and for the sum of the scalars; second pass with the generator's backward and its all-reduce; update; writing."""
 OWN = ("kkt_sum", "cotangents", "optimizer")
-"""Phases in which a rank works by itself: in a collective a fast rank only waits for a slow one."""
+"""Phases without waiting: in a collective a fast rank only waits for a slow one."""
 
 
 class Phases:
@@ -75,13 +75,13 @@ class Phases:
 
 
 def shares(seconds: dict[str, float], world: World) -> dict[str, float]:
-    """Each phase's share of the time, the mean over ranks, and with several ranks the one that works longest; collective."""
+    """Share of each phase in the time of all ranks and, with several ranks, the rank that works longest; collective."""
     own = torch.tensor([[seconds[phase] for phase in PHASES]], dtype=torch.float64, device=world.device)
     table = world.gather(own).cpu()
     total = max(float(table.sum()), 1e-9)
-    told = {f"time/{phase}": float(part) / total for phase, part in zip(PHASES, table.sum(0), strict=True)}
+    scalars = {f"time/{phase}": float(part) / total for phase, part in zip(PHASES, table.sum(0), strict=True)}
     if world.size > 1:
         work = table[:, [PHASES.index(phase) for phase in OWN]].sum(1)
-        told["time/slowest_rank"] = float(work.argmax())
-        told["time/slowest_over_mean"] = float(work.max() / work.mean().clamp_min(1e-9))
-    return told
+        scalars["time/slowest_rank"] = float(work.argmax())
+        scalars["time/slowest_over_mean"] = float(work.max() / work.mean().clamp_min(1e-9))
+    return scalars

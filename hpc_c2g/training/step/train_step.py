@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
-from hpc_c2g.distributed.reduction import ResidualSum, RunningSum, TreeSum
+from hpc_c2g.distributed.reduction import ResidualSum, RunningSum, Summation, TreeSum
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import alpha_control, duality
-from hpc_c2g.kkt.coupled import CoupledSum, MicroBatch
-from hpc_c2g.kkt.normalization import BatchStatistics
+from hpc_c2g.kkt.backends import KKTBackend
+from hpc_c2g.kkt.coupled import MicroBatch
+from hpc_c2g.kkt.loss_terms import INPUT_MOMENTS
 from hpc_c2g.kkt.stationarity import cotangents
 from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.step.bundles import class_counts
 from hpc_c2g.training.step.input_moments import InputMoments
-from hpc_c2g.training.step.objective import Objective
+from hpc_c2g.training.step.objective import Objective, active_terms
 from hpc_c2g.training.step.phases import Phases
 from hpc_c2g.training.step.sample_stats import SampleStats, SampleStatsCollector
 from hpc_c2g.training.step.schedules import gate_width, lr_factor, own_scale
-from hpc_c2g.training.step.sharding import SampleRange, Sharding
+from hpc_c2g.training.step.sharding import SampleRange, Sharding, shard
 from hpc_c2g.training.step.step_metrics import MetricAccumulator, micro_batch_scalars, rho
+
+BUCKET_BYTES = 4 * 2**20
+"""Size at which a bucket of G is sent, while the backward continues."""
 
 
 class Engine(Protocol):
@@ -49,21 +55,28 @@ class Engine(Protocol):
         """Update the generator with the summed gradient and clear it."""
 
 
+class Sampler(Protocol):
+    """Draws latents of one member's part of the global batch."""
+
+    def batch(self, step: int, start: int, stop: int) -> Latents:
+        """Samples ``start`` to ``stop`` of the part at ``step`` (counted from 1)."""
+
+
 @dataclass(frozen=True)
 class MemberShard:
-    """One classifier's part of the work of this rank.
+    """This rank's part of the work on one member.
 
     Attributes:
-        classifier: its index.
-        objective: its frozen side.
-        sampler: of its part of the global batch.
-        pieces: micro-batches, as ranges within that part.
-        G: its KKT sum over this rank's data group.
+        member: Index of the member, one solution of one classifier.
+        objective: Frozen classifier and loss of samples.
+        sampler: Latents of its part of the global batch.
+        micro_batches: Ranges within that part.
+        G: Its KKT sum over this rank's data group.
     """
 
-    classifier: int
+    member: int
     objective: Objective
-    sampler: LatentSampler
+    sampler: Sampler
     micro_batches: list[SampleRange]
     G: ResidualSum | TreeSum
 
@@ -81,67 +94,141 @@ class Samples:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, on every rank: its scalars, and where they were asked for the bands of each classifier."""
+    """Measurements of a step, on every rank: its scalars, and each member's sample statistics where they were asked for."""
 
     scalars: dict[str, float]
     sample_stats: list[SampleStats]
 
 
+def residual_sum(
+    config: TrainConfig, mesh: Mesh, objective: Objective, comm_stream: CommStream
+) -> ResidualSum | TreeSum:
+    """The sum of one member's G over micro-batches and ranks, as a run asks for it."""
+    if config.deterministic:
+        return TreeSum(mesh.world)
+    return ResidualSum(objective.theta, mesh, comm_stream, config.distributed.comm_dtype, BUCKET_BYTES)
+
+
+def scalar_sum(config: TrainConfig, mesh: Mesh) -> Summation:
+    """A small sum over micro-batches and all ranks, as a run asks for it."""
+    return TreeSum(mesh.world, mesh.members) if config.deterministic else RunningSum(mesh.world)
+
+
 class TrainStep:
-    """Carries each classifier's alpha from step to step; everything else is a function of (step, weights).
+    """Carries each member's alpha from step to step; everything else is a function of (step, weights).
+
+    ``build`` assembles one.
 
     Args:
-        config: of the run.
-        objectives: of this rank's classifiers, by index.
-        samplers: by index.
-        classes: C_k of every classifier.
-        account: of every classifier's scalars, of those too that other ranks work on.
-        engine: owns the generator.
-        mesh: the ranks.
-        sharding: this rank's part.
-        alpha0: where each classifier's alpha starts.
+        config: Settings of the run.
+        shares: This rank's part of the work, one entry per local member.
+        accumulator: Scalars of all members, including those that other ranks work on.
+        engine: Engine that owns the generator.
+        mesh: The ranks.
+        sharding: This rank's part of the batch.
+        classes: C_k of every member.
+        alpha0: Start of each member's alpha.
+        comm_stream: Stream of the collectives that run beside the computation.
+        keep_last_graph: Keep the last micro-batch's graph until G is known, where that is possible.
 
     Attributes:
-        phases: where the time goes.
+        phases: Time spent in each phase.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        objectives: Mapping[int, Objective],
-        samplers: Mapping[int, LatentSampler],
-        classes: Sequence[int],
+        shares: Sequence[MemberShard],
         accumulator: MetricAccumulator,
         engine: Engine,
         mesh: Mesh,
         sharding: Sharding,
-        alpha0: list[float],
+        classes: Sequence[int],
+        alpha0: Sequence[float],
+        comm_stream: CommStream,
+        keep_last_graph: bool = True,
     ) -> None:
-        self.config, self.accumulator, self.engine, self.mesh = config, accumulator, engine, mesh
+        self.config, self.shares, self.accumulator, self.engine, self.mesh = config, shares, accumulator, engine, mesh
         self.alpha, self.alpha0 = list(alpha0), list(alpha0)
         self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
-        self.comm_stream, self.phases = CommStream(mesh.world.device), Phases(mesh.world.device)
-        self.coupled = any(objectives[k].coupled for k in mesh.local_members)
-        # the last micro-batch's graph is at hand when G is known: no need to make it again. Of several classifiers the others' G would
+        self.comm_stream, self.phases = comm_stream, Phases(mesh.world.device)
+        self.coupled = any(share.objective.coupled for share in shares)
+        # the last micro-batch's graph is at hand when G is known: no need to compute it again. Of several members the others' G would
         # come first, beside it; a proof of equal bits must do the same with every micro-batch
-        self.keeps_last = not (
-            self.coupled or config.deterministic or engine.gathers_in_forward or len(mesh.local_members) > 1
+        self.keeps_last = keep_last_graph and not (
+            self.coupled or config.deterministic or engine.gathers_in_forward or len(shares) > 1
         )
-        settings = config.distributed
-        bucket_bytes = int(settings.bucket_mib * 2**20)
-        self.shares = [
+        needed = {need for share in shares for term in share.objective.terms for need in term.needs}
+        self.moments = self._input_moments() if INPUT_MOMENTS in needed else None
+
+    @classmethod
+    def build(
+        cls,
+        config: TrainConfig,
+        bundles: Sequence[Bundle],
+        engine: Engine,
+        mesh: Mesh,
+        alpha0: Sequence[float] | None = None,
+        *,
+        micro_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        objectives: Mapping[int, Objective] | None = None,
+        sampler: Callable[[int], Sampler] | None = None,
+        residual_sum: Callable[..., ResidualSum | TreeSum] = residual_sum,
+        scalar_sum: Callable[..., Summation] = scalar_sum,
+        keep_last_graph: bool = True,
+    ) -> TrainStep:
+        """Assemble the step of a run on this rank; collective.
+
+        Args:
+            config: Settings of the run.
+            bundles: Classifier of each member.
+            engine: Engine that owns the generator.
+            mesh: The ranks.
+            alpha0: Start of each member's alpha; None takes the estimate from probes, for runs whose members are all local.
+            micro_batch: Samples whose graph is held at once; None for no limit.
+            dtype: Data type of the KKT sums.
+            objectives: Objective of each local member; None builds them.
+            sampler: Latents of a member, by its index; None draws those of the run.
+            residual_sum: Sum of one member's G.
+            scalar_sum: Sum of the scalars.
+            keep_last_graph: As the constructor's.
+
+        Raises:
+            UserError: a classifier that the objective refuses, or samples that cannot be shared out; on every rank.
+        """
+        world, classes = mesh.world, class_counts(bundles)
+        sharding = shard(config, classes, mesh, micro_batch)
+        batches = sharding.batches
+        if objectives is None:
+            objectives = world.raise_on_all_ranks(
+                lambda: {k: Objective(bundles[k], config, batches[k], world.device, dtype) for k in mesh.local_members}
+            )
+
+        def of_the_run(k: int) -> Sampler:
+            return LatentSampler(config.latents.dimensions, classes[k], batches[k], config.seed, k)
+
+        comm_stream = CommStream(world.device)
+        shares = [
             MemberShard(
                 k,
                 objectives[k],
-                samplers[k],
+                (sampler or of_the_run)(k),
                 sharding.micro_batches[k],
-                TreeSum(mesh.world)
-                if config.deterministic
-                else ResidualSum(objectives[k].theta, mesh, self.comm_stream, settings.comm_dtype, bucket_bytes),
+                residual_sum(config, mesh, objectives[k], comm_stream),
             )
             for k in mesh.local_members
         ]
-        self.moments = self._input_moments() if config.prior.mean or config.prior.deviation else None
+        accumulator = MetricAccumulator(
+            [list(bundle.parameters) for bundle in bundles],
+            [[term.name for term in active_terms(config, bundle)] for bundle in bundles],
+            scalar_sum(config, mesh),
+            world.device,
+            config.prefixes,
+        )
+        if alpha0 is None:
+            alpha0 = [share.objective.initial_alpha() for share in shares]
+        return cls(config, shares, accumulator, engine, mesh, sharding, classes, alpha0, comm_stream, keep_last_graph)
 
     def state_dict(self) -> dict[str, Any]:
         """Every alpha and where it started, and what each rank's wire carries from step to step; collective."""
@@ -171,73 +258,53 @@ class TrainStep:
         config, phases = self.config, self.phases
         phases.enter("kkt_sum")
         gamma = gate_width(config.gates, step, config.steps)
-        own = own_scale(config.stationarity, step, config.steps)
-        scales = [share.objective.multiplier_scale(self.alpha[share.classifier]) for share in self.shares]
+        own = own_scale(step, config.steps)
+        scales = [share.objective.multiplier_scale(self.alpha[share.member]) for share in self.shares]
         sample_stats = self._collector() if watch else None
         kept: dict[int, tuple[Samples, Tensor, dict[str, Tensor]]] = {}
-        statistics: dict[int, BatchStatistics | CoupledSum | None] = {}
+        backends: dict[int, KKTBackend] = {}
 
         for share, S in zip(self.shares, scales, strict=True):
-            coupling = statistics[share.classifier] = self._statistics(share, step, S, gamma)
+            backend = backends[share.member] = self._kkt_backend(share, step, S, gamma)
             for micro_batch in share.micro_batches:
                 last = micro_batch == share.micro_batches[-1]
                 keeps = self.one_pass or (last and self.keeps_last)
                 samples = self._draw(share, step, micro_batch, S, keep_graph=keeps)
                 on_ready = share.G.micro_batch(last)
-                margins, G = share.objective.kkt_sum(
-                    gamma,
-                    samples.x_leaf,
-                    samples.latents.labels,
-                    samples.multipliers_leaf,
-                    keep_graph=keeps,
-                    on_ready=None if coupling else on_ready,
-                    statistics=coupling,
+                margins, G = backend.kkt_sum(
+                    samples.x_leaf, samples.latents.labels, samples.multipliers_leaf, keeps, on_ready
                 )
                 share.G.add(G)
                 if self.moments:
-                    self.moments.add(share.classifier, samples.x_leaf)
+                    self.moments.add(share.member, samples.x_leaf)
                 if self.coupled:  # the statistics' sums must not meet buckets on their way
                     self.mesh.world.with_rank_check(self.comm_stream.wait)
                 if keeps:
-                    kept[share.classifier] = samples, margins, G
+                    kept[share.member] = samples, margins, G
         moments = self._moments_of_all()
 
         for share, S in zip(self.shares, scales, strict=True):
-            k, objective, alpha = share.classifier, share.objective, self.alpha[share.classifier]
+            k, objective, alpha = share.member, share.objective, self.alpha[share.member]
             phases.enter("all_reduce")
             residual = objective.residual(share.G.total(), alpha, own)
             phases.enter("cotangents")
-            coupling = statistics.pop(k)
-            losses_of = functools.partial(
-                objective.sample_losses,
-                alpha=alpha,
-                reference=self._reference(share, step),
-                statistics=coupling,
-                moments=None if moments is None else moments[k],
-            )
-            micro = coupling if isinstance(coupling, CoupledSum) else None
-            if micro is not None:
-                micro.set_direction(residual.direction, lambda *micro_batch, of=losses_of: _total(of(*micro_batch)))
-            for micro_batch in (
-                reversed(share.micro_batches) if self.keeps_last else share.micro_batches
-            ):  # the kept one first
+            backend = backends.pop(k)
+            losses_of = functools.partial(self._sample_losses, share, backend, None if moments is None else moments[k])
+            backend.set_direction(residual.direction, lambda *micro_batch, of=losses_of: _total(of(*micro_batch)))
+            # the kept one first
+            for micro_batch in reversed(share.micro_batches) if self.keeps_last else share.micro_batches:
                 if k in kept:
                     samples, margins, products = kept.pop(k)
                     seeds = residual.direction
                 else:  # <v, G> alone is cheaper than G
                     samples = self._draw(share, step, micro_batch, S, keep_graph=True)
-                    margins, product = objective.directional_sum(
-                        gamma, residual, samples.x_leaf, samples.latents.labels, samples.multipliers_leaf, micro
+                    margins, product = backend.directional_sum(
+                        samples.x_leaf, samples.latents.labels, samples.multipliers_leaf
                     )
                     products, seeds = {"<v, G>": product}, {"<v, G>": torch.ones_like(product)}
                 losses = losses_of(margins, samples.multipliers_leaf, samples.x_leaf, samples.latents.labels)
-                gx, gmu = cotangents(
-                    products,
-                    seeds,
-                    [samples.x_leaf, samples.multipliers_leaf],
-                    _total(losses),
-                )
-                # the loss of several classifiers is the mean of theirs
+                gx, gmu = cotangents(products, seeds, [samples.x_leaf, samples.multipliers_leaf], _total(losses))
+                # the loss of several members is the mean of theirs
                 surrogate = torch.dot(samples.x.flatten(), gx.flatten()) + (samples.multipliers * gmu).sum()
                 self.engine.backward(surrogate / self.mesh.members)
                 self.accumulator.add(
@@ -252,7 +319,7 @@ class TrainStep:
         figures, norm = self.accumulator.reduce(step, self.engine.gradient_norm())
         phases.enter("optimizer")
         scalars = self.accumulator.summarize(figures, self.alpha, norm, config.stationarity.weight)
-        self.engine.step(lr_scale * lr_factor(config.optimizer, step, config.steps))
+        self.engine.step(lr_scale * lr_factor(step, config.steps))
         self._follow(figures)
         phases.stop()
         return StepResult({**scalars, **self._wire()}, sample_stats.gather() if sample_stats else [])
@@ -269,19 +336,29 @@ class TrainStep:
             mu = duality.multipliers_from(h, latents.labels, S, objective.batch)
         return Samples(latents, x, mu, x.detach().requires_grad_(), mu.detach().requires_grad_())
 
-    def _statistics(self, share: MemberShard, step: int, S: float, gamma: float) -> BatchStatistics | CoupledSum | None:
-        """What couples the samples of a classifier's batch, None where nothing does; collective."""
-        if not share.objective.coupled:
-            return None
-        if self.one_pass:
-            return BatchStatistics(adjoint_sum(self.mesh))
+    def _kkt_backend(self, share: MemberShard, step: int, S: float, gamma: float) -> KKTBackend:
+        """How a member's KKT sums of this step are computed; collective where batch statistics couple its samples."""
 
         def micro_batches() -> Iterator[MicroBatch]:
             for micro_batch in share.micro_batches:
                 samples = self._draw(share, step, micro_batch, S, keep_graph=False)
                 yield samples.x, samples.latents.labels, samples.multipliers
 
-        return share.objective.coupled_sum(gamma, micro_batches, adjoint_sum(self.mesh))
+        return share.objective.kkt_backend(gamma, None if self.one_pass else micro_batches, adjoint_sum(self.mesh))
+
+    def _sample_losses(
+        self,
+        share: MemberShard,
+        backend: KKTBackend,
+        input_moments: Tensor | None,
+        margins: Tensor,
+        multipliers: Tensor,
+        x: Tensor,
+        labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of a micro-batch that ``backend`` has just evaluated."""
+        alpha = self.alpha[share.member]
+        return share.objective.sample_losses(margins, multipliers, x, labels, alpha, backend.moments, input_moments)
 
     def _input_moments(self) -> InputMoments:
         world, shape = self.mesh.world, next(share.objective for share in self.shares).lower.shape
@@ -301,22 +378,12 @@ class TrainStep:
         shape = next(share.objective for share in self.shares).lower.shape
         return SampleStatsCollector(self.batches, self.classes, shape, self.mesh.world)
 
-    def _reference(self, share: MemberShard, step: int) -> tuple[Tensor, Tensor] | None:
-        """The samples that repel: the first of the classifier's batch, drawn again because they may be another rank's."""
-        if not self.config.prior.repulsion:
-            return None
-        count = min(self.config.prior.repulsion_references, share.objective.batch)
-        latents = share.sampler.batch(step, 0, count).to(self.mesh.world.device)
-        with torch.no_grad():
-            x = self.engine.module(latents)[0].to(share.objective.lower)
-        return x, latents.labels
-
     def _follow(self, figures: list[dict[str, float]]) -> None:
         """Every alpha follows its rho, on every rank."""
         settings = self.config.alpha
         self.alpha = [
             alpha_control.feedback(
-                alpha, start, rho(own, alpha), settings.max_change, settings.target_rho, settings.gain
+                alpha, start, rho(own, alpha), settings.max_change, alpha_control.TARGET_RHO, settings.gain
             )
             for alpha, start, own in zip(self.alpha, self.alpha0, figures, strict=True)
         ]

@@ -1,0 +1,57 @@
+"""Structural similarity of images to their most similar counterparts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_c2g.evaluation.comparison import blocks
+
+SSIM_QUERIES = 1000
+"""Number of images that are compared by SSIM at most; of more, a random choice."""
+
+BEST = 10
+
+SSIM_PIXELS = 2**17
+"""Pixels that enter one call of SSIM: more fall out of the processor's cache, and take three times as long."""
+
+
+def ssim(
+    queries: Tensor, references: Tensor, candidates: Tensor, value_range: tuple[float, float], seed: int
+) -> dict[str, float] | None:
+    """SSIM of every query to the most similar of its candidates: mean over all, and over the best ten; or None.
+
+    The candidates are the 5 nearest in Euclidean distance, as the SSIM of all pairs would cost far more; over all
+    pairs the mean came out higher by 0.0004 for digits, 0.001 for MNIST, 0.02 for CelebA.
+    The Gaussian window has a deviation of 1.5 pixels (11x11), the usual one, for images of 24 pixels and more, and of
+    1/16 of the shorter side for smaller ones: 0.5 (5x5) for 8x8 images, where the usual one would blur the whole image.
+
+    Args:
+        queries: ``[n, C, H, W]``; anything but images gives None.
+        references: ``[m, C, H, W]``.
+        candidates: ``[n, k]`` indices into references.
+        value_range: smallest and largest raw value; what lies outside is clipped.
+        seed: which queries are compared if there are more than ``SSIM_QUERIES``.
+    """
+    if queries.ndim != 4:
+        return None
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes more than a second
+
+    if len(queries) > SSIM_QUERIES:
+        chosen = torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(queries))[:SSIM_QUERIES])
+        queries, candidates = queries[chosen], candidates[chosen]
+    low, high = value_range
+    best = []
+    for rows in blocks(len(queries), max(1, SSIM_PIXELS // (candidates.shape[1] * queries[0].numel()))):
+        choice = candidates[rows]
+        similarity = structural_similarity_index_measure(
+            queries[rows].float().repeat_interleave(choice.shape[1], dim=0) - low,
+            references[choice.flatten()].float() - low,
+            sigma=min(1.5, min(queries.shape[2:]) / 16),
+            reduction="none",
+            data_range=(0.0, high - low),
+        )
+        best.append(similarity.reshape(choice.shape).amax(dim=1))
+    values = torch.cat(best).double()
+    return {"mean": float(values.mean()), f"best{BEST}": float(values.topk(min(BEST, len(values))).values.mean())}
