@@ -208,7 +208,12 @@ def test_every_command_in_a_fenced_block_parses(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     "command",
-    ["c2g trian steps=3", "c2g train classifier=c run_dir=r step=3", "python -m launch.sample out=x.png", "make demonstration"],
+    [
+        "c2g trian steps=3",
+        "c2g train classifier=c run_dir=r step=3",
+        "python -m launch.sample out=x.png",
+        "make demonstration",
+    ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:
     assert problem_of(command.split())
