@@ -32,6 +32,7 @@ def test_it_holds_every_module_and_every_settings_file_and_the_licence(wheel):
     assert {str(p.relative_to(ROOT)) for p in modules} <= names
     settings = {f"hpc_c2g/configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")}
     assert settings <= names
+    assert "hpc_c2g/py.typed" in names
     profiles = {f"hpc_c2g/slurm_profiles/{p.name}" for p in (ROOT / "slurm" / "profiles").glob("*.yaml")}
     assert profiles == {name for name in names if name.startswith("hpc_c2g/slurm")} != set()
     (licence,) = (name for name in names if name.endswith("LICENSE"))
@@ -42,7 +43,7 @@ def test_it_holds_nothing_else(wheel):
     strange = [
         n
         for n in wheel.namelist()
-        if not n.endswith((".py", ".yaml", ".html.j2", "LICENSE")) and ".dist-info/" not in n
+        if not n.endswith((".py", ".yaml", ".html.j2", "LICENSE", "py.typed")) and ".dist-info/" not in n
     ]
     assert strange == []
     assert {name.split("/")[0].split("-")[0] for name in wheel.namelist()} == {"hpc_c2g", "launch"}
