@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hpc_c2g.evaluation.evaluate import EvaluateConfig
 from hpc_c2g.evaluation.evaluate import evaluate as judge_run
+from hpc_c2g.logs import run_logging
 from hpc_c2g.reporting.memorization import by_multiplier, rows, shares_in
 from launch._compose.cli import run_verb
 from launch.classifier import DATA
@@ -64,6 +65,7 @@ def memory(result: dict[str, Any]) -> Table | str:
     return out
 
 
+@run_logging("warning", rank=0)  # its baselines are training runs
 def evaluate(config: EvaluateConfig) -> None:
     """Judge, and print the table and the paths."""
     console = Console(stderr=True)
