@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.evaluation.metric_registry import METRICS, numbers
+from hpc_c2g.logs import run_logging
 from hpc_c2g.reporting.memorization import by_multiplier, rows, shares_in
 from launch._compose.cli import run_verb
 from launch._compose.groups import SCHEMAS
@@ -48,11 +49,11 @@ def memory(result: dict[str, Any]) -> Table | str:
     return out
 
 
+@run_logging("warning", rank=0)  # its baselines are training runs
 def evaluate(config: EvaluateConfig) -> None:
     """Judge, and print the table and the paths."""
-    from hpc_c2g.evaluation.evaluate import (
-        evaluate as judge_run,  # torch takes seconds to import: after the settings are checked
-    )
+    # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.evaluation.evaluate import evaluate as judge_run
 
     console = Console(stderr=True)
     for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):

@@ -84,6 +84,17 @@ def test_a_handler_of_the_root_logger_does_not_print_a_second_time(capfd):
     assert messages(capfd.readouterr().err.splitlines()) == ["once", "once more"]
 
 
+def test_a_decorated_verb_logs_in_each_of_its_calls(capfd):
+    @run_logging("warning", rank=0)
+    def verb(text: str) -> None:
+        LOG.info("hidden")
+        LOG.warning(text)
+
+    verb("first")
+    verb("second")
+    assert messages(capfd.readouterr().err.splitlines()) == ["first", "second"]
+
+
 def test_the_logger_is_left_as_it_was_found():
     logger = logging.getLogger("hpc_c2g")
     before = (logger.level, logger.propagate, list(logger.handlers))
