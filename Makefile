@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/c2g demo run_dir=$(RUN_DIR) $(if $(filter quick,$(CHECK)),quick=true)
 
 test: install
-	$(BIN)/python -m pytest -m "not slurm and not browser" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slurm and not browser" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm -p no:xdist tests/slurm

@@ -48,12 +48,12 @@ SETTINGS = (
     "log.images_every=1000",
     "count=200",
 )
-"""Runs of some seconds. Deterministic, so that what differs is the cluster's fault; it also spares DeepSpeed's import."""
+"""Settings of runs of a few seconds; deterministic, so that differences come from the cluster, and without DeepSpeed's import."""
 GIVE_UP = 3600.0
 
 
 def sweep(study_dir: Path, runs: int, *more: str) -> list[str]:
-    """The command."""
+    """Command line of ``c2g sweep``."""
     grid = [
         "study=batch_scaling",
         f"study_dir={study_dir}",
@@ -70,8 +70,8 @@ class Watcher:
 
     Attributes:
         study_dir: Folder of the study.
-        holders: tokens of the holders of each run, in the order in which they were seen.
-        back: runs that a holder had again after another had taken over: two were at work at once.
+        holders: Tokens of the holders of each run, in the order of observation.
+        back: Runs that returned to an earlier holder: two processes were at work at once.
     """
 
     study_dir: Path
@@ -121,7 +121,7 @@ class Chaos:
         print(f"{self.done[-1][0]:6.0f} s  {fault}", flush=True)
 
     def preempt(self) -> None:
-        """A job of the high partition takes a busy node for some seconds: the low jobs there must go."""
+        """Submit a job of the high partition to a busy node, which preempts the low jobs there for a few seconds."""
         busy = [line for line in slurm("squeue", "-h", "-t", "R", "-p", "low", "-o", "%N").split() if line in NODES]
         node = self.chance.choice(busy or list(NODES))
         job = [
@@ -143,7 +143,7 @@ class Chaos:
         self.note(f"preempt the jobs on {node} ({busy.count(node)} there)")
 
     def kill_node(self) -> None:
-        """A power cut, and power again after some seconds."""
+        """Kill a node and restart it after a few seconds."""
         busy = [line for line in slurm("squeue", "-h", "-t", "R", "-p", "low", "-o", "%N").split() if line in NODES]
         node = self.chance.choice(busy or list(NODES))
         script("node.sh", "kill", node)
@@ -178,13 +178,13 @@ def states(study_dir: Path) -> dict[str, int]:
 
 
 def disturbed(study_dir: Path, runs: int, chaos: Chaos, preemptions: int, nodes: int, watcher: Watcher) -> None:
-    """Run the study under blows, spread over its training; the submitter is killed in the middle and started again.
+    """Run the study with faults injected over its training; the submitter is killed in the middle and started again.
 
     Raises:
         RuntimeError: the study did not end in time.
     """
-    blows: list[Callable[[], None]] = [chaos.preempt] * preemptions + [chaos.kill_node] * nodes
-    chaos.chance.shuffle(blows)
+    faults: list[Callable[[], None]] = [chaos.preempt] * preemptions + [chaos.kill_node] * nodes
+    chaos.chance.shuffle(faults)
     command = sweep(
         study_dir,
         runs,
@@ -197,14 +197,14 @@ def disturbed(study_dir: Path, runs: int, chaos: Chaos, preemptions: int, nodes:
     with open(study_dir.with_suffix(".out"), "ab") as out, watcher.at_work():
         process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT)
         try:
-            steps = [(i + 1) / (len(blows) + 3) for i in range(len(blows))]
+            steps = [(i + 1) / (len(faults) + 3) for i in range(len(faults))]
             killed = restarted = False
             while process.poll() is None and time.monotonic() - chaos.began < GIVE_UP:
                 time.sleep(1)
                 share = states(study_dir).get("done", 0) / runs if (study_dir / FILE).exists() else 0.0
                 if steps and share >= steps[0]:
                     steps.pop(0)
-                    blows.pop()()
+                    faults.pop()()
                 if share > 0.4 and not restarted:
                     restarted = True
                     chaos.restart_controller()
@@ -278,14 +278,14 @@ def main() -> None:
             "attempts": sum(r.attempts for r in views),
             "runs of several attempts": sum(r.attempts > 1 for r in views),
             "failures of their own": sum(r.failures for r in views),
-            "blows": len(chaos.done),
+            "faults": len(chaos.done),
             "seconds": seconds,
         }
-    show("a study under blows", [{"what": k, "number": v} for k, v in summary.items()])
+    show("a study with injected faults", [{"what": k, "number": v} for k, v in summary.items()])
     print("\n".join(different[:10]))
     if not args.quick:
         write_result(
-            "chaos", {"settings": SETTINGS, "seed": args.seed}, summary=summary, blows=chaos.done, different=different
+            "chaos", {"settings": SETTINGS, "seed": args.seed}, summary=summary, faults=chaos.done, different=different
         )
     if summary["lost"] or watcher.back or different:
         raise SystemExit(1)

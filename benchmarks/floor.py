@@ -1,4 +1,4 @@
-"""``python -m benchmarks.floor [--quick]``: what a step costs at least, phase by phase, and how far from that it is.
+"""``python -m benchmarks.floor [--quick]``: lower bound of a step's time by phase, and the measured distance from it.
 
 The floor of a phase is the time of its matrix products plus that of its other operators' bytes, at the rates that this machine reaches
 (a large square product, a copy). Of the KKT gradient alone (G, residual, cotangents) the floor is measured: its matrix products,
@@ -29,7 +29,7 @@ MUST = {"one pass": 1.1, "two passes of half": 1.35}
 
 
 def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Every way of one KKT gradient against its measured floor.
+    """Compare every way of one KKT gradient with its measured floor.
 
     Raises:
         SystemExit: a way's result is not that of float64.
@@ -64,7 +64,7 @@ def gradients(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def phases(bundle: Bundle, config: TrainConfig, rounds: int) -> list[dict[str, Any]]:
-    """Operations, bytes and floor of each phase of a training step, and what it takes."""
+    """Operations, bytes, floor and measured time of each phase of a training step."""
     device = pick_device("auto")
     rate, bandwidth = product_rate(device, torch.float32), copy_rate(device)
     one = config.micro_batch is None

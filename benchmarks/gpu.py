@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu --all [--quick]``: every speed aimed at on a GPU, in one run of some minutes.
+"""``python -m benchmarks.gpu --all [--quick]``: all GPU speed targets, measured in one run of a few minutes.
 
 Each way of the KKT gradient is compared with float64 on the same samples before it is timed; a wrong one ends the run. Without a GPU
 ``--quick`` runs the same code on the CPU, to see that it works; what it times then means nothing.
@@ -99,7 +99,7 @@ def largest_of_peers(bundle: Bundle, limit: int) -> tuple[int, float]:
 
 
 def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[dict[str, Any]]:
-    """Time of whole training steps; micro-batch per batch."""
+    """Time of whole training steps per batch size and micro-batch."""
     rows = []
     for batch, micro_batch in batches.items():
         ways: dict[str, Callable[[], object]] = {}
@@ -124,7 +124,7 @@ def steps(bundle: Bundle, batches: dict[int, int | None], rounds: int) -> list[d
 
 @flush_denormals()  # as a run does
 def main() -> None:
-    """Print the tables, write ``results/gpu.json``, and name the targets that are not reached."""
+    """Print the tables, write ``results/gpu.json``, and name the missed targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every row (there is no other choice)")
     parser.add_argument("--quick", action="store_true", help="a narrow net, small batches, few rounds")

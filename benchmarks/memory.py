@@ -26,7 +26,7 @@ MICRO_BATCH = 1024
 
 
 def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, float, float]:
-    """Bytes at the peak of a step: its tensors, what two steps added, and the whole process."""
+    """Peak bytes of a step: its tensors, the growth over two steps, and the whole process."""
     bundle = classifier(width=width)
     settings: dict[str, Any] = {"steps": 10**6, "device": world.device.type}
     warm = TrainConfig(global_batch=10, **settings)
@@ -42,7 +42,7 @@ def peak(world: World, joint: bool, batch: int, width: int) -> tuple[float, floa
 
 
 def live_bytes(step: Callable[[], object]) -> float:
-    """Most bytes that PyTorch's allocator held during a call, besides what was there before."""
+    """Peak bytes that PyTorch's allocator added during a call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     live = most = 0
@@ -54,7 +54,7 @@ def live_bytes(step: Callable[[], object]) -> float:
 
 
 def peak_bytes(device: torch.device, reset: bool) -> float:
-    """The peak since the last reset; with ``reset`` what is held now."""
+    """Peak bytes since the last reset; with ``reset`` the bytes held now."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         if reset:

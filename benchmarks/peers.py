@@ -46,7 +46,7 @@ SHOWN = ("oracle_accuracy", "transfer_accuracy", "proximity", "coverage", "diver
 
 @dataclass(frozen=True)
 class Settings:
-    """A published choice: rates of x and of the multipliers, spread of the start, least multiplier, gate steepness, Adam or momentum."""
+    """Published settings: learning rates of x and of the multipliers, initial spread, least multiplier, gate steepness, optimizer."""
 
     rate: float
     lr_multipliers: float
@@ -103,7 +103,7 @@ class PeerLoop:
 
 
 def our_config(folder: str, run_dir: str, batch: int, codes: int, steps: int) -> TrainConfig:
-    """The default recipe with so many codes per class."""
+    """Default recipe with the given number of codes per class."""
     return TrainConfig(
         classifier=folder,
         run_dir=run_dir,

@@ -1,4 +1,4 @@
-"""Prediction beside measurement: seconds per step and memory per rank, on 1, 2 and 4 processes of this machine.
+"""Prediction against measurement: seconds per step and memory per rank, on 1, 2 and 4 processes of this machine.
 
     python -m benchmarks.plan [--quick]        writes benchmarks/results/plan.json
 
@@ -45,7 +45,7 @@ CASES = [(1, 256), (1, 1024), (2, 256), (2, 512), (4, 128), (4, 256)]  # ranks, 
 
 
 def trained_seconds(config: TrainConfig, world: World) -> tuple[float, float]:
-    """Mean seconds per step of a training run, of the wall and of the thread, from the start of one step to the start of the next."""
+    """Mean wall and thread seconds per step of a training run, from the start of one step to the start of the next."""
     from hpc_c2g.training.loop import train
 
     starts: list[tuple[float, float]] = []
@@ -89,7 +89,7 @@ def peak_bytes(world: World, config: TrainConfig) -> float:
 
 
 def mean_rates(one: Rates, other: Rates) -> Rates:
-    """The machine before and after the steps."""
+    """Mean of the rates measured before and after the steps."""
     pairs = zip(one.sums, other.sums, strict=True)
     return replace(
         one,

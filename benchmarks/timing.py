@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CEILING_SIZES = {"cpu": (2048, 2**26), "cuda": (8192, 2**30)}
-"""Side of the square product, bytes of the copy."""
+"""Side of the square matrix product, and bytes of the copy."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -22,13 +22,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def wait() -> None:
-    """Until the GPU, where there is one, is done."""
+    """Synchronize the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every way in every round, one way after the other in each: what disturbs the machine disturbs all alike."""
+    """Seconds of every way in every round; the ways are interleaved, so that disturbances affect all alike."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + warm_up):
         for name, call in ways.items():
@@ -39,7 +39,7 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
 
 
 def undisturbed(taken: list[float]) -> float:
-    """The fastest fifth's slowest: what a call takes while nobody else uses the machine."""
+    """20th percentile of the seconds: the time of a call on an undisturbed machine."""
     return sorted(taken)[len(taken) // 5]
 
 

@@ -103,7 +103,7 @@ def sweep(config: SweepConfig, grid: Sequence[str] = ()) -> None:
 def run_study(
     launcher: Launcher, study: StudyFile, profile: SlurmProfile | None, only: str = "", stay: bool = False
 ) -> None:
-    """Run the study's tasks where its settings say, and print the outcome."""
+    """Run the study's tasks on its cluster, and print the outcome."""
     console = Console(stderr=True)
     folder = launcher.study
     if only == "failed":

@@ -12,6 +12,18 @@ from hpc_c2g.classifiers.normalization import Normalization
 
 pytest.register_assert_rewrite("helpers")
 
+LONGEST_FILES = (
+    *("test_cli.py", "test_doctor.py", "test_study_here.py", "test_zero.py", "test_collect.py", "test_ranks.py"),
+    *("test_classifiers_together.py", "test_plan.py", "test_oracle.py", "test_mesh.py", "test_coupled.py"),
+    *("test_checkpoint_faults.py", "test_training.py", "test_sampling_error.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first: one worker runs a whole file, and the others should not wait for it at the end."""
+    place = {name: i for i, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture
 def bundle() -> Bundle:

@@ -69,7 +69,7 @@ def programs(folder: Path, **bodies: str) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_the_golden_one(name):
-    """With REGENERATE_GOLDEN=1 the files are written anew: read the difference before it is committed."""
+    """With REGENERATE_GOLDEN=1 the files are rewritten: read the difference before it is committed."""
     file = GOLDEN / f"{name}.sbatch"
     text = text_of(**CASES[name])
     if os.environ.get("REGENERATE_GOLDEN"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import multiprocessing
 import os
 import random
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forkserver import forkserver
 from helpers.logs import warnings_logged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -180,20 +180,12 @@ def dies_at_call(folder: Path, number: int, how: str, step: int) -> None:
         publish(checkpoints, how, step, mark=1.0)
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Children that start in an instant: torch is imported once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpc_c2g.training.checkpoints", "pytest", "hypothesis", __name__])
-    return context
-
-
 @pytest.mark.parametrize("step", [2, 1], ids=["a new step", "a step published again"])
 @pytest.mark.parametrize("how", HOW)
-def test_killed_at_any_call(tmp_path: Path, processes: Any, how: str, step: int) -> None:
+def test_killed_at_any_call(tmp_path: Path, how: str, step: int) -> None:
     for number in range(1, 100):
         checkpoints = made(tmp_path / str(number))
-        child = processes.Process(target=dies_at_call, args=(checkpoints.folder, number, how, step))
+        child = forkserver().Process(target=dies_at_call, args=(checkpoints.folder, number, how, step))
         child.start()
         child.join(60)
         assert whole_step(checkpoints, 0.0, 1.0) in (1, step)
@@ -237,19 +229,21 @@ def publishes_for_ever(folder: Path, how: str, reports: Any) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_killed_at_random_moments(tmp_path: Path, processes: Any, how: str) -> None:
+def test_killed_at_random_moments(tmp_path: Path, how: str) -> None:
     chance = random.Random(0)
     checkpoints, reached = Checkpoints(tmp_path, CheckpointConfig(keep=2)), 0
     for _ in range(KILLS):
-        reports, end = processes.Pipe(duplex=False)
-        child = processes.Process(target=publishes_for_ever, args=(tmp_path, how, end))
+        reports, end = forkserver().Pipe(duplex=False)
+        child = forkserver().Process(target=publishes_for_ever, args=(tmp_path, how, end))
         child.start()
         end.close()
-        assert reports.poll(60)  # it works by now
+        reported = reached
+        for _ in range(4):  # it is publishing by now, however busy the machine is
+            assert reports.poll(60)
+            reported = int(reports.recv_bytes())
         time.sleep(chance.uniform(0, 0.1))
         os.kill(child.pid, signal.SIGKILL)
         child.join(60)
-        reported = reached
         try:
             while True:
                 reported = int(reports.recv_bytes())

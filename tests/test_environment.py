@@ -65,16 +65,16 @@ def test_every_task_of_a_step_has_the_same_port_and_another_step_another() -> No
     assert detect(SRUN | {"SLURM_JOB_ID": "1235"}).master_port not in ports
 
 
-@pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_a_torchrun_is_refused_naming_what_is_missing(missing: str) -> None:
-    with pytest.raises(UserError, match=f"{missing} missing"):
-        detect({k: v for k, v in TORCHRUN.items() if k != missing})
+def test_half_a_torchrun_is_refused_naming_what_is_missing(subtests: pytest.Subtests) -> None:
+    for missing in ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]:
+        with subtests.test(missing), pytest.raises(UserError, match=f"{missing} missing"):
+            detect({k: v for k, v in TORCHRUN.items() if k != missing})
 
 
-@pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"])
-def test_half_an_srun_is_refused_naming_what_is_missing(missing: str) -> None:
-    with pytest.raises(UserError, match=f"{missing} missing"):
-        detect({k: v for k, v in SRUN.items() if k != missing})
+def test_half_an_srun_is_refused_naming_what_is_missing(subtests: pytest.Subtests) -> None:
+    for missing in ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"]:
+        with subtests.test(missing), pytest.raises(UserError, match=f"{missing} missing"):
+            detect({k: v for k, v in SRUN.items() if k != missing})
 
 
 @pytest.mark.parametrize("change", [{"RANK": "4"}, {"RANK": "-1"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"}])
@@ -88,19 +88,17 @@ def test_what_is_no_number_is_refused_naming_it() -> None:
         detect(TORCHRUN | {"WORLD_SIZE": "four"})
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
+def test_the_first_host_of_a_node_list(subtests: pytest.Subtests) -> None:
+    for nodes, first in [
         ("node7", "node7"),
         ("a,b", "a"),
         ("gpu[03-05,9],login1", "gpu03"),
         ("gpu[7,9]", "gpu7"),
         ("r1n[001-004].cluster", "r1n001.cluster"),
         ("n-1-[12-13],n-2-[1]", "n-1-12"),
-    ],
-)
-def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    ]:
+        with subtests.test(nodes):
+            assert first_host(nodes) == first
 
 
 def test_deepspeed_s_variables_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -106,14 +107,14 @@ def test_the_roofline_of_hand():
     assert work_seconds(OpCost(2e12, 1e9, 3e9, 4), shared) == pytest.approx(18)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks", [2, 8, 1000])
-def test_memory_falls_with_the_zero_stage_and_with_the_ranks(dtype, ranks):
-    totals = [sum(generator_bytes(10**6, dtype, stage, ranks)) for stage in range(4)]
-    assert totals == sorted(totals, reverse=True)
-    assert totals[3] < totals[0]
-    for stage in range(4):
-        assert sum(generator_bytes(10**6, dtype, stage, 2 * ranks)) <= totals[stage]
+def test_memory_falls_with_the_zero_stage_and_with_the_ranks(subtests):
+    for dtype, ranks in product(["float32", "bfloat16"], [2, 8, 1000]):
+        with subtests.test(f"{dtype} {ranks=}"):
+            totals = [sum(generator_bytes(10**6, dtype, stage, ranks)) for stage in range(4)]
+            assert totals == sorted(totals, reverse=True)
+            assert totals[3] < totals[0]
+            for stage in range(4):
+                assert sum(generator_bytes(10**6, dtype, stage, 2 * ranks)) <= totals[stage]
 
 
 def test_generator_bytes_of_hand():
@@ -178,11 +179,12 @@ def test_a_ring_is_recovered_from_its_times():
     assert all(value > 0 for value in fit_ring([(64, 1e-3), (10**6, 1e-4)], 2))  # nonsense of a noisy machine
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_profile_names_what_is_wrong(name):
-    for value in (-1, float("nan")):
-        with pytest.raises(UserError, match=rf"hardware\.{name}="):
-            HardwareSpec(**{name: value})
+def test_a_profile_names_what_is_wrong(subtests):
+    for name in NUMBERS:
+        with subtests.test(name):
+            for value in (-1, float("nan")):
+                with pytest.raises(UserError, match=rf"hardware\.{name}="):
+                    HardwareSpec(**{name: value})
 
 
 def test_a_saved_profile_comes_back(tmp_path):
@@ -257,19 +259,16 @@ def bytes_of_one(bundle_dir: Path) -> int:
     return DryRun(load_bundle(bundle_dir), PlanConfig(classifier=str(bundle_dir))).working_bytes(1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
+def test_a_plan_s_settings_are_checked(subtests):
+    for settings, told in [
         ({"nodes": 0}, "nodes=0"),
         ({"max_nodes": 0}, "max_nodes=0"),
         ({"zero_stage": 4}, "zero_stage=4"),
         ({"margin": 1.0}, "margin=1.0"),
         ({"steps": 0}, "steps=0"),
-    ],
-)
-def test_a_plan_s_settings_are_checked(settings, told):
-    with pytest.raises(UserError, match=told):
-        PlanConfig(classifier="c", **settings)
+    ]:
+        with subtests.test(told), pytest.raises(UserError, match=told):
+            PlanConfig(classifier="c", **settings)
 
 
 def test_a_batch_smaller_than_the_ranks_and_several_classifiers_are_told(bundle_dir, h100):

@@ -1,4 +1,4 @@
-"""Laws of asking Slurm: no answer is never an empty queue, and only ids and names get into its commands."""
+"""Laws of Slurm's queue: no answer is never an empty queue, and only ids and names get into its commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from datetime import datetime
 import pytest
 
 from hpc_c2g.errors import UserError
+from hpc_c2g.scheduling.programs import Answer
 from hpc_c2g.scheduling.queue import Entry, NoAnswerError, Queue
+from hpc_c2g.scheduling.sbatch import check_script
 
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 NO_IDS = ["", "1 2", "1;2", "-1", "1_", "_1", "1_2_3", "1_[2-3]", "1.0", "1\n", "--user=x", "$(x)", "٣"]
@@ -201,3 +203,25 @@ def test_no_accounting_is_no_outcome(slurm, monkeypatch):
     assert Queue().outcome(["7"]) == {}
     monkeypatch.setenv("PATH", "/nowhere")
     assert Queue().outcome(["7"]) == {}
+
+
+def test_a_script_that_sbatch_accepts_and_one_that_it_refuses(slurm):
+    slurm.has("sbatch", f"cat $2 > {slurm.folder}/script; echo 'sbatch: Job 9 to start at noon' >&2")
+    assert check_script("#!/bin/bash\n") == Answer(0, "Job 9 to start at noon", "")
+    assert (slurm.folder / "script").read_text() == "#!/bin/bash\n"
+    (call,) = slurm.calls("sbatch")
+    assert call[0] == "--test-only"
+    words = (
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition"
+    )
+    slurm.fails("sbatch", words)
+    assert check_script("") == Answer(1, "", "invalid partition specified: x")
+    slurm.fails("sbatch", "allocation failure: Requested node configuration is not available")
+    assert check_script("").fault == "allocation failure: Requested node configuration is not available"
+
+
+def test_a_missing_or_hanging_sbatch_is_no_answer(slurm, monkeypatch):
+    slurm.has("sbatch", "exec sleep 30")
+    assert check_script("", 0.2) == Answer(None, "", "sbatch --test-only took more than 0.2 s")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert check_script("") == Answer(None, "", "sbatch: No such file or directory")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,16 +37,16 @@ def test_a_good_run_fires_nothing_and_has_a_level_of_every_signature():
     assert max(found.values()) < 1
 
 
-@pytest.mark.parametrize("name", FAILING)
-@pytest.mark.parametrize(
-    "prefixes", [("",), ("classifier0/", "classifier1/"), ("classifier0/solution1/", "classifier1/solution0/")]
-)
-def test_one_classifier_that_fails_fires_its_signature_alone(name, prefixes):
-    line = {f"{p}{k}": v for p in prefixes for k, v in GOOD.items()} | GOOD
-    line |= {f"{prefixes[-1]}{k}": v for k, v in FAILING[name].items()}
-    if len(prefixes) > 1:
-        line = {k: v for k, v in line.items() if "/" in k or k == "stationarity"}
-    assert firing([line] * WINDOW) == {name}
+def test_one_classifier_that_fails_fires_its_signature_alone(subtests):
+    for name, prefixes in product(
+        FAILING, [("",), ("classifier0/", "classifier1/"), ("classifier0/solution1/", "classifier1/solution0/")]
+    ):
+        with subtests.test(f"{name} {prefixes}"):
+            line = {f"{p}{k}": v for p in prefixes for k, v in GOOD.items()} | GOOD
+            line |= {f"{prefixes[-1]}{k}": v for k, v in FAILING[name].items()}
+            if len(prefixes) > 1:
+                line = {k: v for k, v in line.items() if "/" in k or k == "stationarity"}
+            assert firing([line] * WINDOW) == {name}
 
 
 @pytest.mark.parametrize("change", [{"saturation": 0.96}, {"stationarity": 1.01}])
@@ -52,21 +54,21 @@ def test_the_second_face_of_a_signature_fires_it(change):
     assert len(firing([GOOD | change] * WINDOW)) == 1
 
 
-@pytest.mark.parametrize("name", ["stationarity", "gradient/generator"])
-@pytest.mark.parametrize("shape", ["spike", "growth", "oscillation"])
-def test_instability_is_a_spike_growth_or_oscillation_by_a_factor_ten(name, shape):
-    base = GOOD[name]
-    factors = {
-        "spike": [1.0] * 7 + [11.0] + [1.0] * 2,
-        "growth": [1.6**i for i in range(WINDOW)],
-        "oscillation": [1.0, 11.0] * 5,
-    }[shape]
-    lines = [GOOD | {name: base * f} for f in factors]
-    if shape == "oscillation":  # its older half has low values in its middle
-        lines = [GOOD | {name: base * f} for f in [1.0, 11.0, 1.0, 11.0, 1.0] * 2]
-    assert "instability" in firing(lines)
-    gentle = [GOOD | {name: base * min(f, 5.0)} for f in (1.1**i for i in range(WINDOW))]
-    assert firing(gentle) == set()
+def test_instability_is_a_spike_growth_or_oscillation_by_a_factor_ten(subtests):
+    for name, shape in product(["stationarity", "gradient/generator"], ["spike", "growth", "oscillation"]):
+        with subtests.test(f"{name} {shape}"):
+            base = GOOD[name]
+            factors = {
+                "spike": [1.0] * 7 + [11.0] + [1.0] * 2,
+                "growth": [1.6**i for i in range(WINDOW)],
+                "oscillation": [1.0, 11.0] * 5,
+            }[shape]
+            lines = [GOOD | {name: base * f} for f in factors]
+            if shape == "oscillation":  # its older half has low values in its middle
+                lines = [GOOD | {name: base * f} for f in [1.0, 11.0, 1.0, 11.0, 1.0] * 2]
+            assert "instability" in firing(lines)
+            gentle = [GOOD | {name: base * min(f, 5.0)} for f in (1.1**i for i in range(WINDOW))]
+            assert firing(gentle) == set()
 
 
 def test_one_bad_line_fires_no_signature_but_instability():

@@ -1,4 +1,4 @@
-"""Laws of a study on one machine: each task once, whatever is killed the same command goes on, and one run's failure is its own."""
+"""Laws of a study on one machine: each task runs once, the same command resumes after any kill, and one run's failure is its own."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finis
     assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
 
 
-def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
+def test_a_signal_saves_and_the_same_command_resumes_bitwise(tmp_path):
     slow = ("steps=250", *GRID)
     sweep(tmp_path / "whole", "cluster=debug", *slow)
     study_dir = tmp_path / "s"
@@ -74,13 +74,13 @@ def test_a_signal_saves_and_the_same_command_goes_on_bitwise(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 75
     assert "the same command" in err
-    told = {
+    ends = {
         report(study_dir, task).state
         for task in tasks(study_dir, "train")
         if (study_dir / task.folder / "train.report.json").exists()
     }
-    assert told <= {"interrupted", "done"}
-    assert "interrupted" in told
+    assert ends <= {"interrupted", "done"}
+    assert "interrupted" in ends
     sweep(study_dir, "cluster=local", *slow)
     assert_same_runs(study_dir, tmp_path / "whole")
 
@@ -89,9 +89,9 @@ def test_a_poisoned_run_is_tried_again_given_up_and_blocks_nothing_but_its_own(t
     study_dir = tmp_path / "s"
     out = sweep(study_dir, "cluster=local", "fit.max_steps=1,100000", "retries=1", code=1)
     bad, good = tasks(study_dir, "classifier")
-    told = report(study_dir, bad)
-    assert (told.state, told.attempts, told.failures) == ("failed", 2, 2)
-    assert "fit.max_steps=1 passed" in told.cause
+    failed = report(study_dir, bad)
+    assert (failed.state, failed.attempts, failed.failures) == ("failed", 2, 2)
+    assert "fit.max_steps=1 passed" in failed.cause
     assert report(study_dir, good).state == "done"
     assert states(study_dir) == {"classifier": ["failed", "done"], "train": ["blocked", "done"]}
     assert "fit.max_steps=1 passed" in out
@@ -147,7 +147,7 @@ def test_cancelled_runs_stop_saved_and_stay_so_until_the_next_sweep(tmp_path):
     assert "saved after step" in report(study_dir, task).cause
 
 
-def test_status_tells_every_task_as_json(finished):
+def test_status_lists_every_task_as_json(finished):
     answer = status(finished)
     assert answer["counts"] == {"classifier": {"done": 1}, "train": {"done": 2}}
     assert [t["step"] for t in answer["tasks"]] == [None, 4, 4]
@@ -155,7 +155,7 @@ def test_status_tells_every_task_as_json(finished):
     assert answer["warning"] is None
 
 
-def test_a_long_fit_tells_the_log_of_its_task_how_far_it_is(tmp_path, monkeypatch, capsys):
+def test_a_long_fit_logs_its_progress(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.0)
     values = {
         "out": "???",

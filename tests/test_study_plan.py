@@ -41,7 +41,7 @@ def of(tasks, stage: str):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_s_own_grid_plans_into_tasks_that_build_on_each_other(name):
+def test_every_study_s_own_grid_plans_into_tasks_that_depend_on_each_other(name):
     config = study(name)
     tasks = planned(config)
     assert {t.stage for t in tasks.values()} == set(config.stages)
@@ -110,7 +110,7 @@ def test_points_are_the_product_of_the_fields_values_the_last_field_fastest(size
         (["seed=range(200)", "steps=range(1,100)"], ("19800 points", "limit=500", "--yes")),
     ],
 )
-def test_a_bad_grid_is_told(grid, fragments):
+def test_a_bad_grid_is_one_error_with_its_fix(grid, fragments):
     with pytest.raises(UserError) as caught:
         expand(grid, 500)
     for fragment in fragments:
@@ -152,7 +152,7 @@ def test_a_field_goes_to_every_stage_that_has_it_and_a_named_stage_goes_first():
         ("count=10,20", ("evaluate alone",)),
     ],
 )
-def test_a_mistake_in_the_grid_is_told_by_name_before_anything_starts(grid, fragments):
+def test_an_error_in_the_grid_names_its_field_before_anything_starts(grid, fragments):
     with pytest.raises(UserError) as caught:
         planned(study("batch_scaling"), grid, "global_batch=20") if grid != "variant=x" else None
     for fragment in fragments:
@@ -239,7 +239,7 @@ def test_a_stage_s_version_changes_its_tasks_and_those_that_depend_on_them(monke
 
 
 @pytest.mark.parametrize("stages", [["train"], ["classifier", "evaluate"], ["classifier", "paint"], []])
-def test_stages_need_what_they_build_on(stages):
+def test_stages_need_those_that_they_depend_on(stages):
     with pytest.raises(UserError, match=r"study\.stages"):
         StudyConfig(name="x", stages=stages)
 

@@ -29,8 +29,8 @@ from hpc_c2g.studies.tasks import Task, find_specs, read_spec, spec_file, write_
 
 FIT = Task("fit1", "classifier", "classifiers/fit1", {"seed": 0}, points=({"seed": "0"},))
 TRAIN = Task("run1", "train", "runs/run1", {"seed": 0}, ("fit1",), ("classifiers/fit1",), ({"seed": "0", "b": "1"},))
-JUDGE = Task("judge1", "evaluate", "runs/run1", {}, ("run1",), ("runs/run1",))
-TASKS = {t.id: t for t in (FIT, TRAIN, JUDGE)}
+EVALUATE = Task("eval1", "evaluate", "runs/run1", {}, ("run1",), ("runs/run1",))
+TASKS = {t.id: t for t in (FIT, TRAIN, EVALUATE)}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_task_and_its_description_are_the_same(study):
     assert read_spec(spec_file(study, TRAIN)) == TRAIN
     assert {t.id: t for t in find_specs(study)} == TASKS
     spec_file(study, FIT).write_text('{"id": ')
-    assert [t.id for t in find_specs(study)] == ["run1", "judge1"]
+    assert [t.id for t in find_specs(study)] == ["run1", "eval1"]
     with pytest.raises(UserError, match="does not describe a task"):
         read_spec(spec_file(study, FIT))
 
@@ -171,10 +171,10 @@ def test_a_journal_read_back_is_the_journal_that_was_written(study):
     assert journal.jobs == {}
     journal.submit(two.token, "8")
     assert journal.jobs == {FIT.id: "8_0", TRAIN.id: "8_1"}
-    journal.start(JUDGE.id, "local-1")
+    journal.start(EVALUATE.id, "local-1")
     journal.set_max_failures({FIT.id: 5})
     journal.withdraw(two.token)
-    assert journal.jobs == {JUDGE.id: "local-1"}
+    assert journal.jobs == {EVALUATE.id: "local-1"}
     assert journal.submitted == {}
     assert (journal.limit_of(FIT.id, 2), journal.limit_of(FIT.id, 7), journal.limit_of(TRAIN.id, 2)) == (5, 7, 2)
     assert read_journal(study) == journal
@@ -222,7 +222,7 @@ def test_without_a_journal_the_reports_decide(study):
     reported(study, TRAIN, "failed", failures=1, cause="why")
     (study / FILE).unlink()
     statuses = read_statuses(study, {})
-    assert [s.task for s in statuses] == [FIT.info, TRAIN.info, JUDGE.info]
+    assert [s.task for s in statuses] == [FIT.info, TRAIN.info, EVALUATE.info]
     assert [s.state for s in statuses] == ["done", "failed", "new"]
     failed = statuses[1]
     assert (failed.attempts, failed.failures, failed.reason, failed.job) == (1, 1, "why", "7")
@@ -264,7 +264,7 @@ def test_tasks_are_in_the_order_of_stages_and_of_the_grid(tmp_path):
 def test_a_task_s_label_is_the_one_that_was_planned_last(study):
     renamed = dataclasses.replace(FIT, points=({"seed": "0", "c": "1"},))
     save_study(study, read_study(study), TASKS | {FIT.id: renamed})
-    assert [s.task for s in read_statuses(study, {})] == [renamed.info, TRAIN.info, JUDGE.info]
+    assert [s.task for s in read_statuses(study, {})] == [renamed.info, TRAIN.info, EVALUATE.info]
 
 
 def test_failures_allowed_only_grow(study):
@@ -300,12 +300,12 @@ STATES_OF = [
 ]
 
 
-@pytest.mark.parametrize(("told", "queued", "asked", "known", "wanted"), STATES_OF)
-def test_every_state_of_a_task_has_a_name(study, told, queued, asked, known, wanted):
+@pytest.mark.parametrize(("reported_state", "queued", "asked", "known", "wanted"), STATES_OF)
+def test_every_state_of_a_task_has_a_name(study, reported_state, queued, asked, known, wanted):
     if known:
         handed_out(study, FIT)
-    if told:
-        reported(study, FIT, told)
+    if reported_state:
+        reported(study, FIT, reported_state)
     queue = {"7": entry("7", queued)} if queued else {}
     assert status_of(study, FIT, queue if asked else None).state == wanted
 
@@ -318,7 +318,7 @@ def test_a_run_whose_holder_lives_is_running_though_no_queue_knows_it(study):
     assert status_of(study, FIT).state == "lost"
 
 
-def test_what_builds_on_a_task_that_was_given_up_is_blocked(study):
+def test_what_depends_on_a_task_that_was_given_up_is_blocked(study):
     handed_out(study, FIT)
     reported(study, FIT, "failed", failures=3, cause="no data")
     statuses = {s.task.id: s for s in read_statuses(study, {})}
@@ -327,15 +327,15 @@ def test_what_builds_on_a_task_that_was_given_up_is_blocked(study):
     launcher = launcher_of(study)
     assert launcher.runnable(list(statuses.values())) == []
     launcher.reset_failures(list(statuses.values()))
-    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "judge1"]
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "eval1"]
 
 
 def test_a_task_that_failed_less_often_than_allowed_is_wanted_again(study):
     handed_out(study, FIT)
     reported(study, FIT, "failed", failures=2)
     launcher = launcher_of(study)
-    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "judge1"]
-    assert [s.task.id for s in launcher.runnable(launcher.statuses({}), "failed")] == ["fit1", "run1", "judge1"]
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}))] == ["fit1", "run1", "eval1"]
+    assert [s.task.id for s in launcher.runnable(launcher.statuses({}), "failed")] == ["fit1", "run1", "eval1"]
 
 
 def test_only_failed_leaves_alone_what_did_not_fail(study):
@@ -349,7 +349,7 @@ def test_what_is_at_work_is_not_handed_out_again(study):
     launcher = launcher_of(study)
     for state in ("PENDING", "RUNNING", "COMPLETING"):
         statuses = launcher.statuses({"7": entry("7", state)})
-        assert [s.task.id for s in launcher.runnable(statuses)] == ["run1", "judge1"]
+        assert [s.task.id for s in launcher.runnable(statuses)] == ["run1", "eval1"]
 
 
 def test_a_cancelled_task_is_so_until_it_is_handed_out_again(study):
@@ -362,8 +362,13 @@ def test_a_cancelled_task_is_so_until_it_is_handed_out_again(study):
     assert status_of(study, FIT, {}).state == "interrupted"
 
 
-SETTLED = [
-    # report's state, its job, exit code, failures allowed -> state, failures, made again
+def test_a_task_that_was_cancelled_before_it_was_handed_out_is_cancelled(study):
+    cancel_mark(study, FIT).touch()
+    assert status_of(study, FIT, {}).state == "cancelled"
+
+
+FINALIZED = [
+    # report's state, its job, exit code, max_failures -> state, failures, tried again
     ("done", "7", 0, 2, "done", 0, False),
     ("interrupted", "7", 75, 2, "interrupted", 0, True),
     ("interrupted", "7", REQUEUED, 2, "interrupted", 0, False),  # submitit was faster
@@ -377,20 +382,20 @@ SETTLED = [
     ("running", "7", 140, 2, "interrupted", 0, True),
     ("running", "7", REQUEUED, 2, "interrupted", 0, False),
     ("running", "8", 1, 2, "running", 0, False),  # another job's
-    ("failed", "8", 1, 2, "failed", 2, True),  # this one ended before it could say that it had begun
+    ("failed", "8", 1, 2, "failed", 2, True),  # this one ended before it could report its start
     ("interrupted", "8", 1, 2, "failed", 1, True),
     (None, None, 1, 2, "failed", 1, True),
     (None, None, 140, 2, "interrupted", 0, True),
 ]
 
 
-@pytest.mark.parametrize(("told", "job", "code", "allowed", "state", "failures", "again"), SETTLED)
-def test_an_attempt_that_could_not_tell_how_it_ended_is_told_of(
-    study, told, job, code, allowed, state, failures, again
+@pytest.mark.parametrize(("reported_state", "job", "code", "max_failures", "state", "failures", "again"), FINALIZED)
+def test_an_attempt_that_was_killed_is_reported_by_the_epilog(
+    study, reported_state, job, code, max_failures, state, failures, again
 ):
-    if told:
-        reported(study, FIT, told, failures=1 if told == "failed" else 0, job=job)
-    assert finalize_attempt(study, FIT, "7", 0, code, allowed) is again
+    if reported_state:
+        reported(study, FIT, reported_state, failures=1 if reported_state == "failed" else 0, job=job)
+    assert finalize_attempt(study, FIT, "7", 0, code, max_failures) is again
     report = read_report(study, FIT)
     assert (report.state, report.failures) == (state, failures)
 
@@ -449,15 +454,15 @@ def test_submissions_are_for_the_owner_alone_and_read_back(study):
 
 def test_runs_are_named_by_the_beginning_of_their_id_or_their_folder(study):
     statuses = read_statuses(study, {})
-    assert [s.task.id for s in select_tasks(statuses, ["run1"])] == ["run1", "judge1"]
-    assert [s.task.id for s in select_tasks(statuses, [f"{study}/runs/run1"])] == ["run1", "judge1"]
-    assert [s.task.id for s in select_tasks(statuses, ["judge"])] == ["judge1"]
+    assert [s.task.id for s in select_tasks(statuses, ["run1"])] == ["run1", "eval1"]
+    assert [s.task.id for s in select_tasks(statuses, [f"{study}/runs/run1"])] == ["run1", "eval1"]
+    assert [s.task.id for s in select_tasks(statuses, ["eval"])] == ["eval1"]
     assert len(select_tasks(statuses, [])) == 3
     with pytest.raises(UserError, match="is no run of the study"):
         select_tasks(statuses, ["zzz"])
 
 
-def test_runs_that_their_seed_alone_sets_apart_are_averaged():
+def test_runs_that_differ_by_their_seed_alone_are_averaged():
     rows = [
         {"id": "a", "b": 1, "seed": 0, "coverage": 0.2},
         {"id": "b", "b": 1, "seed": 1, "coverage": 0.4},
@@ -469,7 +474,7 @@ def test_runs_that_their_seed_alone_sets_apart_are_averaged():
     assert (two["coverage"], two["coverage_sd"]) == (0.5, None)
 
 
-def test_writing_a_description_that_stands_there_touches_nothing(study):
+def test_writing_the_same_description_again_touches_nothing(study):
     file = spec_file(study, FIT)
     before = file.stat().st_mtime_ns
     write_spec(study, FIT)

@@ -9,23 +9,23 @@ from hpc_c2g.generators.config import SCHEMES
 
 INDEPENDENT = "independent"
 DRAWS = (INDEPENDENT, *reversed(SCHEMES))
-"""How a batch may be drawn: labels and latents at random, or as ``LatentConfig.scheme`` says, with labels that cycle."""
+"""Ways to draw a batch: independent labels and latents, or cycling labels with a scheme of ``LatentConfig.scheme``."""
 CONFIDENCE = 0.95
-"""Of the bound, and the quantile of the measured errors that it is held against."""
+"""Confidence of the bound, and quantile of the measured errors that it is compared with."""
 
 
 @dataclass
 class BoundConfig:
-    """What to measure.
+    """Measurement of the sampling error of a run.
 
     Attributes:
-        run_dir: of the generator; sampling_error.json is written into it.
-        batches: B, samples in one classifier's KKT sum; the run's own B is measured too.
-        repeats: batches drawn of each size.
-        reference_batch: samples behind the expectation (in lattices), and as many independent ones behind covariance and bound.
-        seed: of all draws.
-        schemes: ``independent`` labels and latents, or with labels in turn ``normal``, ``sobol`` or ``stratified`` latents.
-        micro_batch: samples of a backward; the result does not depend on it.
+        run_dir: Run directory of the generator; sampling_error.json is written into it.
+        batches: Batch sizes B of one classifier's KKT sum; the run's own B is measured too.
+        repeats: Number of batches per size.
+        reference_batch: Number of samples for the expectation (in lattices), and of independent ones for covariance and bound.
+        seed: Seed of all draws.
+        schemes: ``independent`` labels and latents, or cycling labels with ``normal``, ``sobol`` or ``stratified`` latents.
+        micro_batch: Samples per backward; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
 

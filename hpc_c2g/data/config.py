@@ -1,4 +1,4 @@
-"""The fields of ``data``: which data set, how much of it, and which images."""
+"""Typed settings of a data set: its name, sizes and choice of samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EMBEDDED = ("digits", "breast_cancer", "wine")
 """Read from the scikit-learn package."""
 
 TOYS = ("blobs", "moons", "spirals")
-"""Drawn anew, points of the plane."""
+"""Synthetic points of the plane, drawn from the seed."""
 
 ON_DISK = ("mnist", "cifar10", "celeba")
 """Read from ``root``; never downloaded, never written to."""
@@ -20,21 +20,21 @@ NAMES = (*EMBEDDED, *TOYS, *ON_DISK)
 
 @dataclass
 class DataConfig:
-    """What ``load_split`` loads; usable as a Hydra structured config.
+    """Settings of ``load_split``.
 
     Attributes:
-        name: one of ``NAMES``.
-        root: folder with the data sets on disk; ignored by the embedded ones and the toys.
-        train_size: samples of the train part, equally many per class (the first classes take a remainder);
+        name: One of ``NAMES``.
+        root: Folder with the data sets on disk; ignored by the embedded ones and the toys.
+        train_size: Number of samples of the train part, equally many per class (the first classes take a remainder);
             None: everything but the held-out part, in its natural class proportions (not for the toys, which have
             no end).
-        held_out_size: samples of the held-out part, as balanced as the data allow. None: all samples that are not in
+        held_out_size: Number of samples of the held-out part, as balanced as the data allow. None: all samples that are not in
             the train part (a fifth if ``train_size`` is None too) for the embedded ones; the whole test file for
             mnist and cifar10; at most 1000 images for celeba; 1000 points for the toys.
-        classes: the classes to keep, relabeled 0.. in the order given; None keeps all.
-        image_size: side of the square images (celeba only).
-        attribute: what makes the second of the two classes (celeba only).
-        seed: which samples are chosen (of the toys: drawn).
+        classes: Classes to keep, relabeled 0.. in the order given; None keeps all.
+        image_size: Side of the square images (celeba only).
+        attribute: Attribute of the second class (celeba only).
+        seed: Seed of the choice of samples (of the points, for the toys).
 
     Raises:
         UserError: a field is out of its range.

@@ -15,8 +15,15 @@ KINDS = ("mean_image", "standard", "constant")
 class InitConfig:
     """Initial weights: first ~ N(0, first^2), hidden ~ N(0, hidden^2 / fan_in), head ~ U(+-head / sqrt(fan_in)), biases like the first.
 
-    ``default`` leaves PyTorch's own initialization. ``norm`` is what the weights of normalization layers start from, with ``default`` too;
-    None keeps them, which is 1: what a wide layer's weights still mostly are when the margin is reached.
+    ``default`` keeps PyTorch's own initialization. ``norm`` is the initial weight of normalization layers, also with ``default``; None
+    keeps PyTorch's 1, which in a wide layer hardly changes until the margin is reached.
+
+    Attributes:
+        default: Keep PyTorch's own initialization.
+        first: Standard deviation of the first layer's weights, and of all biases.
+        hidden: Factor on the hidden weights' standard deviation 1 / sqrt(fan_in).
+        head: Factor on the last weights' half range 1 / sqrt(fan_in).
+        norm: Initial weight of normalization layers; None keeps PyTorch's.
     """
 
     default: bool = False
@@ -32,7 +39,11 @@ class InitConfig:
 
 @dataclass
 class FitConfig:
-    """How the weights come about."""
+    """Common settings of all fits.
+
+    Attributes:
+        name: Kind of fit.
+    """
 
     name: str = "???"
 
@@ -42,9 +53,9 @@ class MarginFitConfig(FitConfig):
     """Rescaled gradient flow to a margin.
 
     Attributes:
-        target_margin: the smallest margin at which it stops.
-        lr: drop of the smoothed margin's exponent per step.
-        max_steps: gives up (with an error) after so many steps.
+        target_margin: Smallest margin at which the fit stops.
+        lr: Decrease of the smoothed margin's exponent per step.
+        max_steps: Number of steps after which the fit fails.
         dtype: float64 or float32.
     """
 
@@ -61,7 +72,17 @@ class MarginFitConfig(FitConfig):
 
 @dataclass
 class OrdinaryFitConfig(FitConfig):
-    """Minibatch training on cross-entropy, as people do it."""
+    """Ordinary minibatch training on cross-entropy.
+
+    Attributes:
+        optimizer: ``adam`` or ``sgd``.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of the optimizer.
+        batch_size: Samples per minibatch.
+        epochs: Number of passes over the training data.
+        dtype: float64 or float32.
+    """
 
     name: str = "ordinary"
     optimizer: str = "adam"
@@ -81,7 +102,11 @@ class OrdinaryFitConfig(FitConfig):
 
 @dataclass
 class ImportFitConfig(FitConfig):
-    """No fit: a user's own weights, from a state_dict file (torch or safetensors, never unpickled code)."""
+    """No fit: a user's own weights, from a state_dict file (torch or safetensors, never unpickled code).
+
+    Attributes:
+        state_dict: Path of the weights.
+    """
 
     name: str = "import"
     state_dict: str = "???"
@@ -103,14 +128,14 @@ def _dtype(name: str) -> None:
 
 @dataclass
 class NormalizationConfig:
-    """What the classifier subtracts.
+    """Input normalization of the classifier.
 
     Attributes:
         kind: ``mean_image`` subtracts the mean of the training part, ``standard`` also divides each entry by its deviation (1 where it
             is constant), ``constant`` takes ``mean`` and ``scale``.
-        mean: a number, one per channel, or the full shape.
-        scale: likewise, what it is divided by.
-        value_range: smallest and largest raw value; None takes the data set's.
+        mean: Mean to subtract: one number, one per channel, or the full shape.
+        scale: Divisor: one number, one per channel, or the full shape.
+        value_range: Smallest and largest raw value; None takes the data set's.
     """
 
     kind: str = "mean_image"
@@ -127,19 +152,19 @@ class NormalizationConfig:
 
 @dataclass
 class ClassifierConfig:
-    """A classifier bundle to make.
+    """Settings of ``c2g classifier``, which makes a bundle.
 
     Attributes:
-        out: its folder.
-        seed: of the initial weights and minibatches.
-        data: what it is fitted to; not read by ``fit=import``.
+        out: Folder of the bundle.
+        seed: Seed of the initial weights and minibatches.
+        data: Training data; not read by ``fit=import``.
         model: ``_target_`` (built-in name or import path of an nn.Module; mlp) and its keyword arguments.
-        init: initial weights.
-        fit: to the margin, ordinary, or imported weights.
-        normalization: of the input.
-        input_shape: only for ``fit=import``: of one sample.
-        classes: only for ``fit=import``: the number or the names.
-        overwrite: replace another classifier in ``out``.
+        init: Initial weights.
+        fit: Kind of fit: to a margin, ordinary, or imported weights.
+        normalization: Input normalization.
+        input_shape: Shape of one sample, only for ``fit=import``.
+        classes: Number or names of the classes, only for ``fit=import``.
+        overwrite: Replace another classifier in ``out``.
     """
 
     out: str = "???"
@@ -163,11 +188,11 @@ class ClassifierConfig:
 
 @dataclass
 class CertifyConfig:
-    """What to certify.
+    """Settings of ``c2g certify``.
 
     Attributes:
-        classifier: folder of the bundle; certificate.json is written into it.
-        data: its own training data; None takes what its record names.
+        classifier: Folder of the bundle; certificate.json is written into it.
+        data: Training data of the classifier; None takes those of its fit record.
     """
 
     classifier: str = "???"

@@ -18,7 +18,10 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.fitting.config import InitConfig, MarginFitConfig, OrdinaryFitConfig
 from hpc_c2g.kkt.margins import other_classes, pairwise_margins, smallest_margins
 
-WITH_WEIGHTS_OF_ONE = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_BatchNorm = (
+    nn.modules.batchnorm._BatchNorm
+)  # private, but the only common base class of BatchNorm1d to 3d and SyncBatchNorm
+NORMS_WITH_UNIT_WEIGHT = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 Report = Callable[[int, float], None]
 """Progress callback: (step, smoothed margin or loss)."""
 
@@ -26,7 +29,7 @@ Report = Callable[[int, float], None]
 def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
     """Draw new weights from ``seed``; normalization layers keep theirs (weight 1, bias 0), except for ``config.norm``."""
     for module in model.modules():
-        if config.norm is not None and isinstance(module, WITH_WEIGHTS_OF_ONE) and module.weight is not None:
+        if config.norm is not None and isinstance(module, NORMS_WITH_UNIT_WEIGHT) and module.weight is not None:
             nn.init.constant_(module.weight, config.norm)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -110,7 +113,7 @@ def fit_ordinary(
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(seed)
-    normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    normalized = any(isinstance(m, _BatchNorm) for m in model.modules())
     step = 0
     for _ in range(config.epochs):
         for batch in torch.split(torch.randperm(len(x), generator=generator), config.batch_size):
@@ -130,7 +133,7 @@ def fit_ordinary(
 @torch.no_grad()
 def _freeze_statistics(model: nn.Module, x: Tensor) -> None:
     """Set the running statistics to those of the full batch, so that eval mode is the fitted function (up to the variance's n - 1)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()

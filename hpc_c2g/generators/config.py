@@ -9,20 +9,20 @@ from hpc_c2g.errors import UserError
 SCHEMES = ("stratified", "sobol", "normal")
 
 DRAWINGS = ("multipliers", "supported", "plain")
-"""How samples are drawn: in proportion to their multipliers; evenly among those that carry some; evenly among all."""
+"""Ways to draw samples: in proportion to their multipliers; uniformly among supported samples; uniformly among all."""
 
 
 @dataclass
 class GeneratorConfig:
-    """What all generators share.
+    """Common settings of all generators.
 
     Attributes:
-        name: of the kind.
-        codes: learned codes per class; the first latent coordinate selects one of them (the quantile of z_0 in equal parts), the
+        name: Kind of generator.
+        codes: Number of learned codes per class; the first latent coordinate selects one of them (the quantile of z_0 in equal parts), the
             others vary around it. 0: no codes, the class alone is embedded.
-        embedding: length of a code, or of the class embedding.
-        gain: on the continuous latents.
-        canvas: each code (without codes: each class) has a learned image of its own too, which the decoder's is added to.
+        embedding: Length of a code, or of the class embedding.
+        gain: Factor on the continuous latents.
+        canvas: Add a learned image per code (without codes: per class) to the decoder's image.
     """
 
     name: str = "mlp"
@@ -42,7 +42,11 @@ class GeneratorConfig:
 
 @dataclass
 class MLPGeneratorConfig(GeneratorConfig):
-    """Fully connected generator."""
+    """Fully connected generator.
+
+    Attributes:
+        widths: Widths of the hidden layers.
+    """
 
     name: str = "mlp"
     widths: list[int] = field(default_factory=lambda: [256])
@@ -55,7 +59,12 @@ class MLPGeneratorConfig(GeneratorConfig):
 
 @dataclass
 class ConvGeneratorConfig(GeneratorConfig):
-    """Upsampling convolutional generator with GroupNorm: ``channels`` at full resolution, doubled at each coarser one."""
+    """Upsampling convolutional generator with GroupNorm.
+
+    Attributes:
+        channels: Channels at full resolution, doubled at each coarser one.
+        coarsest: Largest side of the coarsest resolution.
+    """
 
     name: str = "conv"
     channels: int = 32
@@ -71,7 +80,11 @@ class ConvGeneratorConfig(GeneratorConfig):
 
 @dataclass
 class FreeImagesConfig(GeneratorConfig):
-    """No generator: a free image and multipliers for each sample of the batch, the method of the reconstruction peers."""
+    """No generator: a free image and multipliers per sample of the batch, as in earlier reconstruction methods.
+
+    Attributes:
+        start: Standard deviation of the initial images.
+    """
 
     name: str = "free"
     start: float = 0.01
@@ -91,10 +104,10 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
 
 @dataclass
 class LatentConfig:
-    """Latents of a generator.
+    """Latents of training; evaluation always draws new independent normal ones.
 
     Attributes:
-        dimensions: Number of latent coordinates d.
+        dimensions: Dimension d of the latents.
     """
 
     dimensions: int = 4
@@ -108,7 +121,7 @@ def check_drawing(drawing: str) -> None:
     """Refuse an unknown way to draw.
 
     Raises:
-        UserError: it is none of ``DRAWINGS``.
+        UserError: ``drawing`` is none of ``DRAWINGS``.
     """
     if drawing not in DRAWINGS:
         raise UserError(f"drawing={drawing!r} is unknown", f"choose one of {', '.join(DRAWINGS)}")

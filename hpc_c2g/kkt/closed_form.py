@@ -76,6 +76,7 @@ def closed_form_layers(classifier: GatedClassifier) -> tuple[Layer, ...] | None:
         return None
     if [nodes[0].op, nodes[-1].op] != ["placeholder", "output"] or not _is_flatten(classifier.graph, nodes[1]):
         return None
+    # private, but torch has no public way to ask a module for its hooks
     if any(m._forward_hooks or m._forward_pre_hooks for m in classifier.graph.modules()):
         return None
     modules: list[Any] = [

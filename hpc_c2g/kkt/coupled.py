@@ -108,7 +108,7 @@ class CoupledSum:
             pass
         self.adjoints = [torch.zeros_like(s) for s in self.values]
         for layer in reversed(range(len(self.values))):
-            self.adjoints[layer] = self._total(lambda micro_batch, layer=layer: self._adjoint(micro_batch, layer))  # type: ignore[misc]
+            self.adjoints[layer] = self._total(functools.partial(self._adjoint, layer=layer))
 
     def kkt_sum(
         self, x: Tensor, labels: Tensor, multipliers: Tensor, keep_graph: bool = False, on_ready: OnReady | None = None

@@ -89,6 +89,7 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
+    # _BatchNorm is private, but the only common base class of the classes in NORMS; used for typing only
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, name: str) -> None:
         super().__init__()
         if norm.running_mean is None or norm.running_var is None:

@@ -1,4 +1,4 @@
-"""Names of the choices of the stationarity residual; imports no torch, so that settings are checked before torch is loaded."""
+"""Choices of the stationarity residual, without torch: settings are checked before torch is loaded."""
 
 from __future__ import annotations
 

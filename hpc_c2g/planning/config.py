@@ -11,22 +11,22 @@ from hpc_c2g.training.config.train import TrainConfig
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """A training run as ``c2g train`` takes it, and where it would run.
+    """Settings of a training run as in ``c2g train``, and of the cluster.
 
-    The plan takes G's sum as float32, inside nodes first where that is faster, and as not hidden: ``distributed`` has no say in it.
+    The plan ignores ``distributed``: it assumes a float32 sum of G, hierarchical if that is faster, without overlap.
 
     Attributes:
-        run_dir: not used.
-        micro_batch: as for ``c2g train``; ``auto`` takes the largest that fits, split evenly.
-        hardware: which; ``here`` is measured.
-        hardware_file: file of saved numbers, instead of ``hardware``.
-        save_hardware: where to write the numbers that was used.
-        nodes: N.
-        zero_stage: of DeepSpeed; None takes the lowest that fits.
+        run_dir: Not used.
+        micro_batch: Samples per micro-batch as in ``c2g train``; ``auto`` takes the largest that fits, split evenly.
+        hardware: Name of the hardware; ``here`` is measured.
+        hardware_file: File of saved hardware numbers, instead of ``hardware``.
+        save_hardware: File to write the used hardware numbers to.
+        nodes: Number of nodes.
+        zero_stage: ZeRO stage of DeepSpeed; None takes the lowest that fits.
         overlap: DeepSpeed's overlap_comm, from stage 1 on.
-        margin: share of the memory that stays free.
-        max_nodes: the scaling tables go to this, in powers of two.
-        out: json file of the whole plan.
+        margin: Fraction of the memory that stays free.
+        max_nodes: Largest number of nodes of the scaling tables, in powers of two.
+        out: JSON file of the whole plan.
     """
 
     run_dir: str = ""

@@ -1,4 +1,4 @@
-"""A cluster in the dozen numbers that a prediction needs."""
+"""Hardware of a cluster: the dozen numbers that a prediction needs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ GIB = 2**30
 
 @dataclass
 class Hardware:
-    """What every choice of ``hardware=`` has."""
+    """Common settings of all choices of ``hardware=``.
+
+    Attributes:
+        name: Name of the choice.
+    """
 
     name: str = "here"
 
 
 @dataclass
 class LocalHardware(Hardware):
-    """The machine that plans: it is measured.
+    """This machine, measured.
 
     Attributes:
-        name: of the choice.
-        ranks_per_node: processes that compute at once; 0 takes one per GPU, or one per core where there is none.
-        seconds: about how long each of the rates is measured.
+        name: Name of the choice.
+        ranks_per_node: Number of processes that compute at once; 0 takes one per GPU, or one per core without a GPU.
+        seconds: Approximate duration of each measurement.
     """
 
     name: str = "here"
@@ -45,19 +49,19 @@ class HardwareSpec(Hardware):
     """Rates of one rank (a GPU, or a process on its share of the cores) and of the links between ranks.
 
     Attributes:
-        name: of the cluster.
-        ranks_per_node: GPUs of a node.
-        memory_gib: of one GPU; where ranks share cores, of the node.
-        runtime_gib: taken by one process before it holds a tensor (CUDA context, libraries).
+        name: Name of the cluster.
+        ranks_per_node: GPUs per node.
+        memory_gib: Memory of one GPU; if ranks share cores, of the node.
+        runtime_gib: Memory of one process before its first tensor (CUDA context, libraries).
         matrix_tflops: 10^12 operations per second of matrix products, in the dtype of the KKT sums (float32).
         memory_gb_per_s: 10^9 bytes per second of memory-bound operators, read and written.
-        operation_us: microseconds of the host per operator called.
-        asynchronous: the host runs ahead of the device, so that the slower of the two sets the pace.
-        intra_gb_per_s: bus bandwidth of an all-reduce within a node, 10^9 bytes per second and rank.
-        intra_us: latency of one message within a node.
+        operation_us: Microseconds of the host per operator call.
+        asynchronous: The host runs ahead of the device, so that the slower of the two limits the speed.
+        intra_gb_per_s: Bus bandwidth of an all-reduce within a node, 10^9 bytes per second and rank.
+        intra_us: Latency of one message within a node.
         inter_gb_per_s: 10^9 bytes per second out of one *node*.
-        inter_us: latency of one message between nodes.
-        cores: that the node's ranks share; 0: every rank has a device of its own.
+        inter_us: Latency of one message between nodes.
+        cores: Number of cores that the node's ranks share; 0 if every rank has its own device.
     """
 
     name: str = "custom"
@@ -93,7 +97,7 @@ class HardwareSpec(Hardware):
 
     @property
     def share(self) -> float:
-        """Part of a core that each rank has: 1, or cores / ranks where there are more ranks than cores."""
+        """Fraction of a core per rank: 1, or cores / ranks if there are more ranks than cores."""
         return min(1.0, self.cores / self.ranks_per_node) if self.cores else 1.0
 
     @property
@@ -103,10 +107,10 @@ class HardwareSpec(Hardware):
 
 
 def load_hardware(path: Path) -> HardwareSpec:
-    """A hardware that ``save_hardware=FILE`` wrote, or a copy of ``configs/hardware/h100.yaml`` with other numbers.
+    """Read a hardware file that ``save_hardware=FILE`` wrote, or a copy of ``configs/hardware/h100.yaml`` with other numbers.
 
     Raises:
-        UserError: no such file, a name that is no field, or a value that is not possible.
+        UserError: the file cannot be read, or has an unknown field or an impossible value.
     """
     try:
         values = OmegaConf.load(path)
@@ -115,7 +119,7 @@ def load_hardware(path: Path) -> HardwareSpec:
         hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HardwareSpec), values))
     except UserError:
         raise
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
+    except Exception as error:  # file system, YAML and OmegaConf errors
         reason = str(error).splitlines()[0]
         raise UserError(
             f"hardware_file={path} cannot be read: {reason}", "write one with save_hardware=FILE"
@@ -125,6 +129,6 @@ def load_hardware(path: Path) -> HardwareSpec:
 
 
 def as_yaml(hardware: HardwareSpec) -> str:
-    """The hardware as a file that ``load_hardware`` reads, numbers to four digits."""
+    """Format the hardware as YAML for ``load_hardware``, numbers to four digits."""
     values = {f.name: getattr(hardware, f.name) for f in fields(hardware)}
     return OmegaConf.to_yaml({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()})

@@ -1,1 +1,1 @@
-"""Slurm: what a cluster wants to be told, the batch script, the questions to the queue."""
+"""Slurm: profiles of clusters, batch scripts, and the queue."""

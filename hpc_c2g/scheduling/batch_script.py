@@ -1,4 +1,4 @@
-"""From a profile to what sbatch reads, as pure functions: nothing here touches a file or asks Slurm."""
+"""Batch scripts for sbatch from a profile, as pure functions: nothing here touches a file or calls Slurm."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MIB_PER_GIB = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """Where the ranks of one run are.
+    """Layout of the ranks of one run.
 
     Attributes:
-        nodes: of the job.
-        tasks_per_node: ranks on each.
+        nodes: Number of nodes of the job.
+        tasks_per_node: Number of ranks on each node.
     """
 
     nodes: int = 1
@@ -39,30 +39,30 @@ class Shape:
 
     @property
     def tasks(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.nodes * self.tasks_per_node
 
 
 def python_command(profile: SlurmProfile) -> str:
-    """The interpreter, inside its container if there is one, quoted for bash."""
+    """Return the command of the interpreter, inside its container if there is one, quoted for bash."""
     return shlex.join([*profile.container, profile.python or sys.executable])
 
 
 def submitit_parameters(
     profile: SlurmProfile, shape: Shape, job_name: str, after: Sequence[str] = (), epilog: str = ""
 ) -> dict[str, Any]:
-    """Arguments of ``submitit.SlurmExecutor.update_parameters``.
+    """Return the arguments of ``submitit.SlurmExecutor.update_parameters``.
 
     Args:
-        profile: of the cluster.
-        shape: of one run.
-        job_name: of the job or array.
-        after: ids of jobs that must have ended, well or not, before this one starts.
-        epilog: command, already quoted for bash, that is run with the exit code of the ranks as its last argument once
-            they have ended, whatever ended them but SIGKILL. The job's exit code is its exit code.
+        profile: Profile of the cluster.
+        shape: Shape of one run.
+        job_name: Name of the job or array.
+        after: Ids of jobs that must have ended, successfully or not, before this one starts.
+        epilog: Command, quoted for bash, that runs with the exit code of the ranks as its last argument once they have ended,
+            unless the shell itself was killed. The job's exit code is the epilog's.
 
     Raises:
-        UserError: a name, an id or a command that would not arrive as it was written.
+        UserError: A name, an id or a command would not reach Slurm as it was written.
     """
     check_name(job_name)
     check_ids(after)
@@ -88,7 +88,7 @@ def submitit_parameters(
         "signal_delay_s": profile.signal_seconds,
         "stderr_to_stdout": False,
         "wckey": None,  # submitit's own default is refused where wckeys are enforced
-        # the signal is said again, because submitit takes another one from SUBMITIT_PREEMPT_SIGNAL
+        # the signal is set again, because submitit takes its own from SUBMITIT_PREEMPT_SIGNAL
         "additional_parameters": {"requeue": True, "signal": f"USR2@{profile.signal_seconds}", **extra},
         "setup": _setup(profile, shape),
         "srun_args": _srun_arguments(profile),
@@ -105,10 +105,10 @@ def sbatch_text(
     after: Sequence[str] = (),
     epilog: str = "",
 ) -> str:
-    """The text that submitit gives to sbatch for an array of ``elements`` runs, one of which is no array.
+    """Return the text that submitit gives to sbatch for an array of ``elements`` runs; a single run is no array.
 
     Raises:
-        UserError: as ``submitit_parameters`` and ``check_folder``.
+        UserError: As ``submitit_parameters`` and ``check_folder``.
     """
     if elements < 1:
         raise UserError(f"an array of {elements} elements is not possible", "give at least one run")
@@ -123,10 +123,10 @@ def sbatch_text(
 
 
 def check_folder(path: str | Path) -> Path:
-    """The absolute path of a folder for logs, which sbatch and srun read as a pattern.
+    """Return the absolute path of a folder for logs, which sbatch and srun read as a pattern.
 
     Raises:
-        UserError: it has a character that one of them, or bash, would interpret.
+        UserError: The path has a character that one of them, or bash, would interpret.
     """
     folder = Path(path)
     if folder.parts and folder.parts[0].startswith(("-", "~")):
@@ -142,7 +142,7 @@ def check_folder(path: str | Path) -> Path:
 
 
 def _gpus(profile: SlurmProfile, shape: Shape) -> str | int | None:
-    """Asked for by node: with --gpus-per-task a rank would not see its neighbors, which NCCL needs to reach them fast."""
+    """Return the GPUs per node: with --gpus-per-task a rank would not see its neighbors, which NCCL needs for fast transfers."""
     if not profile.gpus_per_task:
         return None
     count = profile.gpus_per_task * shape.tasks_per_node
@@ -157,8 +157,8 @@ def _memory(profile: SlurmProfile, shape: Shape) -> str | None:
 
 def _setup(profile: SlurmProfile, shape: Shape) -> list[str]:
     lines = [
-        "# bash must outlive the SIGTERM of a cancelled, preempted or timed-out job: it has the epilog to do.",
-        "# A trap does it, since the ranks start without traps; a signal that is ignored they would ignore too.",
+        "# bash must outlive the SIGTERM of a cancelled, preempted or timed-out job, to run the epilog.",
+        "# A trap is not inherited by the ranks; an ignored signal would be.",
         "trap : TERM USR2",
         "# srun does not inherit --cpus-per-task since 22.05",
         f"export SRUN_CPUS_PER_TASK={profile.cpus_per_task}",
@@ -180,12 +180,12 @@ def _setup(profile: SlurmProfile, shape: Shape) -> list[str]:
         )
         lines.append(f"{everywhere}mkdir -p -- {shlex.quote(profile.scratch)} || exit")
     if profile.setup:
-        lines += [*profile.setup, "set +e  # the epilog comes also when the ranks fail"]
+        lines += [*profile.setup, "set +e  # the epilog runs also when the ranks fail"]
     return lines
 
 
 def _srun_arguments(profile: SlurmProfile) -> list[str]:
-    """One dead rank ends the step; a rank that outlives the first by a minute hangs in a collective."""
+    """Return srun's options: one dead rank ends the step; a rank that outlives the first by a minute hangs in a collective."""
     arguments = [
         "--open-mode=append",
         f"--cpus-per-task={profile.cpus_per_task}",
@@ -196,7 +196,7 @@ def _srun_arguments(profile: SlurmProfile) -> list[str]:
 
 
 def _teardown(epilog: str) -> list[str]:
-    """Right behind the run, so that ``$?`` is its exit code; the job ends with the epilog's, so that Slurm tells the truth."""
+    """Return the lines right after the run, so that ``$?`` is its exit code; the job exits with the epilog's."""
     if not epilog:
         return ["exit"]
     return ["code=$?", f'{epilog} "$code"', "exit"]

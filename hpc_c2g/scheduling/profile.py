@@ -1,4 +1,4 @@
-"""A cluster's habits in one yaml file. Every value that reaches a script is checked here; only ``setup`` is shell."""
+"""Profile of a Slurm cluster in one yaml file. Every value that reaches a script is checked here; only ``setup`` is shell."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _MODULE = r"[A-Za-z0-9_][A-Za-z0-9_.+/@:=-]*"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 _OPTION = r"[a-z][a-z0-9]+(-[a-z0-9]+)*"
 _LEAST = {"gpus_per_task": 0, "cpus_per_task": 1, "time_minutes": 1, "signal_seconds": 1, "throttle": 1, "max_array": 1}
-_LONGEST_SIGNAL = 65_535  # what sbatch takes
+_LONGEST_SIGNAL = 65_535  # the limit of sbatch's --signal
 
-_OF_BASH = re.compile(  # it runs, rewrites or refuses these, so a value would not arrive as it was written
+_BASH_VARIABLES = re.compile(  # bash runs, rewrites or refuses these, so that the job would not see the value
     r"BASH.*|ENV|PS[0-4]|PROMPT_COMMAND|SHELLOPTS|POSIXLY_CORRECT|IFS|PPID|E?UID|GROUPS|DIRSTACK|FUNCNAME|FUNCNEST"
     r"|LINENO|S?RANDOM|SECONDS|EPOCHSECONDS|EPOCHREALTIME|HISTCMD|OPT(IND|ERR)|PIPESTATUS|COMP_WORDBREAKS|SHLVL|PWD|OLDPWD|_"
 )
-_OWNED = {  # options of sbatch -> the field that says them; "": submission says or needs them itself
+_OWNED = {  # options of sbatch -> the field that sets them; "": submission sets or needs them itself
     option: place
     for place, options in {
         "partition": "partition",
@@ -63,35 +63,35 @@ _OWNED = {  # options of sbatch -> the field that says them; "": submission says
 
 @dataclass
 class SlurmProfile:
-    """What a cluster wants to be told. ``None`` leaves a choice to the cluster.
+    """Settings of jobs on one Slurm cluster. ``None`` leaves a choice to the cluster.
 
     Attributes:
-        name: of the profile, for messages.
-        partition: one or several with commas.
-        account: that is charged.
-        qos: quality of service.
-        constraint: features that the nodes must have.
-        nodelist: nodes that the job must have.
-        exclude: nodes that it must not have.
-        gpus_per_task: a task is one rank; every task sees all GPUs of its node.
-        gpu_type: as in gres.conf, where a cluster has several.
-        cpus_per_task: cores of one rank.
-        mem_gb: memory of one task in GiB, a node is asked for as many as it has tasks; 0 takes all that the node has.
-        time_minutes: of one attempt; a run that is not done goes on in the next one.
-        signal_seconds: how long before the limit the tasks get SIGUSR2: longer than a step and a checkpoint together.
+        name: Name of the profile, for messages.
+        partition: One partition, or several with commas.
+        account: Account that is charged.
+        qos: Quality of service.
+        constraint: Features that the nodes must have.
+        nodelist: Nodes that the job must have.
+        exclude: Nodes that the job must not have.
+        gpus_per_task: Number of GPUs per task (rank); every task sees all GPUs of its node.
+        gpu_type: Type of GPU as in gres.conf, for clusters with several.
+        cpus_per_task: Number of cores per task.
+        mem_gb: Memory per task in GiB; a node is asked for the sum over its tasks; 0 takes all memory of the node.
+        time_minutes: Time limit of one attempt; a run that is not done resumes in the next one.
+        signal_seconds: Seconds before the limit at which the tasks get SIGUSR2: longer than a step and a checkpoint together.
             Slurm may send it up to a minute earlier.
-        throttle: elements of an array that run at once.
-        max_array: a longer array is split; the cluster's limit is MaxArraySize - 1 of `scontrol show config`.
-        purge_modules: `module purge` before the modules are loaded.
-        modules: for `module load`.
-        setup: further lines of bash before the run, used as they are: this is the user's own shell.
-        container: command that the interpreter is run by, word by word, such as [apptainer, exec, --nv, image.sif].
-        python: interpreter on the nodes; None is the one that submits.
-        environment: variables of the job, taken literally: $HOME is five characters.
-        network_interface: for NCCL and Gloo, such as ib0.
-        scratch: folder for temporary files, made on every node; absolute.
-        cpu_bind: of srun; "none" leaves it away.
-        extra: further options of sbatch without the dashes, such as {reservation: night, exclusive: true}.
+        throttle: Number of elements of an array that run at once.
+        max_array: Length of an array above which it is split; the limit is MaxArraySize - 1 of `scontrol show config`.
+        purge_modules: Run `module purge` before the modules are loaded.
+        modules: Modules for `module load`.
+        setup: Further lines of bash before the run, used as they are: this is the user's own shell.
+        container: Command that runs the interpreter, word by word, such as [apptainer, exec, --nv, image.sif].
+        python: Interpreter on the nodes; None is the one that submits.
+        environment: Variables of the job, taken literally: $HOME is five characters.
+        network_interface: Network interface for NCCL and Gloo, such as ib0.
+        scratch: Folder for temporary files, created on every node; absolute.
+        cpu_bind: Option --cpu-bind of srun; "none" omits it.
+        extra: Further options of sbatch without the dashes, such as {reservation: night, exclusive: true}.
     """
 
     name: str = "custom"
@@ -184,7 +184,7 @@ class SlurmProfile:
         for name, value in self.environment.items():
             if not (isinstance(name, str) and re.fullmatch(_VARIABLE, name)):
                 raise self._wrong("environment", name, "a variable's name has letters, digits and _")
-            if re.fullmatch(_OF_BASH, name):
+            if re.fullmatch(_BASH_VARIABLES, name):
                 raise self._wrong("environment", name, "bash uses this variable itself: export it in setup")
             if not (type(value) is int or (isinstance(value, str) and value.isprintable())):
                 hint = "give a whole number or printable text in quotes"
@@ -209,26 +209,26 @@ class SlurmProfile:
 
 
 def profiles_folder() -> Path:
-    """The profiles: inside the package in an installed wheel, beside it in a checkout."""
+    """Return the folder of the profiles: inside the package in an installed wheel, beside it in a checkout."""
     package = Path(hpc_c2g.__file__).parent
     installed = package / "slurm_profiles"
     return installed if installed.is_dir() else package.parent / "slurm" / "profiles"
 
 
 def profile_names() -> list[str]:
-    """Names that ``load_profile`` knows."""
+    """Return the names that ``load_profile`` accepts."""
     return sorted(path.stem for path in profiles_folder().glob("*.yaml"))
 
 
 def load_profile(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> SlurmProfile:
-    """A profile by its name in ``slurm/profiles``, or from a path that ends in ``.yaml``.
+    """Return a profile by its name in ``slurm/profiles``, or from a path that ends in ``.yaml``.
 
     Args:
-        name_or_path: of the profile.
-        overrides: field -> value; dicts are merged, lists replaced.
+        name_or_path: Name or path of the profile.
+        overrides: Values by field; dicts are merged, lists replaced.
 
     Raises:
-        UserError: no such profile, a name that is no field, or a value that is not possible.
+        UserError: The profile does not exist, a name is no field, or a value is not possible.
     """
     if name_or_path.endswith(".yaml"):
         path = Path(name_or_path).expanduser()
@@ -250,14 +250,14 @@ def load_profile(name_or_path: str, overrides: Mapping[str, Any] | None = None) 
 
 
 _MASK = "\ue000{"
-"""Stands for `${` while OmegaConf is at work, which would read shell variables as its own."""
+"""Replaces `${` while OmegaConf reads a profile, which would take shell variables for its own."""
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _MASK)))
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
+    except Exception as error:  # raised by the file system, YAML or OmegaConf
         reason = " ".join(str(error).split())
         hint = "copy slurm/profiles/example_cpu.yaml"
         raise UserError(f"the Slurm profile {path} cannot be read: {reason}", hint) from error
@@ -276,7 +276,7 @@ def _with(config: Any, source: str, key: str, value: object) -> Any:
         value = OmegaConf.to_container(value, resolve=True)
     try:
         return OmegaConf.merge(config, {key: _replaced(value, "${", _MASK)})
-    except Exception as error:  # of OmegaConf: a wrong type
+    except Exception as error:  # raised by OmegaConf: a wrong type
         reason = str(error).splitlines()[0].replace(_MASK, "${")
         raise UserError(f"{source}: {key}={value!r}: {reason}", f"give {key} a value of the right type") from error
 
@@ -296,5 +296,5 @@ def _is_number(value: object) -> bool:
 
 
 def _is_program(text: str) -> bool:
-    """Printable, and nothing that one expects a shell to expand or that srun reads as an option."""
+    """Return True if the text is printable and neither a shell would expand it nor srun read it as an option."""
     return isinstance(text, str) and bool(text) and text.isprintable() and text[0] not in "-~" and "$" not in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import multiprocessing
 import time
 import traceback
 import warnings
@@ -15,11 +14,9 @@ from typing import Any
 
 import torch
 
+from helpers.forkserver import forkserver
 from hpc_c2g.distributed.environment import LaunchEnvironment
 from hpc_c2g.distributed.world import World
-
-PRELOADED = ["hpc_c2g.training.loop", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-"""Modules that the server of all ranks imports once; the last, which DeepSpeed imports with ZeRO, brings torch's compiler."""
 
 
 def _main(queue: Any, launch: LaunchEnvironment, function: Callable[..., Any], args: tuple) -> None:
@@ -42,8 +39,7 @@ def run_ranks(
     ``nodes`` is how many the ranks believe that they are on.
     """
     local = count // nodes
-    context = multiprocessing.get_context("forkserver")  # its server imports once what every rank of every test needs
-    context.set_forkserver_preload(PRELOADED)
+    context = forkserver()
     queue = context.Queue()
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / f"meeting-{count}-{len(list(folder.iterdir()))}"

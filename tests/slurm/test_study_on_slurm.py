@@ -1,4 +1,4 @@
-"""Laws of a study on a real Slurm: whatever the cluster does to its jobs, each run is made once, to the bits of the undisturbed one."""
+"""Laws of a study on a real Slurm: whatever the cluster does to its jobs, each run is done once, to the bits of the undisturbed one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def job_of_training(study_dir: Path) -> str:
     return job
 
 
-def test_arrays_wait_for_what_they_build_on_and_a_second_sweep_submits_nothing(cluster: Cluster, tmp_path: Path):
+def test_arrays_wait_for_those_that_they_depend_on_and_a_second_sweep_submits_nothing(cluster: Cluster, tmp_path: Path):
     study_dir = tmp_path / "a study"  # blanks in names reach Slurm
     grid = ("train.seed=0,1",)
     out = sweep(study_dir, *ON_SLURM, *grid)
@@ -68,24 +68,24 @@ def test_a_preempted_run_is_the_undisturbed_run_bitwise(cluster: Cluster, tmp_pa
     cluster.run("sbatch", *wrap)
     wait_for(lambda: states(study_dir)["train"] != ["running"])
     finish(study_dir, "profile.partition=low", *SLOW)
-    told = report(study_dir, tasks(study_dir, "train")[0])
-    assert told.attempts == 2
-    assert told.failures == 0
-    assert told.history[0]["outcome"] == "interrupted"
-    assert "saved after step" in told.history[0]["cause"]
+    found = report(study_dir, tasks(study_dir, "train")[0])
+    assert found.attempts == 2
+    assert found.failures == 0
+    assert found.history[0]["outcome"] == "interrupted"
+    assert "saved after step" in found.history[0]["cause"]
     assert_same_runs(study_dir, undisturbed)
 
 
-def test_a_run_whose_node_dies_goes_on_elsewhere_to_the_same_bits(cluster: Cluster, tmp_path: Path, undisturbed: Path):
+def test_a_run_whose_node_dies_resumes_elsewhere_to_the_same_bits(cluster: Cluster, tmp_path: Path, undisturbed: Path):
     study_dir = tmp_path / "s"
     sweep(study_dir, *ON_SLURM, *SLOW)
     wait_for(lambda: steps(study_dir) > 8)
     node = report(study_dir, tasks(study_dir, "train")[0]).node
     cluster.kill_node(node)
     finish(study_dir, *SLOW)
-    told = report(study_dir, tasks(study_dir, "train")[0])
-    assert (told.attempts, told.failures) == (2, 0)
-    assert told.node != node
+    found = report(study_dir, tasks(study_dir, "train")[0])
+    assert (found.attempts, found.failures) == (2, 0)
+    assert found.node != node
     assert_same_runs(study_dir, undisturbed)
 
 
@@ -98,9 +98,9 @@ def test_a_task_that_is_killed_is_named_and_tried_again_in_the_same_job(
     pids = subprocess.run(["pgrep", "-f", f"_submit {study_dir}"], capture_output=True, text=True).stdout.split()
     subprocess.run(["kill", "-9", *pids], check=False)
     finish(study_dir, *SLOW)
-    told = report(study_dir, tasks(study_dir, "train")[0])
-    assert (told.attempts, told.failures) == (2, 1)
-    assert "SIGKILL" in told.history[0]["cause"]
+    found = report(study_dir, tasks(study_dir, "train")[0])
+    assert (found.attempts, found.failures) == (2, 1)
+    assert "SIGKILL" in found.history[0]["cause"]
     assert_same_runs(study_dir, undisturbed)
 
 
@@ -154,11 +154,11 @@ def test_two_nodes_of_two_tasks_give_the_run_of_one_process(cluster: Cluster, tm
 
 
 def test_what_sbatch_refuses_is_one_line_and_nothing_is_submitted(cluster: Cluster, tmp_path: Path):
-    for field, told in (("partition=nowhere", "partition"), ("cpus_per_task=64", "not available")):
+    for field, words in (("partition=nowhere", "partition"), ("cpus_per_task=64", "not available")):
         out = sweep(tmp_path / "s", *ON_SLURM, f"profile.{field}", code=2)
         (line,) = [line for line in out.splitlines() if line.strip()]
         assert "sbatch refuses" in line
-        assert told in line.lower()
+        assert words in line.lower()
     assert active(cluster) == set()
 
 

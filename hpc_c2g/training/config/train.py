@@ -106,7 +106,7 @@ class TrainConfig:
         seed: of weights, latents and probes.
         dtype: of the generator's weights; KKT sums are float32 at least.
         device: ``auto``, ``cpu`` or ``cuda``.
-        kkt_backend: ``auto`` takes the closed form of G and its cotangents where the classifier is a flatten(1) and a chain of nn.Linear and
+        kkt_backend: ``auto`` takes the closed form of G and its cotangents where the classifier is a flatten(1), nn.Linear and
             (leaky) ReLU (hpc_c2g/kkt/closed_form.py), ``autograd`` always goes through autograd. The result is the same to rounding.
         matmul_precision: of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds their sides and sums in float32
             (on the closed form alone).

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from hpc_c2g.distributed.world import World
 
 PHASES = ("kkt_sum", "all_reduce", "cotangents", "optimizer", "log", "checkpoint")
-"""First pass; waiting for G and for the sum of the scalars; second pass with the generator's backward and its all-reduce; update; writing."""
+"""First pass; waiting for G and for the scalars; second pass with the generator's backward and its all-reduce; update; writing."""
 OWN = ("kkt_sum", "cotangents", "optimizer")
 """Phases without waiting: in a collective a fast rank only waits for a slow one."""
 
