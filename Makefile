@@ -1,4 +1,4 @@
-# The two commands of the README: `make demo` and `make test`. Both make .venv first; PYTHON picks the interpreter.
+# `make demo` and `make test` are the two commands of the README. Both create .venv first; PYTHON selects the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
