@@ -37,7 +37,8 @@ def test_the_walk_sees_every_folder_and_the_dependencies_between_them():
     expected = {folder_of(file) for file in FILES.values()}
     assert {"hpc_c2g/kkt", "hpc_c2g/training/engines", "launch/_compose"} <= expected == FOLDERS.keys()
     assert "hpc_c2g/training/engines" in FOLDERS["hpc_c2g/training"]
-    assert "hpc_c2g.training.trainer -> hpc_c2g.kkt.normalization" in FOLDERS["hpc_c2g/training"]["hpc_c2g/kkt"]
+    uses = FOLDERS["hpc_c2g/training"]["hpc_c2g/kkt"]
+    assert any(use.startswith("hpc_c2g.training.trainer -> hpc_c2g.kkt.") for use in uses)
 
 
 def test_the_folders_form_an_acyclic_graph():
