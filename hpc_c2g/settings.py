@@ -68,10 +68,10 @@ def read_plain(file: Path, absent: str, begin: str, restore: str) -> dict[str, A
     """Read the plain values of a yaml file.
 
     Args:
-        file: Path of the yaml file.
-        absent: Problem if the file cannot be read, such as ``run_dir=x is no run``.
-        begin: Hint for a file that cannot be read.
-        restore: Hint for a damaged file.
+        file: Path of the file.
+        absent: Beginning of the error if it cannot be read, such as ``run_dir=x is no run``.
+        begin: Hint of that error.
+        restore: Hint if the file is damaged.
 
     Raises:
         UserError: the file cannot be read, or holds no settings.

@@ -8,19 +8,19 @@ import sys
 
 VERBS = {
     "classifier": "fit a classifier to the margin on a data set, or import your own, into a bundle",
-    "certify": "how close is a classifier to a KKT point (uses its training data)",
+    "certify": "measure how close a classifier is to a KKT point (uses its training data)",
     "plan": "memory, seconds per step and scaling of a training run, here or on a cluster, before it runs",
     "train": "train a generator from a classifier bundle, without data",
     "sample": "draw images from a trained generator: a PNG grid or an .npz",
     "bound": "error of the KKT sum against the batch size, beside its bound, without data",
     "evaluate": "judge a generator against real data, beside its baselines",
     "demo": "all of it on handwritten digits",
-    "doctor": "what would stop a study on this cluster, before it does",
+    "doctor": "check what would stop a study on this cluster",
     "sweep": "a study: many runs, here or as Slurm arrays, whatever happens to the machines",
     "status": "where a study stands, and why what failed has failed",
-    "logs": "what a run of a study printed",
+    "logs": "print the log of a run of a study",
     "cancel": "stop a study's runs; they save first",
-    "retry": "have a study's failed runs done again",
+    "retry": "run a study's failed tasks again",
     "collect": "a study's runs brought together: tables, means over seeds, figures",
     "board": "TensorBoard on a study or a run",
     "report": "a study as one HTML file to send",
@@ -31,7 +31,7 @@ VERBS = {
 def main() -> None:
     """Dispatch to the verb's module."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
-        print("usage: c2g VERB [field=value ...]     c2g VERB --help tells the fields\n")
+        print("usage: c2g VERB [field=value ...]     c2g VERB --help lists the fields\n")
         print("\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items()))
         sys.exit(0 if len(sys.argv) > 1 else 2)
     verb = sys.argv.pop(1)

@@ -1,4 +1,4 @@
-"""What every verb shares: Hydra composition into a typed configuration, and one clear line for a user's mistake."""
+"""Composition of a command line into a typed configuration, and one-line errors; shared by all verbs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run_verb(
 
 @contextlib.contextmanager
 def user_errors(verb: str) -> Iterator[None]:
-    """Within, a user's mistake ends the process with one line, and a signal that was heeded with a code of its own."""
+    """Context in which a user's mistake or a signal ends the process with one line and an exit code of its own."""
     try:
         yield
     except UserError as error:
@@ -166,7 +166,7 @@ def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
 
 
 def readable(error: Exception, known: list[str]) -> UserError:
-    """Hydra's several lines as one that says how to mend it."""
+    """An error of Hydra or OmegaConf as one line that names the fix."""
     if isinstance(error, OverrideParseException):
         field, _, value = str(error.override).partition("=")
         text_of = f", or as text {shlex.quote(f'{field}={quoted(value)}')}" if value and value[0] not in "[{" else ""
