@@ -120,10 +120,6 @@ class RunLog:
             if kind is None:  # else the first failure is the one to tell
                 raise
 
-    def due(self, step: int) -> bool:
-        """Whether scalars are written at ``step``."""
-        return due(step, self.config.every, self.steps)
-
     def log_run_summary(
         self, texts: Mapping[str, str], hyperparameters: Mapping[str, Any], prefixes: Sequence[str]
     ) -> None:
@@ -151,7 +147,7 @@ class RunLog:
             alarms: names of the signatures of failure that begin to fire.
         """
         self.progress.update(self._task, completed=step, residual=f"{scalars['stationarity']:.4f}")
-        if not self.due(step):
+        if not due(step, self.config.every, self.steps):
             return
         now = time.perf_counter()
         rate = (step - self._since_step) * self.global_batch / max(now - self._since, 1e-9)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.generators.config import GENERATORS, MLPGeneratorConfig
 from hpc_c2g.lease import live_holder
 from hpc_c2g.settings import read_plain
 from hpc_c2g.training.config.train import TrainConfig
@@ -132,11 +133,31 @@ def read_config(file: Path) -> dict[str, Any]:
     """A run's ``config.yaml``.
 
     Raises:
-        UserError: missing or no yaml mapping.
+        UserError: missing, no yaml mapping, or with settings that this version does not have.
     """
-    return read_plain(
+    values = read_plain(
         file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
     )
+    generator = values.get("generator")
+    kind = GENERATORS.get(generator.get("name", "mlp") if isinstance(generator, dict) else "mlp", MLPGeneratorConfig)
+    unknown = _unknown(values, plain(TrainConfig(classifier="c", run_dir="r", generator=kind())))
+    if unknown:
+        raise UserError(
+            f"{file} has settings that this version does not have: {', '.join(unknown[:4])}",
+            "train again in another run_dir, or use the version that began the run",
+        )
+    return values
+
+
+def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> list[str]:
+    """Names of the settings in ``values`` that ``known`` lacks."""
+    found = []
+    for name, value in values.items():
+        if name not in known:
+            found.append(f"{section}{name}")
+        elif isinstance(value, Mapping) and isinstance(known[name], Mapping) and name != "deepspeed":
+            found += _unknown(value, known[name], f"{section}{name}.")
+    return found
 
 
 def _filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
