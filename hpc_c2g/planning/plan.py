@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.errors import UserError, require
-from hpc_c2g.planning.hardware import GIB, Hardware, HardwareSpec, LocalHardware, load_hardware
+from hpc_c2g.planning.hardware import Hardware, HardwareSpec, LocalHardware, load_hardware
 from hpc_c2g.planning.measure import measure
 from hpc_c2g.planning.predict import (
     STAGES,
@@ -25,6 +25,7 @@ from hpc_c2g.planning.predict import (
 )
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost, largest_micro_batch
+from hpc_c2g.units import GIB
 
 
 @dataclass

@@ -94,7 +94,7 @@ class RunDirectory:
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
             # what the version that began the run did not know has its default
             defaults = TrainConfig(classifier="c", run_dir="r", generator=type(self.config.generator)())
-            old = _filled(read_config(file), plain(defaults))
+            old = _filled(_values(file), plain(defaults))
             free_names = _free_to_change(old, new)
             differences = [
                 f"{name}={old_value} there, {new_value} now"
@@ -135,9 +135,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, no yaml mapping, or with settings that this version does not have.
     """
-    values = read_plain(
-        file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
-    )
+    values = _values(file)
     generator = values.get("generator")
     kind = GENERATORS.get(generator.get("name", "mlp") if isinstance(generator, dict) else "mlp", MLPGeneratorConfig)
     unknown = _unknown(values, plain(TrainConfig(classifier="c", run_dir="r", generator=kind())))
@@ -147,6 +145,13 @@ def read_config(file: Path) -> dict[str, Any]:
             "train again in another run_dir, or use the version that began the run",
         )
     return values
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml`` as it is, with the settings of any version."""
+    return read_plain(
+        file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
+    )
 
 
 def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> list[str]:
