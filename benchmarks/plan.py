@@ -28,13 +28,13 @@ from hpc_c2g.classifiers.bundle import load_bundle
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
 from hpc_c2g.monitoring.config import LogConfig
-from hpc_c2g.planning.hardware import GIB
 from hpc_c2g.planning.measure import Rates, hardware_of, measure_rates
 from hpc_c2g.planning.predict import memory, step_time
 from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
 from hpc_c2g.training.step.train_step import StepResult, TrainStep
+from hpc_c2g.units import GIB
 
 NETS = {
     "64-500-10": {"size": 8, "classes": 10, "width": 500},

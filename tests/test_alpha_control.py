@@ -115,22 +115,19 @@ def slow_loss(theta, G, c, alpha, weights) -> Tensor:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.floats(-3, 3), st.sampled_from(FORMS))
-def test_loss_direction_and_alpha_gradient_are_those_of_autograd(seed, alpha, form):
+def test_loss_and_direction_are_those_of_autograd(seed, alpha, form):
     shapes = {"a": (3, 4), "b": (4,), "c": (2, 2, 2), "d": (1,)}
     theta = {k: normal(*s, seed=seed + i) for i, (k, s) in enumerate(shapes.items())}
     G = {k: normal(*s, seed=seed + 50 + i).requires_grad_() for i, (k, s) in enumerate(shapes.items())}
     c = stationarity.left_side(RATES, form[0])
     weights = stationarity.residual_weights(stationarity.squared_norms(theta), RATES, c, alpha, form[1])
-    leaf = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
-    loss = slow_loss(theta, G, c, leaf, weights)
-    by_alpha, *by_sum = torch.autograd.grad(loss, [leaf, *G.values()])
+    loss = slow_loss(theta, G, c, torch.tensor(alpha, dtype=torch.float64), weights)
+    by_sum = torch.autograd.grad(loss, list(G.values()))
     with torch.no_grad():
         r = stationarity.residual(theta, G, RATES, c, alpha)
         terms, v = stationarity.terms_and_direction(theta, G, weights, RATES, c, alpha)
         _, heavier = stationarity.terms_and_direction(theta, G, weights, RATES, c, alpha, weight=3.0)
-        slope = stationarity.alpha_gradient(theta, G, RATES, c, alpha, weights)
     assert float(sum(terms.values())) == pytest.approx(loss.item(), rel=1e-12)
-    assert float(slope) == pytest.approx(float(by_alpha), rel=1e-9, abs=1e-12)
     for got, expected in zip(v.values(), by_sum, strict=True):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-14)
     for k in theta:
@@ -153,10 +150,10 @@ def test_feedback_never_passes_the_start_nor_moves_faster_than_its_rate(alpha, a
 @quick
 @given(ALPHAS, st.floats(1.001, 1e4), st.floats(0.5, 2))
 def test_feedback_moves_down_where_margins_are_above_the_target_and_up_below(alpha, factor, target):
-    assert alpha_control.feedback(alpha, alpha + 1, factor * target, target=target) < alpha
-    assert alpha_control.feedback(alpha, alpha + 1, target / factor, target=target) > alpha
-    assert alpha_control.feedback(alpha, alpha, target / factor, target=target) == alpha  # already at the start
-    assert alpha_control.feedback(alpha, alpha + 1, -factor, target=target) == pytest.approx(alpha + 0.02)
+    assert alpha_control.feedback(alpha, alpha + 1, factor * target, 0.02, target, 1.0) < alpha
+    assert alpha_control.feedback(alpha, alpha + 1, target / factor, 0.02, target, 1.0) > alpha
+    assert alpha_control.feedback(alpha, alpha, target / factor, 0.02, target, 1.0) == alpha  # already at the start
+    assert alpha_control.feedback(alpha, alpha + 1, -factor, 0.02, target, 1.0) == pytest.approx(alpha + 0.02)
 
 
 @quick
@@ -170,7 +167,7 @@ def test_near_the_target_the_feedback_is_proportional_to_the_error(alpha, gain, 
 def test_feedback_settles_where_the_scaled_margin_is_the_target():
     alpha, margin = 2.0, 3.0
     for _ in range(1000):
-        alpha = alpha_control.feedback(alpha, 2.0, math.exp(alpha) * margin)
+        alpha = alpha_control.feedback(alpha, 2.0, math.exp(alpha) * margin, 0.02, 1.05, 1.0)
     assert math.exp(alpha) * margin == pytest.approx(1.05, rel=1e-6)
 
 

@@ -159,7 +159,7 @@ def test_a_net_without_norms_does_not_ask_for_statistics():
     bundle = three_bundles()[0]
     runs = []
     for choice in ("auto", "batch", "frozen"):
-        chosen = StationarityConfig(left_side="identity" if choice == "frozen" else "auto", statistics=choice)
+        chosen = StationarityConfig(statistics=choice)
         step = trainer([bundle], config(5, stationarity=chosen))
         runs.append([{k: v for k, v in step(n).scalars.items() if "wire" not in k} for n in (1, 2)])
         assert not step.coupled

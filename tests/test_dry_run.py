@@ -14,9 +14,10 @@ from hpc_c2g.classifiers.bundle import Bundle, build_model
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
+from hpc_c2g.generators.networks import EMBEDDING
 from hpc_c2g.training.config.objective import DualityConfig, PriorConfig
 from hpc_c2g.training.config.train import TrainConfig
-from hpc_c2g.training.cost.dry_run import DryRun, generator_without_numbers, largest_micro_batch, micro_batch_cost
+from hpc_c2g.training.cost.dry_run import DryRun, generator_without_numbers, largest_micro_batch
 from hpc_c2g.training.cost.op_counter import OpCost, OpCounter
 
 
@@ -159,7 +160,7 @@ def test_working_bytes_are_those_of_a_real_step(classifier, generator, micro_bat
     target, shape, arguments = BUNDLES[classifier]
     bundle = made(target, shape, **arguments)
     config = TrainConfig(global_batch=1000, micro_batch=micro_batch, generator=GENERATORS[generator])
-    cost = micro_batch_cost(bundle, config, micro_batch, one_pass=micro_batch == 1000)
+    cost = DryRun(bundle, config).cost(micro_batch, one_pass=micro_batch == 1000)
     ours = cost.working_bytes + 4 * cost.generator_parameters  # the engine here makes its gradients within the step
     # kernels of convolutions allocate a workspace that no operator shows, a fifth of the whole on maps as small as these
     lowest = 0.95 if classifier == "mlp" else 0.75
@@ -175,7 +176,7 @@ def test_every_net_and_every_generator_can_be_costed(classifier, generator):
         global_batch=64,
         generator=GENERATORS[generator],
         duality=DualityConfig(slackness=0.1),
-        prior=PriorConfig(total_variation=0.1, repulsion=0.1),
+        prior=PriorConfig(total_variation=0.1),
     )
     cost = DryRun(bundle, config).cost(16)
     assert cost.classifier_parameters == sum(p.numel() for p in bundle.model.parameters())
@@ -241,5 +242,5 @@ def test_canvases_of_all_classifiers_count(linear):
     config = TrainConfig(global_batch=40, generator=MLPGeneratorConfig(codes=3, canvas=True))
     numbers = [sum(p.numel() for p in generator_without_numbers(config, [linear] * k).parameters()) for k in (1, 2)]
     rows, pixels = 3 * len(linear.classes), math.prod(linear.input_shape)
-    embedding, logits = config.generator.embedding, len(linear.classes)
+    embedding, logits = EMBEDDING, len(linear.classes)
     assert numbers[1] - numbers[0] == rows * (pixels + embedding + logits)

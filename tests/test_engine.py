@@ -24,7 +24,7 @@ LOUDNESS = (50.0, 1.0, 0.02, 1.0)
 
 
 def make_generator(seed: int = 0, free: bool = False):
-    config = FreeImagesConfig() if free else MLPGeneratorConfig(widths=[8], embedding=4, codes=2, canvas=True)
+    config = FreeImagesConfig() if free else MLPGeneratorConfig(widths=[8], codes=2, canvas=True)
     return build_generator(config, 2, [CLASSES], [BATCH], -torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), seed)
 
 

@@ -74,9 +74,9 @@ def test_an_alarm_begins_once_and_ends_when_the_run_recovers():
     assert monitor.state.firing == ("mode_collapse",)
 
 
-@pytest.mark.parametrize(("policy", "lr_scale"), [("continue", 1.0), ("stop", 1.0), ("lower_lr", 0.09)])
+@pytest.mark.parametrize(("policy", "lr_scale"), [("continue", 1.0), ("stop", 1.0), ("lower_lr", 0.25)])
 def test_the_rate_is_lowered_each_time_an_alarm_begins_where_the_policy_says_so(policy, lr_scale):
-    monitor = FailureMonitor(AlarmConfig(policy, factor=0.3), 1)
+    monitor = FailureMonitor(AlarmConfig(policy), 1)
     looks(monitor, *[BAD] * 15, *[GOOD] * 15, *[BAD] * 15, start=2)
     assert monitor.state.lr_scale == pytest.approx(lr_scale)
 

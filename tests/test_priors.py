@@ -1,8 +1,7 @@
-"""Laws of the priors: slow loops, micro-batches that add up, a repulsion whose half comes from the references."""
+"""Laws of the priors: slow loops, micro-batches that add up."""
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import pytest
@@ -65,71 +64,24 @@ def test_total_variation_of_a_line_is_that_of_its_one_direction():
     assert float(priors.total_variation(x, 3)) == pytest.approx(float(expected), rel=1e-12)
 
 
-def slow_repulsion(x: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, width: float, batch: int) -> Tensor:
-    """The term by loops, with the graph of both sides and the reach held fixed."""
-    reach = width * math.sqrt(sum(float((o**2).sum()) for o in others.detach()) / len(others))
-    total = torch.zeros((), dtype=torch.float64)
-    for i in range(len(x)):
-        same = [j for j in range(len(others)) if other_labels[j] == labels[i]]
-        for j in same:
-            gap = (x[i] - others[j]).pow(2).sum()
-            distance = gap.sqrt() if gap > 0 else gap  # the derivative of a norm at zero is taken as zero
-            total = total + torch.exp(-distance / reach) / len(same) / batch
-    return total
-
-
-@quick
-@given(st.integers(1, 7), st.integers(3, 9), st.floats(0.1, 3), st.integers(0, 1000))
-def test_repulsion_is_its_loop(count, references, width, seed):
-    x, others = normal(count, 1, 2, 2, seed=seed), normal(references, 1, 2, 2, seed=seed + 1)
-    labels, other_labels = torch.arange(count) % 3, torch.arange(references) % 3
-    got = priors.repulsion(x, labels, others, other_labels, width, 11)
-    expected = slow_repulsion(x, labels, others, other_labels, width, 11)
-    assert float(got) == pytest.approx(float(expected), rel=1e-7)
-
-
-def test_repulsion_has_half_the_gradient_of_the_symmetric_term():
-    x, labels = normal(9, 1, 2, 2).requires_grad_(), torch.arange(9) % 3
-    (gradient,) = torch.autograd.grad(priors.repulsion(x, labels, x, labels, 0.5, 9), x)
-    (symmetric,) = torch.autograd.grad(slow_repulsion(x, labels, x, labels, 0.5, 9), x)
-    assert float(symmetric.norm()) > 1e-3
-    assert torch.allclose(gradient, symmetric / 2, rtol=1e-9, atol=1e-14)
-
-
-def test_descending_the_repulsion_moves_samples_of_a_class_apart_and_no_others():
-    x = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.1, 0.1]], dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([0, 0, 1])
-    (gradient,) = torch.autograd.grad(priors.repulsion(x, labels, x, labels, 0.5, 3), x)
-    assert gradient[0, 0] > 0 > gradient[1, 0]
-    assert torch.equal(gradient[2], torch.zeros(2, dtype=torch.float64))
-
-
 @quick
 @given(st.integers(1, 12), st.data())
 def test_micro_batches_add_up_to_the_batch(batch, draw):
-    x, labels = normal(batch, 1, 3, 3), torch.arange(batch) % 2
+    x = normal(batch, 1, 3, 3)
     lower, upper = torch.full((1, 3, 3), -0.5).double(), torch.full((1, 3, 3), 0.7).double()
-    reference = normal(4, 1, 3, 3, seed=5), torch.tensor([0, 1, 1, 0])
     cut = draw.draw(st.integers(0, batch))
 
     def terms(part: slice) -> Tensor:
         values = [
             priors.box_excess(x[part], lower, upper, batch),
             priors.total_variation(x[part], batch),
-            priors.repulsion(x[part], labels[part], *reference, 0.5, batch),
         ]
         return torch.stack(values)
 
     assert torch.allclose(terms(slice(None)), terms(slice(cut)) + terms(slice(cut, None)), rtol=1e-12, atol=1e-14)
 
 
-def test_a_class_without_references_is_not_repelled():
-    x = normal(2, 4)
-    got = priors.repulsion(x, torch.tensor([0, 1]), x[:1], torch.tensor([0]), 0.5, 2)
-    assert float(got) == pytest.approx(0.5, rel=1e-12)  # sample 0 with itself
-
-
-def test_standardised_inputs_are_at_no_distance_and_a_factor_on_them_is_told():
+def test_standardized_inputs_are_at_distance_zero_and_a_factor_on_them_is_not():
     x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     moments = torch.stack([x.mean(0), x.square().mean(0)])

@@ -18,7 +18,7 @@ from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, MLP
 from hpc_c2g.lease import Lease
 from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
 from hpc_c2g.monitoring.profiler import ProfilerConfig
-from hpc_c2g.training.config.objective import AlphaConfig
+from hpc_c2g.training.config.objective import AlphaConfig, PriorConfig
 from hpc_c2g.training.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, config_from
 from hpc_c2g.training.run_directory import RunDirectory, plain, read_config
 
@@ -70,9 +70,7 @@ def test_the_second_entry_of_one_process_is_refused_too_and_leaving_frees_it(con
     ids=lambda g: g.name,
 )
 def test_the_file_holds_the_whole_configuration(config, generator):
-    config = replace(
-        config, generator=generator, optimizer=OptimizerConfig(betas=(0.5, 0.7)), deepspeed={"a": {"b": [1, 2]}}
-    )
+    config = replace(config, generator=generator, optimizer=OptimizerConfig(lr=0.5), deepspeed={"a": {"b": [1, 2]}})
     with RunDirectory(config) as run:
         again = config_from(read_config(run.path / "config.yaml"))
     assert type(again.generator) is type(generator)
@@ -87,7 +85,7 @@ def test_other_settings_are_refused_by_name_with_both_values(subtests, config):
         ({"dtype": "bfloat16"}, "dtype=float32 there, bfloat16 now"),
         ({"deterministic": True}, "deterministic=False there, True now"),
         ({"optimizer": OptimizerConfig(lr=0.5)}, "optimizer.lr=0.001 there, 0.5 now"),
-        ({"optimizer": OptimizerConfig(betas=(0.9, 0.5))}, "optimizer.betas=[0.9, 0.99] there, [0.9, 0.5] now"),
+        ({"prior": PriorConfig(mean=0.5)}, "prior.mean=0.0 there, 0.5 now"),
         ({"alpha": AlphaConfig(init=-2.0)}, "alpha.init=None there, -2.0 now"),
         ({"generator": ConvGeneratorConfig()}, "generator.name=mlp there, conv now"),
         ({"generator": MLPGeneratorConfig(widths=[9])}, "generator.widths=[256] there, [9] now"),
@@ -216,3 +214,15 @@ def test_a_file_system_without_locks_is_no_run_in_use(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
     with RunDirectory(TrainConfig(classifier="c", run_dir=str(tmp_path / "run"))):
         pass
+
+
+def test_a_setting_that_this_version_does_not_have_is_named(config):
+    enter(config)
+    file = RunDirectory(config).path / "config.yaml"
+    old = OmegaConf.load(file)
+    old.prior.repulsion = 0.0
+    old.latents.scheme = "sobol"
+    OmegaConf.save(old, file)
+    with pytest.raises(UserError, match=r"does not have: latents\.scheme, prior\.repulsion ") as caught:
+        read_config(file)
+    assert "another run_dir" in caught.value.hint

@@ -9,6 +9,7 @@ import math
 import random
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hpc_c2g.bound.summands import Summands, drawing
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
+from hpc_c2g.generators import networks
 from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentSampler, fresh_latents
 from hpc_c2g.monitoring.config import LogConfig
@@ -54,14 +56,15 @@ def train_into(run_dir: Path, classifiers: list[str], **changes) -> None:
     settings = {
         "steps": 20,
         "global_batch": 40,
-        "generator": MLPGeneratorConfig(codes=4, embedding=6, widths=[9]),
+        "generator": MLPGeneratorConfig(codes=4, widths=[9]),
         "alpha": AlphaConfig(init=-1.0),
         "log": LogConfig(progress=False),
         "device": "cpu",
         "deterministic": True,
         **changes,
     }
-    train(TrainConfig(classifiers, str(run_dir), **settings))
+    with mock.patch.object(networks, "OUTPUT_SCALE", 4.0):  # samples far apart
+        train(TrainConfig(classifiers, str(run_dir), **settings))
 
 
 def settings(run_dir: Path, **changes) -> BoundConfig:

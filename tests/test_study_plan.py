@@ -185,7 +185,7 @@ def test_nodes_make_other_runs_of_the_same_settings():
 
 
 CASES = [
-    ("train", ("steps=7", "seed=3", "optimizer.betas=[0.5,0.6]", "micro_batch=auto", "alpha.init=null")),
+    ("train", ("steps=7", "seed=3", "optimizer.lr=0.5", "micro_batch=auto", "alpha.init=null")),
     ("train", ("generator=conv", "generator.codes=3", "steps=5")),
     ("train", ("generator=free",)),
     ("classifier", ("fit=ordinary", "fit.epochs=3", "data.classes=[1,2]", "model=cnn", "model.width=4")),

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.errors import UserError
+from hpc_c2g.generators import networks
 from hpc_c2g.generators.config import DRAWINGS, ConvGeneratorConfig, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import fresh_latents
 from hpc_c2g.generators.networks import build_generator
@@ -32,15 +34,16 @@ from hpc_c2g.training.run_directory import RunDirectory
 CLASSES, SHAPE = 3, (1, 4, 4)
 NORMALIZATION = Normalization.constant(SHAPE, mean=0.4, scale=0.25, value_range=(-1.0, 2.0))
 GENERATORS = {
-    "codes": MLPGeneratorConfig(widths=[16], codes=4, output_scale=20.0),
-    "no codes": MLPGeneratorConfig(widths=[16], codes=0, output_scale=20.0, gain=1.0),
-    "conv": ConvGeneratorConfig(channels=8, codes=4, output_scale=20.0),
+    "codes": MLPGeneratorConfig(widths=[16], codes=4),
+    "no codes": MLPGeneratorConfig(widths=[16], codes=0, gain=1.0),
+    "conv": ConvGeneratorConfig(channels=8, codes=4),
 }
 
 
 def make(config=GENERATORS["codes"], count: int = 12) -> TrainedGenerator:
     lower, upper = (bound.float() for bound in NORMALIZATION.box())
-    module = build_generator(config, 2, [CLASSES], [count], lower[None], upper[None], seed=0)
+    with mock.patch.object(networks, "OUTPUT_SCALE", 20.0):  # samples far apart
+        module = build_generator(config, 2, [CLASSES], [count], lower[None], upper[None], seed=0)
     return TrainedGenerator(module, 2, [Member(0, 0, ["a", "b", "c"], NORMALIZATION)])
 
 

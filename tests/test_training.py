@@ -56,7 +56,7 @@ def base(classifier_dir) -> TrainConfig:
         device="cpu",
         alpha=AlphaConfig(init=1 - math.log(MARGIN)),  # on the high side
         duality=DualityConfig(slackness=0.01),
-        prior=PriorConfig(total_variation=0.01, repulsion=0.01, repulsion_references=20),
+        prior=PriorConfig(total_variation=0.01, mean=0.01),
         log=LogConfig(every=5, images_every=20, progress=False),
         checkpoint=CheckpointConfig(every=20, keep=9),
     )
@@ -129,7 +129,7 @@ def test_metrics_have_a_line_per_due_step_with_the_promised_keys(finished):
         per_tensor = [v for k, v in line.items() if k.startswith("stationarity/")]
         assert len(per_tensor) == 3
         assert sum(per_tensor) == pytest.approx(line["stationarity"])
-        others = ("box", "duality", "total_variation", "repulsion")
+        others = ("box", "duality", "total_variation", "standard")
         assert line["loss"] == pytest.approx(line["stationarity"] + sum(line[k] for k in others))
 
 

@@ -39,7 +39,7 @@ CLASSIFIERS = {1: (1, 3, 2, 3), 2: (1, 2, 3, 2), 4: (3, 1, 2, 3)}  # by ranks an
 BATCH, CLIP = 24, 5.0  # between the gradient norms of the loud and the quiet steps
 LOUDNESS = (50.0, 1.0, 0.02, 1.0)
 GENERATORS = {  # no weight matrix can be shared evenly by 2 or 4 ranks
-    "mlp": MLPGeneratorConfig(widths=[7], embedding=5, codes=1),
+    "mlp": MLPGeneratorConfig(widths=[7], codes=1),
     "free": FreeImagesConfig(),
 }
 
@@ -50,7 +50,7 @@ def base_config(folder: Path) -> TrainConfig:
         steps=STEPS,
         global_batch=32,
         device="cpu",
-        generator=MLPGeneratorConfig(widths=[15], embedding=7, codes=3),
+        generator=MLPGeneratorConfig(widths=[15], codes=3),
         alpha=AlphaConfig(init=0.5),
         log=LogConfig(every=1, progress=False, images_every=STEPS),
         checkpoint=CheckpointConfig(every=EVERY, keep=STEPS // EVERY),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -201,8 +200,3 @@ def _split_into_buckets(like: Mapping[str, Tensor], bucket_bytes: int) -> list[d
         parts[-1][name] = tensor
         filled += size
     return parts
-
-
-def payload(like: Mapping[str, Tensor], mesh: Mesh) -> int:
-    """4 P bytes, or 8 P in float64: what the residual all-reduce of one classifier hands over per step and rank, padding aside."""
-    return 0 if mesh.data.size == 1 else sum(math.prod(t.shape) * max(4, t.element_size()) for t in like.values())

@@ -18,6 +18,8 @@ from hpc_c2g.generators.config import ConvGeneratorConfig, FreeImagesConfig, Gen
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.kkt.duality import neutral_logit
 
+EMBEDDING = 64
+"""Length of a code, or of the class embedding."""
 MULTIPLIER_WIDTHS = (128, 128)
 """Hidden layers of the multiplier network of a generator without codes; with codes it is a table with a row per code."""
 OUTPUT_SCALE = 0.3
@@ -107,8 +109,8 @@ class Condition(nn.Module):
     def __init__(self, config: GeneratorConfig, dimensions: int, classes: Sequence[int]) -> None:
         super().__init__()
         self.codes, self.gain = config.codes, config.gain
-        self.table = nn.Embedding(sum(classes) * max(1, config.codes), config.embedding)
-        self.features = config.embedding + dimensions - (1 if config.codes else 0)
+        self.table = nn.Embedding(sum(classes) * max(1, config.codes), EMBEDDING)
+        self.features = EMBEDDING + dimensions - (1 if config.codes else 0)
         self.register_buffer("first", first_rows(classes))
 
     def rows(self, latents: Latents) -> Tensor:

@@ -61,7 +61,7 @@ def left_side(rates: Mapping[str, float], form: str) -> dict[str, float]:
         return dict(rates)
     if form == "top_rate":
         return {k: rate if math.isclose(rate, top, rel_tol=1e-9) else 0.0 for k, rate in rates.items()}
-    raise UserError(f"stationarity.left_side={form!r} is unknown", f"choose one of auto, {', '.join(LEFT_SIDES)}")
+    raise UserError(f"left_side={form!r} is unknown", f"choose one of auto, {', '.join(LEFT_SIDES)}")
 
 
 def scaled(tensors: Mapping[str, Tensor], alpha: float, powers: Mapping[str, float]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def residual_weights(
     norms = {k: c[k] ** 2 * math.exp(2 * alpha * rates[k]) * square for k, square in squares.items()}
     total = sum(norms.values())
     if total <= 0:
-        raise UserError("the left side of the stationarity condition is zero", "choose stationarity.left_side=identity")
+        raise UserError("the left side of the stationarity condition is zero", "choose left_side=identity")
     if weighting == "relative":
         return dict.fromkeys(norms, 1 / total)
     if weighting == "scale_free":
@@ -158,7 +158,7 @@ def residual_weights(
         return {k: 1 / total if norm > 0 else own[k] ** own_scale / total for k, norm in norms.items()}
     if weighting == "per_tensor":
         return {k: 1 / (len(norms) * norm) if norm > 0 else 1 / total for k, norm in norms.items()}
-    raise UserError(f"stationarity.weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
+    raise UserError(f"weighting={weighting!r} is unknown", f"choose one of {', '.join(WEIGHTINGS)}")
 
 
 def terms_and_direction(
@@ -182,24 +182,6 @@ def terms_and_direction(
         terms[k] = weights[k] * unit**2 * torch.linalg.vector_norm(bracket).square()
         v[k] = bracket.mul_(-2 * weight * weights[k] * g * unit)
     return terms, v
-
-
-def alpha_gradient(
-    theta: Mapping[str, Tensor],
-    G: Mapping[str, Tensor],
-    rates: Mapping[str, float],
-    c: Mapping[str, float],
-    alpha: float,
-    weights: Mapping[str, float],
-) -> Tensor:
-    """dL_stat/da at fixed G and weights: sum_k 2 w_k <r_k, lambda_k c_k theta_k(a) - (1 - lambda_k) e^(a (1 - lambda_k)) G_k>."""
-    r = residual(theta, G, rates, c, alpha)
-    terms = []
-    for k, t in theta.items():
-        slope = rates[k] * c[k] * math.exp(alpha * rates[k]) * t
-        slope = slope - (1 - rates[k]) * math.exp(alpha * (1 - rates[k])) * G[k]
-        terms.append(2 * weights[k] * (r[k] * slope).sum())
-    return torch.stack(terms).sum()
 
 
 def cotangents(

@@ -121,10 +121,6 @@ class RunLog:
             if kind is None:  # else the first error is the one to report
                 raise
 
-    def due(self, step: int) -> bool:
-        """Return True if scalars are written at ``step``."""
-        return due(step, self.config.every, self.steps)
-
     def log_run_summary(
         self,
         texts: Mapping[str, str],
@@ -157,7 +153,7 @@ class RunLog:
             alarms: Names of the failure signatures that begin to fire.
         """
         self.progress.update(self._task, completed=step, residual=f"{scalars['stationarity']:.4f}")
-        if not self.due(step):
+        if not due(step, self.config.every, self.steps):
             return
         now = time.perf_counter()
         rate = (step - self._since_step) * self.global_batch / max(now - self._since, 1e-9)

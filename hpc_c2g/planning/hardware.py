@@ -9,8 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hpc_c2g.errors import UserError, require
-
-GIB = 2**30
+from hpc_c2g.units import GIB
 
 
 @dataclass

@@ -27,9 +27,10 @@ from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.distributed.local import on_local_ranks
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
-from hpc_c2g.planning.hardware import GIB, HardwareSpec, LocalHardware
+from hpc_c2g.planning.hardware import HardwareSpec, LocalHardware
 from hpc_c2g.training.cost.dry_run import MicroBatchCost
 from hpc_c2g.training.cost.op_counter import Op, OpCounter, TensorShape
+from hpc_c2g.units import GIB
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from hpc_c2g.classifiers.bundle import Bundle, load_bundle
 from hpc_c2g.errors import UserError
 from hpc_c2g.planning.config import PlanConfig
-from hpc_c2g.planning.hardware import GIB, HardwareSpec, LocalHardware, load_hardware
+from hpc_c2g.planning.hardware import HardwareSpec, LocalHardware, load_hardware
 from hpc_c2g.planning.measure import measure
 from hpc_c2g.planning.predict import (
     STAGES,
@@ -25,6 +25,7 @@ from hpc_c2g.planning.predict import (
     step_time,
 )
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost, largest_micro_batch
+from hpc_c2g.units import GIB
 
 
 @dataclass(frozen=True)

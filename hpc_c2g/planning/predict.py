@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from hpc_c2g.planning.collectives import all_reduce_seconds, generator_seconds
-from hpc_c2g.planning.hardware import GIB, HardwareSpec
+from hpc_c2g.planning.hardware import HardwareSpec
 from hpc_c2g.training.cost.dry_run import MicroBatchCost
 from hpc_c2g.training.cost.op_counter import OpCost
+from hpc_c2g.units import GIB
 
 STAGES = (0, 1, 2, 3)
 CostOf = Callable[[int, bool], MicroBatchCost]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from hpc_c2g.planning.collectives import algorithm
-from hpc_c2g.planning.hardware import GIB
 from hpc_c2g.planning.plan import Plan
 from hpc_c2g.planning.predict import ScalingRow
+from hpc_c2g.units import GIB
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, write_atomically
+from hpc_c2g.generators.config import GENERATORS, MLPGeneratorConfig
 from hpc_c2g.lease import live_holder
 from hpc_c2g.settings import read_plain
 from hpc_c2g.training.config.train import TrainConfig
@@ -94,7 +95,7 @@ class RunDirectory:
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
             # what the version that began the run did not know has its default
             defaults = TrainConfig(classifier="c", run_dir="r", generator=type(self.config.generator)())
-            old = _filled(read_config(file), plain(defaults))
+            old = _filled(_values(file), plain(defaults))
             free_names = _free_to_change(old, new)
             differences = [
                 f"{name}={old_value} there, {new_value} now"
@@ -133,11 +134,36 @@ def read_config(file: Path) -> dict[str, Any]:
     """A run's ``config.yaml``.
 
     Raises:
-        UserError: missing or no yaml mapping.
+        UserError: missing, no yaml mapping, or with settings that this version does not have.
     """
+    values = _values(file)
+    generator = values.get("generator")
+    kind = GENERATORS.get(generator.get("name", "mlp") if isinstance(generator, dict) else "mlp", MLPGeneratorConfig)
+    unknown = _unknown(values, plain(TrainConfig(classifier="c", run_dir="r", generator=kind())))
+    if unknown:
+        raise UserError(
+            f"{file} has settings that this version does not have: {', '.join(unknown[:4])}",
+            "train again in another run_dir, or use the version that began the run",
+        )
+    return values
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml`` as it is, with the settings of any version."""
     return read_plain(
         file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
     )
+
+
+def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> list[str]:
+    """Names of the settings in ``values`` that ``known`` lacks."""
+    found = []
+    for name, value in values.items():
+        if name not in known:
+            found.append(f"{section}{name}")
+        elif isinstance(value, Mapping) and isinstance(known[name], Mapping) and name != "deepspeed":
+            found += _unknown(value, known[name], f"{section}{name}.")
+    return found
 
 
 def _filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

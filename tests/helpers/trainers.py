@@ -23,8 +23,8 @@ from hpc_c2g.training.step.train_step import TrainStep
 
 BATCH, ALPHA0 = 12, 0.5
 GENERATORS = {
-    "codes": MLPGeneratorConfig(codes=2, embedding=5, widths=[9]),
-    "no codes": MLPGeneratorConfig(codes=0, embedding=5, widths=[9]),
+    "codes": MLPGeneratorConfig(codes=2, widths=[9]),
+    "no codes": MLPGeneratorConfig(codes=0, widths=[9]),
     "free": FreeImagesConfig(name="free", start=0.1),
 }
 

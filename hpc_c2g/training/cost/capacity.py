@@ -12,8 +12,8 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun, generator_without_numbers, largest_micro_batch
+from hpc_c2g.units import GIB
 
-GIB = 2**30
 COPIES = 4
 """float32 tensors of a classifier's size on a rank: theta, the traced graph's copy, the bucket of G, the residual (later direction)."""
 MARGIN = 0.2

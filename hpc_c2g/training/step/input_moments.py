@@ -24,16 +24,14 @@ class InputMoments:
         self.batches, self.summation = list(batches), summation
         self.empty = torch.zeros(len(self.batches), 2, *shape, device=device)
 
-    def part(self, classifier: int, x: Tensor) -> Tensor:
+    def part(self, member: int, x: Tensor) -> Tensor:
         """What a micro-batch ``[b, *S]`` adds: sums of x and x^2 over B_k, ``[2, *S]``."""
-        return torch.stack([x.sum(0), x.square().sum(0)]) / self.batches[classifier]
+        return torch.stack([x.sum(0), x.square().sum(0)]) / self.batches[member]
 
-    def add(self, classifier: int, x: Tensor) -> None:
+    def add(self, member: int, x: Tensor) -> None:
         """Add one micro-batch's."""
-        own = self.part(classifier, x.detach())
-        self.summation.add(
-            {"moments": self.empty.to(own).index_put((torch.tensor(classifier, device=own.device),), own)}
-        )
+        own = self.part(member, x.detach())
+        self.summation.add({"moments": self.empty.to(own).index_put((torch.tensor(member, device=own.device),), own)})
 
     def total(self) -> Tensor:
         """``[K, 2, *S]`` over all ranks; collective, starts afresh."""

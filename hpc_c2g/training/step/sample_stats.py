@@ -61,7 +61,7 @@ class SampleStatsCollector:
 
     def record(
         self,
-        classifier: int,
+        member: int,
         start: int,
         x: Tensor,
         margins: Tensor,
@@ -72,7 +72,7 @@ class SampleStatsCollector:
         """One micro-batch from sample ``start`` on.
 
         Args:
-            classifier: its index.
+            member: Index of the member.
             start: index of the first sample.
             x: samples in 0..1 within the box, ``[b, *S]``.
             margins: ``[b, C]``.
@@ -81,11 +81,11 @@ class SampleStatsCollector:
             per_scale: B_k / S.
         """
         part = slice(start, start + len(margins))
-        labels = self.labels[classifier][part]
+        labels = self.labels[member][part]
         smallest = math.exp(alpha) * smallest_margins(margins.detach(), labels)
         rows = (multipliers.detach() * per_scale).scatter(1, labels[:, None], smallest[:, None])
-        self.rows[classifier][part] = rows.to(self.rows[classifier])
-        kept = self.samples[classifier][part]
+        self.rows[member][part] = rows.to(self.rows[member])
+        kept = self.samples[member][part]
         kept.copy_(x.detach()[: len(kept)])
 
     def gather(self) -> list[SampleStats]:

@@ -45,9 +45,9 @@ class MetricAccumulator:
         self.slots = {slot: i for i, slot in enumerate(slots)}
         self.empty = torch.zeros(len(slots), dtype=torch.float64, device=device)
 
-    def add(self, classifier: int, values: Mapping[str, Tensor]) -> None:
+    def add(self, member: int, values: Mapping[str, Tensor]) -> None:
         """One micro-batch's scalars of one classifier, by name."""
-        places = torch.tensor([self.slots[classifier, name] for name in values], device=self.empty.device)
+        places = torch.tensor([self.slots[member, name] for name in values], device=self.empty.device)
         scalars = torch.stack([v.detach().double() for v in values.values()])
         self.summation.add({"scalars": self.empty.index_put((places,), scalars)})
 
