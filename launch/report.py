@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_c2g.files import write_atomically
 from hpc_c2g.monitoring.provenance import revision, versions
 from hpc_c2g.monitoring.signatures import BY_NAME
-from hpc_c2g.reporting.archive import Archive
-from hpc_c2g.reporting.board import FOLDER
-from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics
+from hpc_c2g.reporting.averages import Curves
+from hpc_c2g.reporting.collect import collect, drawn, mosaics
 from hpc_c2g.reporting.page import Cell, Page, Table, render
 from hpc_c2g.reporting.results import Results, Row, bound_groups
 from hpc_c2g.reporting.tables import cell, columns
@@ -48,10 +48,9 @@ def report(config: ReportConfig) -> None:
     views = look(folder, Ledger(folder).rows(), None)
     found = collect(folder, study.study.name, views)
     runs = found.runs
-    archive = Archive(folder / FOLDER / CACHE)
     pictures = mosaics(folder, found.results, runs)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.complaints.items() for text in told]
+    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
     if len(pictures) > MOSAICS:
         notes.append(f"samples of {MOSAICS} of {len(pictures)} groups are shown; c2g board {folder} has all")
     page = Page(
@@ -61,9 +60,9 @@ def report(config: ReportConfig) -> None:
         states=counts(views),
         notes=notes,
         tables=tables(found.results),
-        figures=drawn(folder, archive, found.results, runs, found.prediction),
+        figures=drawn(found.results, found.curves, found.prediction),
         mosaics=pictures[:MOSAICS],
-        alarms=alarms(archive, runs),
+        alarms=alarms(found.curves.read(runs), runs),
         recipes=recipes(folder),
         versions={"revision": revision(), **versions()},
     )
@@ -94,18 +93,15 @@ def _table(title: str, caption: str, rows: list[Row]) -> Table:
     return Table(title, caption, names, cells, numeric)
 
 
-def alarms(archive: Archive, runs: dict[str, View]) -> Table:
+def alarms(curves: Mapping[str, Curves], runs: dict[str, View]) -> Table:
     """Signatures of failure that ever fired, with when and how strongly."""
     rows: list[list[Cell]] = []
     for key, view in runs.items():
-        reading = archive.load(key)
         for name, signature in BY_NAME.items():
-            if reading is None:
-                continue
-            steps, values = reading.curves.of(f"alarm/{name}")
+            steps, values = curves[key].points(f"alarm/{name}")
             fired = steps[values > 0]
             if len(fired):
-                highest = float(reading.curves.of(f"signature/{name}")[1].max())
+                highest = float(curves[key].points(f"signature/{name}")[1].max())
                 now = "yes" if fired[-1] == steps[-1] else "no"
                 rows.append(
                     [key, view.row.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]
