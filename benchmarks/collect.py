@@ -11,16 +11,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from benchmarks.common import show, write_result
 from hpc_c2g.evaluation.metric_registry import METRICS
-from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.results import MEASURED
+from hpc_c2g.monitoring.layout import AVERAGED
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.reports import Report, write_report
 from hpc_c2g.studies.study import StudyFile, save_study
@@ -31,13 +25,12 @@ SEEDS = 5
 TAGS, STEPS = 50, 200
 
 
-def study(folder: Path, runs: int, together: bool) -> Path:
+def study(folder: Path, runs: int) -> Path:
     """Write a study of ``runs`` runs in groups of ``SEEDS``, each trained and evaluated.
 
     Args:
         folder: Folder of the study.
         runs: Number of runs.
-        together: One event for all scalars of a step, as runs write them, instead of one event per scalar.
     """
     tasks: dict[str, Task] = {}
     for i in range(runs):
@@ -54,23 +47,17 @@ def study(folder: Path, runs: int, together: bool) -> Path:
         report.end("done")
         write_report(folder, task, report)
         if task.stage == "train":
-            write_run(folder / task.folder, random.Random(number), together)
+            write_run(folder / task.folder, random.Random(number))
     return folder
 
 
-def write_run(folder: Path, chance: random.Random, together: bool) -> None:
-    """A run's event file, last line of metrics and evaluation."""
-    tags = ["stationarity", "loss", "duality", "rho", *(f"group{k % 7}/scalar{k}" for k in range(TAGS - 4))]
-    (folder / BOARD).mkdir()
-    with open(folder / BOARD / "events.out.tfevents.1.host.1.0", "wb") as file:
-        writer = RecordWriter(file)
-        writer.write(Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString())
+def write_run(folder: Path, chance: random.Random) -> None:
+    """Write a run's metrics and evaluation."""
+    tags = [*AVERAGED, *(f"group{k % 7}/scalar{k}" for k in range(TAGS - len(AVERAGED)))]
+    with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, STEPS + 1):
-            values = [Summary.Value(tag=tag, simple_value=chance.random() + 1 / step) for tag in tags]
-            for part in [values] if together else [[value] for value in values]:
-                writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=part)).SerializeToString())
-    last = {"step": STEPS, **{name: chance.random() for name in MEASURED}}
-    (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+            line = {"step": step, **{tag: chance.random() + 1 / step for tag in tags}}
+            file.write(json.dumps(line) + "\n")
     (folder / "evaluation.json").write_text(json.dumps({metric.name: chance.random() for metric in METRICS}))
 
 
@@ -96,23 +83,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 runs")
     quick = parser.parse_args().quick
     runs = 20 if quick else 500
-    rows: list[dict[str, Any]] = []
-    for together in (True, False):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = study(Path(scratch) / "study", runs, together)
-            first, peak = collected(folder)
-            again, peak_again = collected(folder)
-            (folder / f"runs/{0:012x}" / "evaluation.json").write_text('{"coverage": 0.5}')
-            one, _ = collected(folder)
-        rows.append(
-            {
-                "events": "one per step" if together else "one per scalar",
-                "first s": first,
-                "again s": again,
-                "after one change s": one,
-                "peak GiB": max(peak, peak_again),
-            }
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = study(Path(scratch) / "study", runs)
+        first, peak = collected(folder)
+        again, peak_again = collected(folder)
+        (folder / f"runs/{0:012x}" / "evaluation.json").write_text('{"coverage": 0.5}')
+        one, _ = collected(folder)
+    peak = max(peak, peak_again)
+    rows = [{"first s": first, "again s": again, "after one change s": one, "peak GiB": peak}]
     show(f"c2g collect, {runs} runs x {TAGS} scalars x {STEPS} steps", rows)
     if not quick:
         settings = {"runs": runs, "tags": TAGS, "steps": STEPS, "seeds": SEEDS}

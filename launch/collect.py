@@ -60,7 +60,7 @@ def collect(config: CollectConfig) -> None:
         out.add_row(*line)
     Console(width=180).print(out)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.complaints.items() for text in told]
+    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
     for text in notes if config.all else notes[:SHOWN]:
         print(text, file=sys.stderr)
     if len(notes) > SHOWN and not config.all:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,6 @@ from launch._compose.recipes import recipes
 from launch.status import counts
 
 if TYPE_CHECKING:
-    from hpc_c2g.reporting.archive import Archive
     from hpc_c2g.reporting.page import Cell, Table
 
 MOSAICS = 24
@@ -43,9 +43,8 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Collect, and write the page."""
-    from hpc_c2g.reporting.archive import Archive  # torch takes seconds to import: after the settings are checked
-    from hpc_c2g.reporting.board import FOLDER
-    from hpc_c2g.reporting.collect import CACHE, collect, drawn, mosaics
+    # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.collect import collect, drawn, mosaics
     from hpc_c2g.reporting.page import Page, render
 
     folder = Path(config.study_dir)
@@ -53,10 +52,9 @@ def report(config: ReportConfig) -> None:
     views = read_statuses(folder, None)
     found = collect(folder, study.study.name, views)
     runs = found.runs
-    archive = Archive(folder / FOLDER / CACHE)
     pictures = mosaics(folder, found.results, runs)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.complaints.items() for text in told]
+    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
     if len(pictures) > MOSAICS:
         notes.append(f"samples of {MOSAICS} of {len(pictures)} groups are shown; c2g board {folder} has all")
     page = Page(
@@ -66,9 +64,9 @@ def report(config: ReportConfig) -> None:
         states=counts(views),
         notes=notes,
         tables=tables(found.results),
-        figures=drawn(folder, archive, found.results, runs, found.prediction),
+        figures=drawn(found.results, found.curves, found.prediction),
         mosaics=pictures[:MOSAICS],
-        alarms=alarms(archive, runs),
+        alarms=alarms(found.curves.read(runs), runs),
         recipes=recipes(folder),
         versions={"revision": revision(), **versions()},
     )
@@ -101,20 +99,17 @@ def _table(title: str, caption: str, rows: list[Row]) -> Table:
     return Table(title, caption, names, cells, numeric)
 
 
-def alarms(archive: Archive, runs: dict[str, TaskStatus]) -> Table:
+def alarms(curves: Mapping[str, Curves], runs: dict[str, TaskStatus]) -> Table:
     """Signatures of failure that ever fired, with when and how strongly."""
     from hpc_c2g.reporting.page import Table
 
     rows: list[list[Cell]] = []
     for key, view in runs.items():
-        reading = archive.load(key)
         for name, signature in BY_NAME.items():
-            if reading is None:
-                continue
-            steps, values = reading.curves.of(f"alarm/{name}")
+            steps, values = curves[key].points(f"alarm/{name}")
             fired = steps[values > 0]
             if len(fired):
-                highest = float(reading.curves.of(f"signature/{name}")[1].max())
+                highest = float(curves[key].points(f"signature/{name}")[1].max())
                 now = "yes" if fired[-1] == steps[-1] else "no"
                 rows.append(
                     [key, view.task.label, name, int(fired[0]), highest, now, signature.reason, signature.advice]

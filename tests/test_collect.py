@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -21,12 +23,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.launched import differences
 from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation.metric_registry import numbers
-from hpc_c2g.reporting import archive as archives
 from hpc_c2g.reporting import collect as collecting
+from hpc_c2g.reporting import run_curves
+from hpc_c2g.reporting.averages import Curves, average
 from hpc_c2g.reporting.board import Board, named, numeric_variables
-from hpc_c2g.reporting.curves import Curves, average
 from hpc_c2g.reporting.mosaics import mosaic, ranked
-from hpc_c2g.reporting.tables import as_csv, as_parquet
+from hpc_c2g.reporting.tables import as_csv
 from hpc_c2g.studies.tasks import read_spec, spec_name
 from launch._compose.recipes import recipes
 from launch.collect import collected
@@ -157,10 +159,10 @@ def test_no_picture_of_real_images_is_in_a_training_run(kept):
         assert scalars(kept / row.folder / "tensorboard").Tags()["images"] == ["samples"]
 
 
-def test_collecting_again_writes_nothing_and_reads_no_events(study, monkeypatch):
+def test_collecting_again_writes_nothing_and_reads_no_run(study, monkeypatch):
     collected(study)  # a copy is other files
     before = state(study)
-    monkeypatch.setattr(archives, "read_events", None)
+    monkeypatch.setattr(run_curves, "read_run", lambda folder, wanted: pytest.fail(f"{folder} is read again"))
     assert collected(study).changed == []
     assert state(study) == before
     assert "nothing new for the board" in c2g("collect", study)
@@ -178,32 +180,37 @@ def test_only_what_a_change_touches_is_written_again(study):
     assert json.loads((study / "results.json").read_text())["runs"][0]["coverage"] == 0.77
 
 
+def cut_middle(file: Path) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:3], "\0\0\0\n", *lines[4:]]))
+
+
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "words", "steps"),
     [
-        (lambda f: f.write_bytes(b""), "is empty"),
-        (lambda f: f.write_bytes(f.read_bytes()[:5000] + b"\0" * 9 + f.read_bytes()[5009:]), "has a wrong checksum"),
-        (lambda f: f.unlink(), "has no event files"),
+        (lambda f: f.write_bytes(b""), "has no lines", 12),
+        (cut_middle, "line 4 is damaged", 12),
+        (lambda f: f.unlink(), "cannot be read: No such file", 12),
     ],
 )
-def test_a_damaged_event_file_is_reported_and_the_rest_is_collected(study, damage, words):
+def test_damaged_metrics_are_reported_and_the_rest_is_collected(study, damage, words, steps):
     row = rows(study, "train")[0]
-    (file,) = (study / row.folder / "tensorboard").iterdir()
-    damage(file)
-    found = collected(study)
-    assert any(words in text for text in found.complaints[row.id])
-    assert len(found.results.rows) == 4
-    assert set(found.complaints) == {row.id}
+    damage(study / row.folder / "metrics.jsonl")
+    for _ in range(2):  # also where nothing has changed since
+        found = collected(study)
+        assert any(words in text for text in found.skipped[row.id])
+        assert len(found.results.rows) == 4
+        assert set(found.skipped) == {row.id}
     mean = scalars(study / "board" / "0-study" / "mean" / row.label.split()[0])
-    assert mean.Scalars("stationarity")[-1].step == 12
+    assert mean.Scalars("stationarity")[-1].step == steps
 
 
-def test_a_half_written_file_counts_as_far_as_it_is_whole_and_is_gone_on_with(study):
+def test_a_half_written_file_counts_as_far_as_it_is_whole_and_is_read_again_when_it_has_grown(study):
     row = rows(study, "train")[0]
-    (file,) = (study / row.folder / "tensorboard").iterdir()
+    file = study / row.folder / "metrics.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert row.id not in collected(study).complaints  # a run that writes is no damage
+    assert row.id not in collected(study).skipped  # a run that writes is no damage
     with open(file, "ab") as more:
         more.write(whole[len(whole) // 2 :])
     assert f"0-study/mean/{row.label.split()[0]}" in collected(study).changed
@@ -221,11 +228,10 @@ def test_a_run_without_evaluation_or_of_a_damaged_one_is_told_and_kept(study):
 
 def test_steps_written_twice_by_a_requeued_run_count_once(study):
     row = rows(study, "train")[0]
-    (file,) = (study / row.folder / "tensorboard").iterdir()
-    shutil.copy(file, file.with_name(file.name.replace("tfevents.", "tfevents.9", 1)))  # the same steps, no purge
+    file = study / row.folder / "metrics.jsonl"
+    file.write_text(file.read_text() * 2)
     found = collected(study)
-    reading = archives.Archive(study / "board" / "cache").load(row.id)
-    assert reading.curves.of("stationarity")[0].tolist() == list(range(1, 13))
+    assert found.curves.read([row.id])[row.id].points("stationarity")[0].tolist() == list(range(1, 13))
     assert len(found.results.rows) == 4
 
 
@@ -301,20 +307,10 @@ def test_steps_of_a_chart_are_whole_numbers():
     assert [row["n"] for row in found["n"]["rate=0.1 variant=a"]] == [1, 2]
 
 
-def test_the_table_is_the_same_as_csv_and_as_parquet(tmp_path):
-    import csv
-    import io
-
-    import pyarrow.parquet
-
+def test_the_csv_has_a_column_per_field_of_any_row():
     made = [{"id": "a", "n": 1, "x": 0.5}, {"id": "b", "n": 2, "v": "t", "x": 2}]
-    (tmp_path / "t.parquet").write_bytes(as_parquet(made))
-    table = pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist()
-    told = [{k: "" if v is None else v for k, v in row.items()} for row in table]
-    assert [{k: str(v) for k, v in row.items()} for row in told] == [
-        {k: str(float(v)) if k == "x" else v for k, v in row.items()}
-        for row in csv.DictReader(io.StringIO(as_csv(made)))
-    ]
+    found = list(csv.DictReader(io.StringIO(as_csv(made))))
+    assert found == [{"id": "a", "n": "1", "x": "0.5", "v": ""}, {"id": "b", "n": "2", "x": "2", "v": "t"}]
 
 
 def test_the_plan_is_the_prediction_of_the_kind_of_scaling_that_was_done(study):
@@ -389,15 +385,12 @@ def test_a_recipe_of_several_processes_starts_them(study):
 
 def test_alarms_of_runs_are_told_with_their_first_step(study):
     row = rows(study, "train")[0]
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(study / row.folder / "tensorboard"), purge_step=13) as board:
+    with open(study / row.folder / "metrics.jsonl", "a") as file:
         for step, fired in ((13, 0.0), (14, 1.0), (15, 1.0)):
-            board.add_scalar("alarm/instability", fired, step)
-            board.add_scalar("signature/instability", 3.0 * fired, step)
-    collected(study)
+            line = {"step": step, "alarm/instability": fired, "signature/instability": 3.0 * fired}
+            file.write(json.dumps(line) + "\n")
     runs = {v.task.id: v for v in _views(study) if v.task.stage == "train"}
-    found = alarms(archives.Archive(study / "board" / "cache"), runs).rows
+    found = alarms(collected(study).curves.read(runs), runs).rows
     (line,) = [line for line in found if line[0] == row.id and line[2] == "instability"]
     assert line[:6] == [row.id, row.label, "instability", 14, 3.0, "yes"]
 

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 
 from hpc_c2g.evaluation.metric_registry import METRICS
 from hpc_c2g.reporting import law_figures, laws, quality_figures
-from hpc_c2g.reporting.curves import Average, Curves, average
+from hpc_c2g.reporting.averages import Average, Curves, average
 from hpc_c2g.reporting.drawing import Figure, marks, safe, short, tick
 from hpc_c2g.reporting.figures import (
     against_category,
@@ -97,7 +97,7 @@ def words(monkeypatch):
     """Figures are told but not drawn, which takes most of a second each; gives the words of the only one."""
     for module in (quality_figures, law_figures):
         monkeypatch.setattr(
-            module, "figure", lambda name, title, alt, *_: Figure(safe(name), title, plain(alt), "", b"")
+            module, "figure", lambda name, title, alt, *_: Figure(safe(name), title, plain(alt), lambda kind: b"")
         )
 
     def only(told):

@@ -62,7 +62,7 @@ def page(text="plain", rows=3):
         states={text: {"done": 3, "failed": 1}, "evaluate": {"done": 2, text: 2}},
         notes=[text],
         tables=[table, table],
-        figures=[Figure("a", text, f"{text} 0.44", svg, b"")] * 2,
+        figures=[Figure("a", text, f"{text} 0.44", lambda kind: svg.encode())] * 2,
         mosaics=[Picture(text, text, png())],
         alarms=Table("Alarms", text, ["run", "what"], [["a", text]]),
         recipes=[Recipe(text, text, ["c2g classifier", f"c2g train {text}"])],

@@ -15,7 +15,7 @@ from hpc_c2g.evaluation.metric_registry import COLUMNS as METRIC_COLUMNS
 from hpc_c2g.files import write_atomically, writing
 from hpc_c2g.monitoring.layout import AVERAGED
 from hpc_c2g.monitoring.run_log import add_scalars, write_session, writer_of
-from hpc_c2g.reporting.curves import Average
+from hpc_c2g.reporting.averages import Average
 from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.page import Picture
 from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIERS, SEEDS, Row
@@ -23,7 +23,7 @@ from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIE
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-FORMAT = 1  # raise it when parts are written differently: what was written before is then written again
+FORMAT = 2  # raise it when parts are written differently: what was written before is then written again
 FOLDER, STUDY, RUNS = "board", "0-study", "runs"
 COLUMNS = (MEASURED[0], *METRIC_COLUMNS, *MEASURED[1:], *OF_CLASSIFIERS)
 """Measures in the order of the HParams page, which shows the first five."""
@@ -54,11 +54,12 @@ class Board:
         Raises:
             UserError: it cannot be written.
         """
+        unchanged = self.is_current(name, source)
         name = f"{STUDY}/{name}"
-        self.parts[name] = digest = _digest(source)
-        place = self.folder / name
-        if self.kept.get(name) == digest and place.is_dir():
+        self.parts[name] = _digest(source)
+        if unchanged:
             return
+        place = self.folder / name
         self.written.append(name)
         with writing(self.folder):
             fresh = place.with_name(f".{place.name}.{os.getpid()}")
@@ -69,6 +70,11 @@ class Board:
                 write(board)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(fresh, place)
+
+    def is_current(self, name: str, source: Any) -> bool:
+        """True if a part is there and was made from this source."""
+        name = f"{STUDY}/{name}"
+        return self.kept.get(name) == _digest(source) and (self.folder / name).is_dir()
 
     def link(self, runs: Mapping[str, Path]) -> None:
         """Show the runs' own event folders under names that people know; those that have none yet are left out."""

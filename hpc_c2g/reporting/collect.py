@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from typing import TYPE_CHECKING
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.monitoring.evaluation_log import FOLDER as EVALUATION
-from hpc_c2g.monitoring.layout import LEARNING_CURVES
 from hpc_c2g.monitoring.run_log import BOARD
-from hpc_c2g.reporting.archive import Archive, gather
 from hpc_c2g.reporting.board import (
     FOLDER,
     Board,
@@ -27,9 +24,7 @@ from hpc_c2g.reporting.board import (
     write_hyperparameters,
     write_pictures,
 )
-from hpc_c2g.reporting.curves import Average, Curves, average
 from hpc_c2g.reporting.drawing import Figure
-from hpc_c2g.reporting.events import event_files, stamp_of
 from hpc_c2g.reporting.figures import figures
 from hpc_c2g.reporting.mosaics import mosaic, ranked
 from hpc_c2g.reporting.page import Picture
@@ -44,6 +39,8 @@ from hpc_c2g.reporting.results import (
     training_runs,
     without_seeds,
 )
+from hpc_c2g.reporting.run_curves import stamp_of
+from hpc_c2g.reporting.study_curves import StudyCurves
 from hpc_c2g.reporting.tables import as_markdown, write_tables
 from hpc_c2g.studies.task_status import TaskStatus
 from hpc_c2g.studies.tasks import read_spec, spec_name
@@ -51,7 +48,7 @@ from hpc_c2g.studies.tasks import read_spec, spec_name
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-CACHE, PLAN = "cache", "plan.json"
+NOTES, PLAN = "skipped.json", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -61,17 +58,19 @@ class Collected:
     Attributes:
         results: tables.
         runs: training runs that have begun, by id.
+        curves: Curves of those runs.
         files: names of the tables' files in the study's folder.
         changed: parts of the board that were written again.
-        complaints: what of the runs' event files was skipped and why, by run.
+        skipped: What was left out of the runs' metrics and why, by run.
         prediction: of the study's plan, see ``predicted``.
     """
 
     results: Results
     runs: dict[str, TaskStatus]
+    curves: StudyCurves
     files: list[str]
     changed: list[str]
-    complaints: dict[str, tuple[str, ...]]
+    skipped: dict[str, tuple[str, ...]]
     prediction: dict[int, float] | None
 
 
@@ -94,13 +93,13 @@ def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
     except UserError as error:  # one file beside the study must not hold up all that is told of it
         found.left_out.append(str(error))
     files = write_tables(study, name, found)
-    archive = Archive(study / FOLDER / CACHE)
-    gathered = gather(archive, {key: study / v.task.folder / BOARD for key, v in runs.items()}, _processes())
+    folders, groups = {key: study / v.task.folder for key, v in runs.items()}, grouped(runs)
+    curves = StudyCurves(folders, groups, study / FOLDER / NOTES)
     board = Board(study)
-    stamps = {key: list(event_files(study / v.task.folder / BOARD).items()) for key, v in runs.items()}
-    sources = {label: {key: stamps[key] for key in own} for label, own in grouped(runs).items()}
+    sources = {label: curves.stamps_of(label) for label in groups}
+    skipped = curves.skipped()
     for label, own in sources.items():
-        board.part(f"mean/{named(label)}", own, functools.partial(_write_means, archive, list(own)))
+        board.part(f"mean/{named(label)}", own, functools.partial(_write_means, curves, label))
     for variable, lines in numeric_variables(found.groups).items():
         for rest, rows in lines.items():
             title = f"against {variable}/{named(rest)}" if len(lines) > 1 else f"against {variable}"
@@ -121,23 +120,18 @@ def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
         "pictures",
         source,
         lambda writer: write_pictures(
-            drawn(study, archive, found, runs, prediction),
+            drawn(found, curves, prediction),
             mosaics(study, found, runs),
             {"results": as_markdown(name, found)},
         )(writer),
     )
     board.link(links(study, runs))
     board.close()
-    skipped = {key: told for key, told in gathered.complaints.items() if told}
-    return Collected(found, runs, files, board.written, skipped, prediction)
+    return Collected(found, runs, curves, files, board.written, skipped, prediction)
 
 
-def _write_means(archive: Archive, keys: Sequence[str], writer: SummaryWriter) -> None:
-    write_averages(averages(archive, keys))(writer)
-
-
-def _processes() -> int:
-    return len(os.sched_getaffinity(0))
+def _write_means(curves: StudyCurves, label: str, writer: SummaryWriter) -> None:
+    write_averages(curves.averages(label))(writer)
 
 
 def grouped(runs: Mapping[str, TaskStatus]) -> dict[str, list[str]]:
@@ -148,31 +142,11 @@ def grouped(runs: Mapping[str, TaskStatus]) -> dict[str, list[str]]:
     return found
 
 
-def averages(
-    archive: Archive, keys: Sequence[str] | Mapping[str, object], tags: Sequence[str] | None = None
-) -> dict[str, Average]:
-    """Every scalar's average over some runs."""
-    curves = [reading.curves for key in keys if (reading := archive.load(key))]
-    if tags is not None:
-        curves = [_only(one, tags) for one in curves]
-    return average(curves)
-
-
-def _only(curves: Curves, tags: Sequence[str]) -> Curves:
-    kept = [i for i, tag in enumerate(curves.tags) if tag in tags]
-    return Curves(curves.steps, tuple(curves.tags[i] for i in kept), curves.values[:, kept])
-
-
-def drawn(
-    study: Path,
-    archive: Archive,
-    found: Results,
-    runs: Mapping[str, TaskStatus],
-    prediction: Mapping[int, float] | None,
-) -> list[Figure]:
+def drawn(found: Results, curves: StudyCurves, prediction: Mapping[int, float] | None) -> list[Figure]:
     """The study's figures."""
-    curves = {label: averages(archive, keys, tuple(LEARNING_CURVES)) for label, keys in grouped(runs).items()}
-    return figures(found.groups, bound_groups(found.sampling), curves, prediction)
+    curves.read(curves.folders)  # all at once, in several processes
+    averages = {label: curves.averages(label) for label in curves.groups}
+    return figures(found.groups, bound_groups(found.sampling), averages, prediction)
 
 
 def mosaics(study: Path, found: Results, runs: Mapping[str, TaskStatus]) -> list[Picture]:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hpc_c2g.reporting.laws import plain
@@ -58,21 +59,29 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure.
+    """A figure, which is drawn when its picture is first asked for.
 
     Attributes:
-        name: safe for a file and a TensorBoard tag.
-        title: what it is.
-        alt: what is to be seen, in words with the numbers.
-        svg: an ``<svg>`` element, text as outlines.
-        png: the same at 144 dots per inch.
+        name: Name that is safe for a file and a TensorBoard tag.
+        title: Title in one line.
+        alt: Description in words with the numbers.
+        draw: Function that draws it in a format, ``svg`` or ``png``.
     """
 
     name: str
     title: str
     alt: str
-    svg: str
-    png: bytes
+    draw: Callable[[str], bytes]
+
+    @cached_property
+    def svg(self) -> str:
+        """An ``<svg>`` element, text as outlines."""
+        return self.draw("svg").decode()
+
+    @cached_property
+    def png(self) -> bytes:
+        """The picture at 144 dots per inch."""
+        return self.draw("png")
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Panel:
 
 
 def figure(name: str, title: str, alt: str, panels: Sequence[Panel], height: float = 2.5) -> Figure:
-    """Draw panels in rows of three at most, a legend of all labels beneath.
+    """A figure of panels in rows of three at most, a legend of all labels beneath.
 
     Args:
         name: any text.
@@ -94,13 +103,17 @@ def figure(name: str, title: str, alt: str, panels: Sequence[Panel], height: flo
         panels: one at least.
         height: of a row of panels in inches.
     """
-    from matplotlib import style
+    title = plain(title)
 
-    title, alt = plain(title), plain(alt)
-    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn instead
-        canvas = _compose(title, panels, height)
-        return Figure(safe(name), title, alt, _svg(canvas), _png(canvas))
+    def draw(kind: str) -> bytes:
+        from matplotlib import style
+
+        with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn instead
+            canvas = _compose(title, panels, height)
+            return _svg(canvas).encode() if kind == "svg" else _png(canvas)
+
+    return Figure(safe(name), title, plain(alt), draw)
 
 
 def _compose(title: str, panels: Sequence[Panel], height: float) -> Canvas:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_c2g.monitoring.layout import LEARNING_CURVES
-from hpc_c2g.reporting.curves import Average
+from hpc_c2g.reporting.averages import Average
 from hpc_c2g.reporting.drawing import Figure, Panel, decades, figure, logarithmic, marks, short
 from hpc_c2g.reporting.law_figures import batch_law, efficiency, sampling
 from hpc_c2g.reporting.laws import Row, number
@@ -31,6 +31,8 @@ __all__ = [
 
 CURVE_POINTS = 300
 """Number of points that a curve is drawn with at most."""
+CURVE_PAGES = 4
+"""Number of figures of learning curves at most: each takes a second to draw."""
 
 
 def figures(
@@ -57,7 +59,8 @@ def figures(
 
 
 def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequence[str]) -> list[Figure]:
-    """Mean curves with their intervals as bands, a panel per tag, a line per group; eight groups at most in a figure.
+    """Mean curves with their intervals as bands, a panel per tag, a line per group; eight groups at most in a figure, and
+    ``CURVE_PAGES`` figures.
 
     Args:
         averages: group's label -> tag -> its average over seeds.
@@ -66,12 +69,15 @@ def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequenc
     found: list[Figure] = []
     kept = {label: cut for label, one in averages.items() if (cut := {t: _finite(one[t]) for t in tags if t in one})}
     kept = {label: cut for label, one in kept.items() if (cut := {t: a for t, a in one.items() if len(a.steps)})}
-    pages = -(-len(kept) // LINES)
+    pages, groups = -(-len(kept) // LINES), len(kept)
+    pages = min(pages, CURVE_PAGES)
     for page in range(pages):
         here = dict(list(kept.items())[page * LINES : (page + 1) * LINES])
         present = [t for t in tags if any(t in one for one in here.values())]
         of = f" ({page + 1} of {pages})" if pages > 1 else ""
         told = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
+        if groups > pages * LINES:
+            told.append(f"The first {pages * LINES} of {groups} settings are drawn; TensorBoard has the means of all.")
         told += [_summary(t, here) for t in present]
         panels = [
             Panel(t, LEARNING_CURVES[t].note if t in LEARNING_CURVES else "no data", _curves(t, here)) for t in present

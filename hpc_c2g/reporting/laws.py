@@ -12,7 +12,7 @@ from scipy.optimize import nnls
 from scipy.stats import t as student
 
 from hpc_c2g.evaluation.metric_registry import METRICS, USES_REAL_DATA, Measure
-from hpc_c2g.reporting.curves import CONFIDENCE
+from hpc_c2g.reporting.averages import CONFIDENCE
 from hpc_c2g.reporting.results import NO_POINT
 
 Row = Mapping[str, Any]

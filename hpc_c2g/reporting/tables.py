@@ -1,4 +1,4 @@
-"""A study's results as files: results.json, results.csv, results.md, and results.parquet where pyarrow is installed."""
+"""A study's results as files: results.json, results.csv and results.md."""
 
 from __future__ import annotations
 
@@ -33,9 +33,6 @@ def write_tables(study: Path, name: str, found: Results) -> list[str]:
         "results.csv": as_csv(found.rows).encode(),
         "results.json": json.dumps(content, indent=1).encode(),
     }
-    parquet = as_parquet(found.rows)
-    if parquet is not None:
-        files["results.parquet"] = parquet
     for file, text in files.items():
         if not (study / file).is_file() or (study / file).read_bytes() != text:
             write_atomically(study / file, text)
@@ -54,33 +51,6 @@ def as_csv(found: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(found)
     return out.getvalue()
-
-
-def as_parquet(found: Sequence[Row]) -> bytes | None:
-    """The same; None without pyarrow or without rows."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        return None
-    if not found:
-        return None
-    table = {name: _one_type([row.get(name) for row in found]) for name in columns(found)}
-    out = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(table), out)
-    content: bytes = out.getvalue().to_pybytes()
-    return content
-
-
-def _one_type(values: list[Any]) -> list[Any]:
-    """A column has one type: text where any value is text."""
-    if any(isinstance(v, str) for v in values):
-        return [None if v is None else str(v) for v in values]
-    return (
-        [float(v) for v in values]
-        if all(isinstance(v, (int, float)) for v in values) and any(isinstance(v, float) for v in values)
-        else values
-    )
 
 
 def shown(grouped: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

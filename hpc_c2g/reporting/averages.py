@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 Array = NDArray[Any]
 CONFIDENCE = 0.95
@@ -28,7 +27,7 @@ class Curves:
     tags: tuple[str, ...]
     values: Array
 
-    def of(self, tag: str) -> tuple[Array, Array]:
+    def points(self, tag: str) -> tuple[Array, Array]:
         """Steps and values of one scalar, where it was written; empty where it never was."""
         if tag not in self.tags:
             return self.steps[:0], np.empty(0)
@@ -60,7 +59,7 @@ def average(curves: Sequence[Curves]) -> dict[str, Average]:
     """Every scalar's average, at the steps that at least half of the runs that have it wrote it at."""
     found = {}
     for tag in dict.fromkeys(tag for one in curves for tag in one.tags):
-        parts = [one.of(tag) for one in curves if tag in one.tags]
+        parts = [one.points(tag) for one in curves if tag in one.tags]
         steps = np.unique(np.concatenate([s for s, _ in parts]))
         table = np.full((len(parts), len(steps)), np.nan)
         for row, (at, values) in zip(table, parts, strict=True):
@@ -76,6 +75,8 @@ def average(curves: Sequence[Curves]) -> dict[str, Average]:
 
 def interval(table: Array) -> tuple[Array, Array]:
     """Mean and half width of Student's confidence interval over the rows of ``table`` ``[k, n]``; NaN counts as absent, no column is."""
+    from scipy.stats import t as student  # takes a second
+
     runs = (~np.isnan(table)).sum(0)
     mean = np.nansum(table, 0) / runs
     deviation = np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(runs - 1, 1))

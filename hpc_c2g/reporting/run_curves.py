@@ -1,0 +1,137 @@
+"""Curves of a run, read from its metrics.jsonl: a line per logged step, which a resumed run cuts at its checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_c2g.reporting.averages import Curves
+
+FILE = "metrics.jsonl"
+FEW = 40
+"""Number of runs that are read faster by one process than by several that must be started first."""
+Stamp = tuple[int, int, int]
+NO_FILE: Stamp = (-1, 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Result of reading a run.
+
+    Attributes:
+        curves: Finite values of the scalars, tags in the order of their names.
+        skipped: What was left out and why, one line each.
+    """
+
+    curves: Curves
+    skipped: tuple[str, ...]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Size, time of change and inode of a file, by which a change is noticed; ``NO_FILE`` if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return NO_FILE
+    return (found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def read_run(folder: Path, wanted: re.Pattern[str]) -> Reading:
+    """Read the scalars of a run; damage raises nothing and is reported in ``skipped``.
+
+    A last line without its end is what a run that is writing, or was killed, leaves: it is left out silently. Of a step that is there
+    twice the last line counts.
+
+    Args:
+        folder: Folder of the run.
+        wanted: Pattern of the names of the scalars to read.
+    """
+    try:
+        texts = (folder / FILE).read_bytes().split(b"\n")
+    except OSError as error:
+        return Reading(_curves({}, wanted), (f"{FILE}: cannot be read: {error.strerror}",))
+    lines: dict[int, Mapping[str, Any]] = {}
+    damaged, repeated = [], 0
+    for number, text in enumerate(texts, 1):
+        line = _parse(text)
+        if line is None:
+            if text and number < len(texts):
+                damaged.append(number)
+            continue
+        step = line["step"]
+        repeated += step in lines
+        lines[step] = line
+    curves = _curves(lines, wanted)
+    written = sum(tag in line for tag in _tags(lines, wanted) for line in lines.values())
+    infinite = written - int(np.count_nonzero(~np.isnan(curves.values)))
+    skipped = [f"{FILE}: line {number} is damaged and left out" for number in damaged[:1]]
+    skipped += [f"{FILE}: {len(damaged) - 1} more damaged lines are left out"] if len(damaged) > 1 else []
+    skipped += [f"{FILE}: {repeated} steps are written again; the last line of each counts"] if repeated else []
+    skipped += [f"{FILE}: {infinite} values are not finite numbers and left out"] if infinite else []
+    skipped += [] if lines else [f"{FILE}: has no lines"]
+    return Reading(curves, tuple(skipped))
+
+
+def read_runs(folders: Mapping[str, Path], wanted: re.Pattern[str], processes: int) -> Iterator[tuple[str, Reading]]:
+    """Read many runs, in the order given.
+
+    Args:
+        folders: Folder of each run, by its id.
+        wanted: Pattern of the names of the scalars to read.
+        processes: Number of processes that read if there are many runs.
+    """
+    left, read = dict(folders), functools.partial(read_run, wanted=wanted)
+    if len(left) > FEW and processes > 1:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            try:
+                for key, reading in zip(folders, pool.map(read, folders.values(), chunksize=8), strict=True):
+                    del left[key]
+                    yield key, reading
+            except BrokenProcessPool:
+                pass  # a process was killed: the rest is read here
+    for key, folder in left.items():
+        yield key, read(folder)
+
+
+def _parse(text: bytes) -> Mapping[str, Any] | None:
+    """A line's scalars; None if it is no object with a whole number as its step."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _tags(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> list[str]:
+    names = {name for line in lines.values() for name in line} - {"step"}
+    return sorted(name for name in names if wanted.fullmatch(name))
+
+
+def _curves(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> Curves:
+    steps, tags = sorted(lines), _tags(lines, wanted)
+    rows: Iterable[list[Any]] = ([lines[step].get(tag) for tag in tags] for step in steps)
+    try:
+        values = np.array(list(rows), dtype=float).reshape(len(steps), len(tags))
+    except (TypeError, ValueError):  # something else than numbers
+        values = np.array([[_number(lines[step].get(tag)) for tag in tags] for step in steps], dtype=float)
+    values[~np.isfinite(values)] = math.nan
+    there = ~np.isnan(values)
+    used, known = there.any(1), there.any(0)
+    kept = tuple(tag for tag, any_value in zip(tags, known, strict=True) if any_value)
+    return Curves(np.array(steps, np.int64)[used], kept, values[used][:, known])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
