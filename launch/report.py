@@ -22,6 +22,7 @@ from launch._compose.recipes import recipes
 from launch.status import counts
 
 if TYPE_CHECKING:
+    from hpc_c2g.reporting.averages import Curves
     from hpc_c2g.reporting.page import Cell, Table
 
 MOSAICS = 24
