@@ -36,6 +36,7 @@ from hpc_c2g.kkt.options import AUTO
 from hpc_c2g.kkt.stationarity import kkt_sum, left_side, residual, residual_weights, resolve_form, squared_norms
 
 ITERATIONS = 20_000  # a few hundred are typical
+RESTARTS = 10  # starts of the search, each from the end of the last; one is typical
 NEAR = 1e-5  # duality gap at which the solver stops for coupled samples
 ENOUGH = 2e-4  # largest accepted duality gap; certificates are reported to three decimals
 LIKELY, UNLIKELY = 0.1, 0.3  # certificates below and above which a generator is likely, and unlikely, to work
@@ -206,7 +207,8 @@ def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, sq
     L-BFGS-B needs a few hundred products with any J; active-set solvers need a factor of J J^T and a step per multiplier. With mu scaled
     so that rows are as long as b, and g the gradient of half the certificate at mu, convexity bounds the possible improvement over all
     points with a sum of at most s = max(2 sum mu, 1) by the gap 2 (<g, mu> + s max(0, -min g)). Products that need passes through a net
-    stop at a gap of ``NEAR``; products with a matrix run to convergence.
+    stop at a gap of ``NEAR``; products with a matrix run to convergence. A search whose line search drowns in rounding starts again
+    from where it ended.
     """
     enough = NEAR if squares is None else 0.0
     if squares is None:
@@ -216,12 +218,9 @@ def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, sq
     right = (scale * products / square).cpu().numpy()
     gradients: dict[bytes, Any] = {}  # gradient at the last point, which the callback may receive
 
-    def half_square_and_gradient(values: Any) -> tuple[float, Any]:
+    def gradient_at(values: Any) -> Any:
         gradient = scale * gram(scale * torch.from_numpy(values).to(products)) / square
-        gradient = gradient.cpu().numpy() - right
-        gradients.clear()
-        gradients[values.tobytes()] = gradient
-        return 0.5 * float(1 + values @ (gradient - right)), gradient
+        return gradient.cpu().numpy() - right
 
     def gap(values: Any, gradient: Any) -> float:
         return 2 * float(gradient @ values + max(2 * values.sum(), 1.0) * max(0.0, -gradient.min()))
@@ -231,17 +230,27 @@ def _solve(gram: Callable[[Tensor], Tensor], products: Tensor, square: float, sq
         if gradient is not None and gap(values, gradient) < enough:
             raise StopIteration
 
-    start = torch.zeros(len(products), dtype=torch.float64).numpy()
-    found = minimize(
-        half_square_and_gradient,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0, None)] * len(start),
-        callback=stop_when_near,
-        options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "maxcor": 30, "ftol": 0, "gtol": 1e-9},
-    )
-    gradient = half_square_and_gradient(found.x)[1]
-    if not gap(found.x, gradient) < ENOUGH:
-        raise UserError(f"the certificate of {len(products)} margins did not converge", "give fewer samples")
-    return torch.from_numpy(found.x).to(products) * scale
+    point = torch.zeros(len(products), dtype=torch.float64).numpy()
+    slope = gradient_at(point)
+    for _ in range(RESTARTS):
+
+        def gain_and_gradient(values: Any, point: Any = point, slope: Any = slope) -> tuple[float, Any]:
+            gradient = gradient_at(values)
+            gradients.clear()
+            gradients[values.tobytes()] = gradient
+            # a quadratic's exact difference from the last start: differences of the value itself drown in rounding near the minimum
+            return 0.5 * float((values - point) @ (gradient + slope)), gradient
+
+        point = minimize(
+            gain_and_gradient,
+            point,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, None)] * len(point),
+            callback=stop_when_near,
+            options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "maxcor": 30, "ftol": 0, "gtol": 1e-9},
+        ).x
+        slope = gradient_at(point)
+        if gap(point, slope) < ENOUGH:
+            return torch.from_numpy(point).to(products) * scale
+    raise UserError(f"the certificate of {len(products)} margins did not converge", "give fewer samples")
