@@ -68,7 +68,7 @@ class LogConfig:
 
 @dataclass
 class AlarmConfig:
-    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
+    """Policy for signatures of failure (hpc_c2g/monitoring/signatures.py).
 
     Attributes:
         policy: ``continue`` and log it; ``stop`` after a checkpoint; ``lower_lr`` halves all learning rates each time that a signature
@@ -244,7 +244,7 @@ class TrainConfig:
 
     @property
     def prefixes(self) -> list[str]:
-        """What the names of each member's curves begin with: nothing where there is but one."""
+        """Prefix of the names of each member's curves; empty where there is only one."""
         several, more = len(self.classifiers) > 1, self.solutions > 1
         return [
             (f"classifier{k}/" if several else "") + (f"solution{s}/" if more else "")
