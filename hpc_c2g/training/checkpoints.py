@@ -63,7 +63,7 @@ class Checkpoints:
         try:
             self.finish()
         except UserError:
-            if kind is None:  # else the first failure is the one to tell
+            if kind is None:  # else the first failure is the one to report
                 raise
 
     def due(self, step: int, last: int) -> bool:
@@ -85,7 +85,7 @@ class Checkpoints:
         Waits for the checkpoint before this one.
 
         Raises:
-            UserError: the file system refused the one before; what happens to this one, the next call tells.
+            UserError: the file system refused the one before; a failure of this one is raised by the next call.
         """
         self.finish()
         self._under_way = self._thread.submit(self._write, step, snapshot(state))
@@ -98,7 +98,7 @@ class Checkpoints:
         """
         if self._under_way is not None:
             wait([self._under_way])
-            done, self._under_way = self._under_way, None  # told once
+            done, self._under_way = self._under_way, None  # raised once
             done.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ class Checkpoints:
             self._remove(self._target(old))
 
     def _sweep(self) -> None:
-        """Mend what a process left that was killed while it wrote."""
+        """Clean up after a process that was killed while it wrote."""
         for stale in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
         for aside in self.folder.glob("step_*.old"):

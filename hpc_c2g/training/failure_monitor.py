@@ -19,7 +19,7 @@ LOWERED_LR = 0.5
 def sample_scalars(
     sample_stats: Sequence[SampleStats], classes: Sequence[int], prefixes: Sequence[str]
 ) -> dict[str, float]:
-    """What is logged of every member's samples, each under its prefix, and of several their means."""
+    """Sample metrics of every member under its prefix, and the means of several members."""
     told: list[dict[str, float]] = []
     for band, count in zip(sample_stats, classes, strict=True):
         margins, multipliers, labels, samples = (
@@ -36,7 +36,7 @@ def sample_scalars(
 
 @dataclass(frozen=True)
 class MonitorState:
-    """What a look at a run found.
+    """Result of one update of the monitor.
 
     Attributes:
         scalars: to log.
@@ -82,7 +82,7 @@ class FailureMonitor:
         return self.state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"ease": self.state.lr_scale, "firing": list(self.state.firing), "lines": self.lines}
 
 

@@ -19,7 +19,7 @@ from hpc_c2g.training.step.sharding import batch_shares
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has come to so far: its settings, its generator, each classifier's alpha, the step of its newest checkpoint."""
+    """Latest state of a run: its settings, its generator, each classifier's alpha, the step of its newest checkpoint."""
 
     config: TrainConfig
     generator: TrainedGenerator

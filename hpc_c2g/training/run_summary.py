@@ -1,4 +1,4 @@
-"""What a run writes into TensorBoard before its first step: its settings, its versions, how the work is laid out, its plan."""
+"""Run summary for TensorBoard, written before the first step: its settings, its versions, how the work is laid out, its plan."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ from hpc_c2g.training.step.train_step import TrainStep
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a running run consists of on one rank."""
+    """Engine, step and preview of a run on one rank."""
 
     engine: DeepSpeedEngine | AdamEngine
     step: TrainStep
     preview_generator: TrainedGenerator
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; collective."""
+        """State for a checkpoint; collective."""
         return {
             "engine": self.engine.state_dict(),
             "scale": self.step.state_dict(),
@@ -57,7 +57,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """What is settled before anything is computed.
+    """Layout of a run, settled before anything is computed.
 
     Attributes:
         config: of the run.
@@ -104,7 +104,7 @@ class TrainerSetup:
         return cls(config, world, bundles, mesh, size, sharding)
 
     def advice(self) -> list[str]:
-        """What is worth knowing before the first step: parts of the batch that meet some codes more often than others."""
+        """Advice to log before the first step: parts of the batch that meet some codes more often than others."""
         config, found = self.config, []
         if not config.generator.codes or config.generator.name == "free":
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from hpc_c2g.classifiers.bundle import Bundle, build_model
 from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
+from hpc_c2g.generators import networks
 from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
 from hpc_c2g.generators.networks import OUTPUT_SCALE, build_generator
 from hpc_c2g.training.config.objective import DualityConfig, GateConfig, PriorConfig, StationarityConfig
@@ -125,7 +127,8 @@ def trainer(bundles: Sequence[Bundle], settings: TrainConfig, world: World | Non
     classes = class_counts(bundles)
     mesh = Mesh.over(world, len(bundles), settings.distributed.groups, settings.distributed.hierarchical)
     batches, dimensions = batch_shares(settings, classes), settings.latents.dimensions
-    module = build_generator(settings.generator, dimensions, classes, batches, *boxes(bundles), settings.seed)
+    with mock.patch.object(networks, "EMBEDDING", 5):  # small
+        module = build_generator(settings.generator, dimensions, classes, batches, *boxes(bundles), settings.seed)
     if not isinstance(settings.generator, FreeImagesConfig):
         with torch.no_grad():
             module.image[0][-1].weight.mul_(4.0 / OUTPUT_SCALE)

@@ -223,7 +223,7 @@ class TrainConfig:
 
     @property
     def prefixes(self) -> list[str]:
-        """What the names of each member's curves begin with: nothing where there is but one."""
+        """Prefix of the names of each member's curves; empty where there is only one."""
         several, more = len(self.classifiers) > 1, self.solutions > 1
         return [
             (f"classifier{k}/" if several else "") + (f"solution{s}/" if more else "")

@@ -1,1 +1,1 @@
-"""What a training run costs: operators counted on the meta device, and the micro-batch that fits."""
+"""Cost of a training run: operators counted on the meta device, and the micro-batch that fits."""

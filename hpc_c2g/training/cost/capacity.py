@@ -1,4 +1,4 @@
-"""What fits: the memory at hand on this rank, the classifiers that it must hold, and the largest micro-batch beside them."""
+"""Capacity: the memory at hand on this rank, the classifiers that it must hold, and the largest micro-batch beside them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def available_bytes(world: World) -> float:
 
 
 def _left_in_control_groups() -> float:
-    """What the control groups (version 2) above this process still allow: a container's or a batch system's limit."""
+    """Bytes that the control groups (version 2) above this process still allow: a container's or a batch system's limit."""
     try:
         own = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
     except (OSError, StopIteration):
@@ -53,7 +53,7 @@ def _left_in_control_groups() -> float:
 
 
 def _kkt_bytes(bundles: list[Bundle], mesh: Mesh) -> int:
-    """What this rank's classifiers take for their KKT sums."""
+    """Bytes that this rank's classifiers take for their KKT sums."""
     return COPIES * sum(4 * p.numel() for k in mesh.local_members for p in bundles[k].parameters.values())
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs, from the step itself: it runs on the meta device, where nothing is computed and nothing is stored.
+"""Cost of a training step, from the step itself: it runs on the meta device, where nothing is computed and nothing is stored.
 
 The real ``TrainStep`` is called with 2 and with 3 micro-batches. All it does is affine in their number m, so with W(m) the work,
 
@@ -144,7 +144,7 @@ class DryRun:
     def _difference(
         self, samples: int, real: CostTracer, two: CostTracer | None = None, three: CostTracer | None = None
     ) -> MicroBatchCost:
-        """Of a rehearsal as it is, with one micro-batch or two, and of two others that keep no micro-batch."""
+        """Cost from a dry run as it is, with one micro-batch or two, and of two others that keep no micro-batch."""
         sizes = {
             "samples": samples,
             "one_pass": three is None,

@@ -21,7 +21,7 @@ _SCATTERING = {ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_, ATEN.embe
 
 @dataclass(frozen=True)
 class OpCost:
-    """What a stretch of a program asks of a device. Adds up, and scales with a number of repetitions.
+    """Work that a part of a program asks of a device. Adds up, and scales with a number of repetitions.
 
     Attributes:
         flops: floating point operations of matrix products and convolutions (a multiply-add counts as two).

@@ -29,7 +29,7 @@ def build_optimizer(module: Generator | FreeImages, config: OptimizerConfig) -> 
 
 
 class OptimizedModule:
-    """What every engine has: a module, its optimizer with learning rates that follow a factor, and their state.
+    """Common part of all engines: a module, its optimizer with learning rates that follow a factor, and their state.
 
     The methods that read or restore the state, and ``gradient_norm``, are collective: every rank calls them.
     """

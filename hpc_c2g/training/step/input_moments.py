@@ -1,4 +1,4 @@
-"""E x and E x^2 per input entry over a whole step, of every classifier: sums that priors on the batch are functions of."""
+"""E x and E x^2 per input entry over a whole step, of every member: sums that priors on the batch are functions of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class InputMoments:
         self.empty = torch.zeros(len(self.batches), 2, *shape, device=device)
 
     def part(self, member: int, x: Tensor) -> Tensor:
-        """What a micro-batch ``[b, *S]`` adds: sums of x and x^2 over B_k, ``[2, *S]``."""
+        """Part of a micro-batch ``[b, *S]``: sums of x and x^2 over B_k, ``[2, *S]``."""
         return torch.stack([x.sum(0), x.square().sum(0)]) / self.batches[member]
 
     def add(self, member: int, x: Tensor) -> None:

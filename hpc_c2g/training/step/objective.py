@@ -1,4 +1,4 @@
-"""What the generator is trained against: the frozen classifier, its rates, and the loss of samples (design: docs/method.md)."""
+"""The frozen side of training: the classifier, its rates, and the loss of samples (design: docs/method.md)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def kkt_backend_name(bundle: Bundle, config: TrainConfig) -> str:
 
 
 def _links(phi: GatedClassifier, bundle: Bundle, config: TrainConfig) -> tuple[Layer, ...] | None:
-    """Of the closed form, where there is one and it is wanted."""
+    """Layers of the closed form; None where there is none or autograd is asked for."""
     wanted = config.kkt_backend == "auto" and not couples(bundle.model, config.stationarity.statistics)
     links = closed_form_layers(phi) if wanted else None
     # a weight that the bundle knows by another name, which forward does not use

@@ -1,4 +1,4 @@
-"""What a whole step says of its samples, put together by sample index, for what is logged of them."""
+"""Statistics of a step's samples, in the order of their index."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.kkt.margins import other_classes, smallest_margins
 
 ENTRIES = 2**17
-"""Of the samples that are kept: enough for every statistic that is logged, little for a wire."""
+"""Most entries of the samples kept: enough for every logged statistic, little to communicate."""
 
 
 @dataclass(frozen=True)
 class SampleStats:
-    """Of one classifier.
+    """Sample statistics of one member.
 
     Attributes:
         margins: scaled runner-up margins e^a min_j m_ij, ``[B_k]``.
@@ -39,7 +39,7 @@ def samples_kept(batch: int, classes: int, entries: int) -> int:
 
 
 class SampleStatsCollector:
-    """Collects one step's bands of every classifier; they do not depend on ranks or micro-batches.
+    """Collects one step's statistics of every member; they do not depend on ranks or micro-batches.
 
     Args:
         batches: B_k.

@@ -29,7 +29,7 @@ class Sharding:
 
     @property
     def micro_batch_count(self) -> int:
-        """Of this rank; the same number on every rank, because ZeRO communicates within each."""
+        """Number of this rank's micro-batches; the same on every rank, because ZeRO communicates within each."""
         return sum(map(len, self.micro_batches.values()))
 
 
@@ -99,7 +99,7 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
 
 
 def check_coupled(config: TrainConfig, sharding: Sharding) -> None:
-    """What batch statistics, which couple the samples of a classifier's batch, do not allow.
+    """Refuse settings that batch statistics, which couple the samples of a classifier's batch, do not allow.
 
     Raises:
         UserError: deterministic sums, or a batch of one sample.

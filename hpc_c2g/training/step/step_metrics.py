@@ -1,4 +1,4 @@
-"""The scalars of a step: every classifier's terms summed over its samples, wherever they were computed, and what is summary of them."""
+"""The scalars of a step: every member's terms summed over its samples, wherever they were computed, and what is summary of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BALANCE = ("sum_mu_m", "sum_mu", "gx", "gmu")
 
 
 class MetricAccumulator:
-    """Adds up every classifier's scalars over micro-batches and ranks.
+    """Adds up every member's scalars over micro-batches and ranks.
 
     Args:
-        tensors: names of each classifier's parameters.
-        losses: names of each classifier's weighted losses over samples.
+        tensors: Names of each member's parameters.
+        losses: Names of each member's weighted losses over samples.
         summation: over all ranks.
         device: of the sums, which are float64.
         prefixes: of the classifiers' names in what is summary.
@@ -46,13 +46,13 @@ class MetricAccumulator:
         self.empty = torch.zeros(len(slots), dtype=torch.float64, device=device)
 
     def add(self, member: int, values: Mapping[str, Tensor]) -> None:
-        """One micro-batch's scalars of one classifier, by name."""
+        """One micro-batch's scalars of one member, by name."""
         places = torch.tensor([self.slots[member, name] for name in values], device=self.empty.device)
         scalars = torch.stack([v.detach().double() for v in values.values()])
         self.summation.add({"scalars": self.empty.index_put((places,), scalars)})
 
     def reduce(self, step: int, gradient_norm: Tensor) -> tuple[list[dict[str, float]], float]:
-        """The sums per classifier and the norm of the generator's gradient, brought to the host in one piece.
+        """The sums per member and the norm of the generator's gradient, brought to the host in one piece.
 
         Raises:
             UserError: one of them is not finite.
@@ -69,10 +69,10 @@ class MetricAccumulator:
     def summarize(
         self, figures: Sequence[Mapping[str, float]], alphas: Sequence[float], norm: float, weight: float
     ) -> dict[str, float]:
-        """What is logged: one classifier's figures under their own names; of several the means, and each one's under its prefix.
+        """Scalars to log: one member's under their own names; of several the means, and each one's under its prefix.
 
         Args:
-            figures: of ``close``.
+            figures: Result of ``reduce``.
             alphas: of the step.
             norm: of the generator's gradient.
             weight: of L_stat in the loss.
@@ -104,7 +104,7 @@ def micro_batch_scalars(
     gx: Tensor,
     gmu: Tensor,
 ) -> dict[str, Tensor]:
-    """What a micro-batch has for the account."""
+    """Scalars of one micro-batch, for ``MetricAccumulator.add``."""
     once = residual.terms if micro_batch[0] == 0 else {}  # L_stat is known to every rank, and counts once
     mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
     balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
@@ -139,5 +139,5 @@ def _check(step: int, name: str, value: float) -> None:
     if not math.isfinite(value):
         raise UserError(
             f"step {step}: the term {name!r} is {value}; the generator was not updated",
-            "train in another run_dir with a lower optimizer.lr, or look at the classifier's weights",
+            "train in another run_dir with a lower optimizer.lr, or check the classifier's weights",
         )

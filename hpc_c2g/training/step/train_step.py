@@ -36,11 +36,11 @@ BUCKET_BYTES = 4 * 2**20
 
 
 class Engine(Protocol):
-    """What a step needs of the engine that owns the generator."""
+    """Interface of the engine that owns the generator."""
 
     module: nn.Module
     gathers_in_forward: bool
-    """Whether the module's forward is collective."""
+    """True if the module's forward is collective."""
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
@@ -49,7 +49,7 @@ class Engine(Protocol):
         """Make the generator's gradient the sum over all micro-batches and ranks."""
 
     def gradient_norm(self) -> Tensor:
-        """Of the reduced gradient, before it is used; the same on every rank."""
+        """Norm of the reduced gradient, before it is used; the same on every rank."""
 
     def step(self, lr_factor: float) -> None:
         """Update the generator with the summed gradient and clear it."""
@@ -389,7 +389,7 @@ class TrainStep:
         ]
 
     def _wire(self) -> dict[str, float]:
-        """What the residual all-reduce of this rank sent and took, and the share of its time that hid behind the computation."""
+        """Bytes and seconds of this rank's residual all-reduce, and the share of its time that hid behind the computation."""
         busy, exposed = self.comm_stream.seconds()
         sent = sum(share.G.take_bytes() for share in self.shares)
         return {"wire/bytes": float(sent), "wire/seconds": busy, "wire/hidden": 1 - exposed / busy if busy else 0.0}
