@@ -16,6 +16,7 @@ from hpc_c2g.distributed.environment import pick_device
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.generators.networks import build_generator
 from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
@@ -24,6 +25,7 @@ from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine, build_optimizer
 from hpc_c2g.training.step.bundles import boxes, class_counts
 from hpc_c2g.training.step.objective import Objective, weights_of
+from hpc_c2g.training.step.schedules import GATE_START
 from hpc_c2g.training.step.train_step import TrainStep
 
 ALPHA = -1.0
@@ -47,7 +49,7 @@ def our_step(bundle: Bundle, config: TrainConfig) -> TrainStep:
     world = World.single_process(device)
     module = build_generator(
         config.generator,
-        config.latents.dimensions,
+        LATENT_DIMENSIONS,
         class_counts([bundle]),
         [config.global_batch],
         *boxes([bundle]),
@@ -64,16 +66,16 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
     batch = config.global_batch
     objective = Objective(bundle, config, batch, device, torch.float32)
     classes = class_counts([bundle])
-    module = build_generator(
-        config.generator, config.latents.dimensions, classes, [batch], *boxes([bundle]), config.seed
-    ).to(device)
-    sampler = LatentSampler(config.latents.dimensions, classes[0], batch, config.seed)
+    module = build_generator(config.generator, LATENT_DIMENSIONS, classes, [batch], *boxes([bundle]), config.seed).to(
+        device
+    )
+    sampler = LatentSampler(LATENT_DIMENSIONS, classes[0], batch, config.seed)
     optimizer = build_optimizer(module, config.optimizer)
     theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
     rates, ea = objective.rates, math.exp(ALPHA)
     left = {k: ea ** rates[k] * t for k, t in objective.theta.items()}
     whole = sum(float(t.square().sum()) for t in left.values())
-    S, widths = objective.multiplier_scale(ALPHA), objective.widths(config.gates.start)
+    S, widths = objective.multiplier_scale(ALPHA), objective.widths(GATE_START)
     half = (objective.upper - objective.lower) / 2
     feasibility, box = (weights_of(term, config)[0] for term in objective.terms)
 

@@ -15,7 +15,6 @@ RENAMED = {
     "alpha.start": "alpha.init",
     "alpha.caution": "alpha.safety_factor",
     "alpha.rate": "alpha.max_change",
-    "alpha.target": "alpha.target_rho",
     "fast": "kkt_backend",
     "precision": "matmul_precision",
     "virtual_shards": "deterministic_shards",
@@ -36,8 +35,18 @@ VALUES = {
 }
 """New values by setting and old value."""
 
-REMOVED = {"accept_code": "the version of each stage's results decides now whether a study may resume"}
-"""Reasons by name."""
+CONSTANT = "nobody needed another value"
+REMOVED = {
+    "accept_code": "the version of each stage's results decides now whether a study may resume",
+    "alarms.factor": "the policy lower_lr halves the learning rates",
+    **dict.fromkeys(("alpha.target", "alpha.gain", "optimizer.betas", "optimizer.final_fraction"), CONSTANT),
+    **dict.fromkeys(("optimizer.warmup_fraction", "distributed.bucket_mib", "checkpoint.keep", "gates"), CONSTANT),
+    **dict.fromkeys(("stationarity.left_side", "stationarity.weighting", "stationarity.anneal_fraction"), CONSTANT),
+    **dict.fromkeys(("generator.embedding", "generator.multiplier_widths", "generator.output_scale"), CONSTANT),
+    **dict.fromkeys(("latents", "prior.box"), CONSTANT),
+    **dict.fromkeys(("prior.repulsion", "prior.repulsion_width", "prior.repulsion_references"), "it never helped"),
+}
+"""Reasons by name; a group's reason holds for each of its fields."""
 
 
 def refuse_old_name(key: str, value: str = "VALUE") -> None:
@@ -50,10 +59,11 @@ def refuse_old_name(key: str, value: str = "VALUE") -> None:
     Raises:
         UserError: the setting is known by another name, or was removed.
     """
-    if key in REMOVED:
-        raise UserError(f"{key} was removed: {REMOVED[key]}", f"drop {key}")
     group, dot, field = key.partition(".")
     moved = f"{RENAMED.get(group, group)}.{field}" if dot else key
+    for name in (key, moved, moved.partition(".")[0]):
+        if name in REMOVED:
+            raise UserError(f"{key} was removed: {REMOVED[name]}", f"drop {key}")
     new = RENAMED.get(moved, moved)
     if new != key:
         raise UserError(f"{key} is now called {new}", f"write {new}={VALUES.get((new, value), value)}")

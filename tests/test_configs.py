@@ -149,10 +149,8 @@ TYPOS = [
     ("train", "optimizer.gradient_cliping", "optimizer.max_grad_norm"),
     ("train", "stationarity.statstics", "stationarity.statistics"),
     ("train", "alpha.max_chance", "alpha.max_change"),
-    ("train", "gates.strt", "gates.start"),
     ("train", "prior.total_varation", "prior.total_variation"),
     ("train", "generator.code", "generator.codes"),
-    ("train", "latents.dimension", "latents.dimensions"),
     ("train", "checkpoint.evry", "checkpoint.every"),
     ("train", "log.image_every", "log.images_every"),
     ("train", "setps", "steps"),
@@ -202,7 +200,7 @@ EARLIER = {
     "classifier": ("fit.optimiser", "fit.rate", "normalisation"),
 }
 """Verbs other than ``train`` of settings that had another name."""
-FIELDS = {"optimiser": "betas", "scale": "gain", "normalisation": "kind"}
+FIELDS = {"scale": "pilot_steps", "normalisation": "kind"}
 """A field of each renamed group that kept its name."""
 
 
@@ -234,6 +232,9 @@ def test_every_setting_that_had_another_name_is_answered_with_the_new_one_on_the
         assert exit_code("train", f"{key}={old}") == 2
         assert capsys.readouterr().err == f"c2g train: error: {key}={old} is now called {new} -- write {key}={new}\n"
         assert OmegaConf.select(OmegaConf.structured(compose("train", f"{key}={new}")), key) == new
+    for name in ("prior.repulsion", "gates.start", "scale.gain", "optimiser.betas"):
+        assert exit_code("train", f"{name}=1") == 2
+        assert f"error: {name} was removed: " in capsys.readouterr().err
     for name, reason in REMOVED.items():
         with pytest.raises(UserError, match=f"^{name} was removed: {reason} -- drop {name}$"):
             refuse_old_name(name)
@@ -252,9 +253,7 @@ def test_every_setting_that_had_another_name_is_answered_with_the_new_one_in_the
         with pytest.raises(UserError, match=f"{old} is now called {new} -- "):
             resolved("train", (f"{old}=7",))
         with pytest.raises(UserError, match=f"^{old} is now called {new} -- "):
-            grid_plan(
-                StudyConfig(name="s", stages=["classifier", "train"]), [{old: "7"}], {"classifier": "", "train": ""}
-            )
+            grid_plan(StudyConfig(name="s", stages=["classifier", "train"]), [{old: "7"}])
     for (key, old), new in VALUES.items():
         with pytest.raises(UserError, match=f"^{key}={old} is now called {new} -- write {key}={new}$"):
             config_from({**REQUIRED["train"], **nested(key, old)})
@@ -281,12 +280,10 @@ RANGES = [
         "alpha.init=nan",
         "alpha.safety_factor=0",
         "alpha.max_change=-1",
-        "gates.start=0.01",
     ),
-    *("gates.end=0", "prior.box=-1", "prior.deviation=-1", "prior.total_variation=-1"),
-    "latents.dimensions=0",
-    *("log.every=0", "log.images_every=0", "checkpoint.every=0", "checkpoint.keep=0", "generator.codes=-1"),
-    *("deterministic_shards=0", "deterministic_shards=3", "alpha.pilot_steps=-1", "alpha.gain=0"),
+    *("prior.deviation=-1", "prior.total_variation=-1"),
+    *("log.every=0", "log.images_every=0", "checkpoint.every=0", "generator.codes=-1"),
+    *("deterministic_shards=0", "deterministic_shards=3", "alpha.pilot_steps=-1"),
     *("generator.widths=[]", "generator.gain=0"),
 ]
 

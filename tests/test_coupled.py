@@ -36,7 +36,7 @@ BATCH = 13  # an odd batch, which two ranks share unevenly
 def settings(generator: str = "free", **changes: object) -> TrainConfig:
     everything = {
         "global_batch": BATCH,
-        "prior": PriorConfig(box=1.5, statistics=0.7),
+        "prior": PriorConfig(statistics=0.7),
         "duality": DualityConfig(feasibility=0.3, slackness=0.2),
     }
     return config(None, generator, **{**everything, **changes})

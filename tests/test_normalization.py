@@ -27,7 +27,7 @@ BATCH = 13
 def settings(generator: str, **changes: object) -> TrainConfig:
     everything = {
         "global_batch": BATCH,
-        "prior": PriorConfig(box=1.5, statistics=0.7),
+        "prior": PriorConfig(statistics=0.7),
         "duality": DualityConfig(feasibility=0.3, slackness=0.2),
     }
     return config(None, generator, **{**everything, **changes})
@@ -139,7 +139,7 @@ def joint_loss(step, bundle: Bundle, number: int) -> Tensor:
     latents = share.sampler.batch(number, 0, BATCH)
     x, h = step.engine.module(latents)
     model = copy.deepcopy(bundle.model).train().requires_grad_(True)
-    widths = iter(objective.widths(gate_width(run.gates, number, run.steps)).values())
+    widths = iter(objective.widths(gate_width(number, run.steps)).values())
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
             parent, _, child = name.rpartition(".")

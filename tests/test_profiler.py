@@ -74,7 +74,7 @@ def outcome(run_dir: Path) -> tuple:
 def test_the_trace_holds_the_phases_of_its_steps_and_changes_no_bit_of_the_run(classifier, tmp_path):
     train(settings(classifier, tmp_path / "plain", ProfilerConfig()))
     assert not (tmp_path / "plain" / "profiler").exists()
-    train(settings(classifier, tmp_path / "traced", ProfilerConfig(steps=[2, 4], memory=True)))
+    train(settings(classifier, tmp_path / "traced", ProfilerConfig(steps=[2, 4])))
     (name,) = traces(tmp_path / "traced")
     assert name == "rank_00000_steps_2-4.pt.trace.json.gz"
     found = ranges(tmp_path / "traced", name)
@@ -139,7 +139,7 @@ def test_on_a_gpu_memory_is_recorded_during_the_steps_alone_and_written_as_a_sna
     monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: calls.append(("record", enabled)))
     monkeypatch.setattr(memory, "_dump_snapshot", lambda file: calls.append(("dump", Path(file).name)))
     monkeypatch.setattr(torch.profiler, "profile", lambda **settings: calls.append(settings) or FakeTrace())
-    config = ProfilerConfig(steps=[2, 2], memory=True)
+    config = ProfilerConfig(steps=[2, 2])
     with StepProfiler(config, tmp_path, 0, 1, torch.device("cuda", 0)) as profiler:
         for step in range(1, 5):
             profiler.before_step(step)

@@ -135,7 +135,7 @@ def test_a_start_that_left_no_checkpoint_binds_nothing(config):
 def test_settings_that_do_not_change_the_result_may_change(subtests, config):
     for change in [
         {"log": LogConfig(every=3, images_every=7, progress=False, level="error", all_ranks=True)},
-        {"profiler": ProfilerConfig(steps=[2, 4], ranks=[0, 1], memory=True)},
+        {"profiler": ProfilerConfig(steps=[2, 4], ranks=[0, 1])},
         {"checkpoint": CheckpointConfig(every=3, keep=7)},
         {"device": "cpu"},
         {"micro_batch": 3},

@@ -27,7 +27,7 @@ from hpc_c2g.classifiers.bundle import save_bundle
 from hpc_c2g.classifiers.rates import find_rates
 from hpc_c2g.errors import UserError
 from hpc_c2g.generators import networks
-from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import LATENT_DIMENSIONS, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.latents import LatentSampler, fresh_latents
 from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.training.config.objective import AlphaConfig
@@ -99,7 +99,7 @@ def one_by_one(run_dir: Path, k: int, count: int) -> tuple[Tensor, Tensor, Tenso
     run = load_run(run_dir)
     bundle = load_bundles(run.config.classifiers)[k]
     a, C = run.alphas[k], len(bundle.classes)
-    gamma = gate_width(run.config.gates, run.step, run.config.steps)
+    gamma = gate_width(run.step, run.config.steps)
     widths = [gamma * float(s) for s in summands_of(run_dir, k).objective.gate_scales.values()]
     model = copy.deepcopy(bundle.model)
     gates = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
@@ -109,7 +109,7 @@ def one_by_one(run_dir: Path, k: int, count: int) -> tuple[Tensor, Tensor, Tenso
     rates, theta = find_rates(bundle.model).parameters, bundle.parameters
     scale = sum(rates[n] * math.exp(2 * a * rates[n]) * float(t.pow(2).sum()) for n, t in theta.items())
     left = torch.cat([(math.exp(a * rates[n]) * t).flatten() for n, t in theta.items()])
-    latents = fresh_latents(0, count, run.config.latents.dimensions, C, member=k)
+    latents = fresh_latents(0, count, LATENT_DIMENSIONS, C, member=k)
     with torch.no_grad():
         x, h = run.generator.module.double()(latents)
     rows = []
@@ -339,7 +339,7 @@ def test_a_tensor_that_the_classifier_does_not_use_has_no_gradient():
 
 def test_draws_are_a_function_of_seed_size_number_and_classifier():
     def z(scheme: str, batch: int = 12, seed: int = 0, number: int = 5, classifier: int = 0) -> Tensor:
-        return drawing(scheme, LatentConfig(3), 3, batch, seed, classifier)(number).z
+        return drawing(scheme, 3, batch, seed, classifier)(number).z
 
     for scheme in DRAWS:
         first = z(scheme)
@@ -351,7 +351,7 @@ def test_draws_are_a_function_of_seed_size_number_and_classifier():
         for step in range(8) if scheme != "independent" else ():  # of a run with the same seed
             trained = LatentSampler(3, 3, 12, 0, scheme=scheme).batch(step, 0, 12).z
             assert not torch.isclose(first, trained).any()
-    labels = drawing("independent", LatentConfig(3), 3, 3000, 0, 0)(0).labels
+    labels = drawing("independent", 3, 3000, 0, 0)(0).labels
     assert (labels.bincount() - 1000).abs().max() < 4 * math.sqrt(3000 * 2 / 9)
 
 

@@ -80,7 +80,7 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
     latents = share.sampler.batch(number, 0, BATCH)
     x, h = step.engine.module(latents)
     theta = {k: t.clone().requires_grad_() for k, t in objective.theta.items()}
-    logits = objective.phi(theta, objective.widths(gate_width(settings.gates, number, settings.steps)), x)
+    logits = objective.phi(theta, objective.widths(gate_width(number, settings.steps)), x)
     S = sum(rates[k] * math.exp(2 * alpha * rates[k]) * float((t**2).sum()) for k, t in objective.theta.items())
     pairs = [(i, j) for i in range(BATCH) for j in range(CLASSES) if j != latents.labels[i]]
     m = {(i, j): logits[i, latents.labels[i]] - logits[i, j] for i, j in pairs}
@@ -96,7 +96,7 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
         loss = loss + settings.duality.feasibility * F.relu(1 - smallest) ** 2 / BATCH
         outside = F.relu(x[i] - objective.upper) + F.relu(objective.lower - x[i])
         half = (objective.upper - objective.lower) / 2
-        loss = loss + settings.prior.box * (outside / half).pow(2).sum() / BATCH
+        loss = loss + (outside / half).pow(2).sum() / BATCH
         rough = x[i].diff(dim=1).abs().mean() + x[i].diff(dim=2).abs().mean()
         loss = loss + settings.prior.total_variation * rough / BATCH
     mean, second = x.mean(0), x.square().mean(0)
@@ -184,12 +184,12 @@ def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
 
 @pytest.mark.parametrize(("start", "up"), [(ALPHA0, True), (4.0, False)])
 def test_alpha_follows_the_feedback_on_rho(bundle, start, up):
-    step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05, gain=2.0)))
+    step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05)))
     step.alpha, step.alpha0 = [start], [start + 1]
     for number in (1, 2, 3):
         (alpha,), result = step.alpha, step(number)
         assert result.scalars["alpha"] == alpha
-        assert step.alpha == [alpha_control.feedback(alpha, start + 1, result.scalars["rho"], 0.05, 1.0, 2.0)]
+        assert step.alpha == [alpha_control.feedback(alpha, start + 1, result.scalars["rho"], 0.05)]
         assert (step.alpha[0] > alpha) == up
 
 

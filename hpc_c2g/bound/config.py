@@ -9,7 +9,7 @@ from hpc_c2g.generators.config import SCHEMES
 
 INDEPENDENT = "independent"
 DRAWS = (INDEPENDENT, *reversed(SCHEMES))
-"""Ways to draw a batch: independent labels and latents, or cycling labels with a scheme of ``LatentConfig.scheme``."""
+"""Ways to draw a batch: independent labels and latents, or cycling labels with one of ``SCHEMES``."""
 CONFIDENCE = 0.95
 """Confidence of the bound, and quantile of the measured errors that it is compared with."""
 

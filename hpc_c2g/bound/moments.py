@@ -11,6 +11,7 @@ from torch import Tensor
 from hpc_c2g.bound import concentration
 from hpc_c2g.bound.config import INDEPENDENT
 from hpc_c2g.bound.summands import Summands, drawing
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.latents import fresh_latents
 
 REFERENCE = 2**60
@@ -72,7 +73,7 @@ def measure(summands: Summands, count: int, seed: int) -> Moments:
     means, center_variance = expectation(summands, count, seed)
     center, variances, reach, reach_overall = means.mean(0), [], 0.0, 0.0
     classes = summands.classes
-    latents = fresh_latents(seed, count, summands.latents.dimensions, classes, member=summands.classifier)
+    latents = fresh_latents(seed, count, LATENT_DIMENSIONS, classes, member=summands.classifier)
     for c, mean in enumerate(means):
         own = latents[c::classes]
         number, squares, drift = len(own.labels), 0.0, torch.zeros_like(mean)
@@ -95,7 +96,7 @@ def expectation(summands: Summands, count: int, seed: int) -> tuple[Tensor, floa
     """
     classes, each = summands.classes, count // LATTICES
     size = each // summands.period * summands.period or max(1, each // classes) * classes
-    draw = drawing("stratified", summands.latents, classes, size, seed, summands.classifier)
+    draw = drawing("stratified", classes, size, seed, summands.classifier)
     means, squares = torch.zeros(classes, len(summands.left)).to(summands.left), 0.0
     for i in range(LATTICES):
         latents = draw(REFERENCE + i)

@@ -85,7 +85,7 @@ def _measure(
     for scheme in schemes:
         for batch in sorted({*config.batches, own}):
             log_fn(f"{name}: {scheme}, {config.repeats} batches of {batch}")
-            draw = drawing(scheme, summands.latents, summands.classes, batch, config.seed, summands.classifier)
+            draw = drawing(scheme, summands.classes, batch, config.seed, summands.classifier)
             means = (summands.mean(draw(i)) for i in range(config.repeats))
             row = {"scheme": scheme, "batch": batch, "own": batch == own and scheme == TRAINING_SCHEME}
             rows.append(row | row_of(means, moments, summands.left, residual, scheme, batch))

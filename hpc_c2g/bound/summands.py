@@ -12,7 +12,7 @@ from hpc_c2g.bound import concentration
 from hpc_c2g.bound.config import INDEPENDENT
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import LatentConfig
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.latents import Latents, LatentSampler, counted_uniforms, normal_quantiles
 from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.kkt import duality, stationarity
@@ -27,14 +27,11 @@ ROWS, ELEMENTS = 16, 2**24
 """Largest number of per-sample gradients held at a time, and of their elements."""
 
 
-def drawing(
-    scheme: str, config: LatentConfig, classes: int, batch: int, seed: int, classifier: int
-) -> Callable[[int], Latents]:
+def drawing(scheme: str, classes: int, batch: int, seed: int, classifier: int) -> Callable[[int], Latents]:
     """Return a function from a draw number to a batch of latents, independent between numbers and batch sizes.
 
     Args:
         scheme: One of ``DRAWS``.
-        config: Latent settings of the run.
         classes: C, the number of classes.
         batch: B, the batch size.
         seed: Seed of the draws.
@@ -44,12 +41,12 @@ def drawing(
     if scheme == INDEPENDENT:
 
         def independent(number: int) -> Latents:
-            u = counted_uniforms(seed, APART + first + number, 0, batch, config.dimensions + 1, classifier)
+            u = counted_uniforms(seed, APART + first + number, 0, batch, LATENT_DIMENSIONS + 1, classifier)
             index, labels = torch.arange(batch), torch.from_numpy((u[:, 0] * classes).astype("int64"))
             return Latents(normal_quantiles(u[:, 1:]), labels, index, torch.full_like(index, classifier))
 
         return independent
-    sampler = LatentSampler(config.dimensions, classes, batch, seed, classifier, scheme)
+    sampler = LatentSampler(LATENT_DIMENSIONS, classes, batch, seed, classifier, scheme)
     return lambda number: sampler.batch(first + number, 0, batch)
 
 
@@ -82,12 +79,12 @@ class Summands:
                 f" {run.config.members[classifier]} a BatchNorm: its KKT sum is no mean over independent samples",
                 "give a run with stationarity.statistics=frozen, or of a classifier without BatchNorm",
             )
-        self.classifier, self.micro_batch, self.latents = classifier, micro_batch, run.config.latents
+        self.classifier, self.micro_batch = classifier, micro_batch
         self.module = run.generator.module.to(device, torch.float64)
         self.objective = objective = Objective(bundle, run.config, 1, device, torch.float64)
         self.classes, self.alpha = objective.classes, run.alphas[classifier]
         self.period = self.classes * max(1, run.config.generator.codes)
-        self.gamma = gate_width(run.config.gates, run.step, run.config.steps)
+        self.gamma = gate_width(run.step, run.config.steps)
         self.phi, self.theta = objective.at_gates(self.gamma), objective.theta
         self.scale = objective.multiplier_scale(self.alpha)
         rates, c = objective.rates, objective.left_side

@@ -8,6 +8,8 @@ from hpc_c2g.errors import UserError
 
 SCHEMES = ("stratified", "sobol", "normal")
 
+LATENT_DIMENSIONS = 4
+"""Dimension of a generator's latents."""
 DRAWINGS = ("multipliers", "supported", "plain")
 """Ways to draw samples: in proportion to their multipliers; uniformly among supported samples; uniformly among all."""
 
@@ -96,21 +98,6 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "conv": ConvGeneratorConfig,
     "free": FreeImagesConfig,
 }
-
-
-@dataclass
-class LatentConfig:
-    """Latents of training; evaluation always draws new independent normal ones.
-
-    Attributes:
-        dimensions: Dimension d of the latents.
-    """
-
-    dimensions: int = 4
-
-    def __post_init__(self) -> None:
-        if self.dimensions < 1:
-            raise UserError(f"latents.dimensions={self.dimensions} is too small", "give at least 1")
 
 
 def check_drawing(drawing: str) -> None:

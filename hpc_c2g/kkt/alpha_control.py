@@ -17,6 +17,8 @@ from hpc_c2g.kkt.margins import pairwise_margins, smallest_margins
 
 TARGET_RHO = 1.0
 """rho at a KKT point."""
+GAIN = 5.0
+"""Factor on log(rho) before it is clipped to [-1, 1]."""
 
 
 def probe_margin(
@@ -72,7 +74,9 @@ def initial_alpha(probe: float, ascended: float, safety_factor: float = 1.5) -> 
     return -math.log(math.sqrt(probe * ascended) / safety_factor)
 
 
-def feedback(alpha: float, alpha0: float, rho: float, rate: float, target: float, gain: float) -> float:
+def feedback(
+    alpha: float, alpha0: float, rho: float, rate: float, target: float = TARGET_RHO, gain: float = GAIN
+) -> float:
     """a <- min(a0, a - rate clip(gain log(rho / target), -1, 1)), complementary slackness as a control loop."""
     error = gain * math.log(rho / target) if rho > 0 else -1.0
     return min(alpha0, alpha - rate * max(-1.0, min(1.0, error)))

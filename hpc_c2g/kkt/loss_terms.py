@@ -54,7 +54,7 @@ class Weight:
     """A weight of a loss term, as a setting.
 
     Attributes:
-        setting: Section and field, such as ``prior.box``.
+        setting: Section and field, such as ``prior.mean``.
         default: Default value, >= 0.
         description: One line of help.
     """
@@ -90,11 +90,11 @@ def feasibility(s: LossInputs, weight: float) -> Tensor:
     return weight * duality.feasibility(s.margins, s.labels, s.alpha, s.batch)
 
 
-def box(s: LossInputs, weight: float) -> Tensor:
+def box(s: LossInputs) -> Tensor:
     """See ``priors.box_excess``."""
     from hpc_c2g.kkt import priors
 
-    return weight * priors.box_excess(s.x, s.lower, s.upper, s.batch)
+    return priors.box_excess(s.x, s.lower, s.upper, s.batch)
 
 
 def slackness(s: LossInputs, weight: float) -> Tensor:
@@ -132,7 +132,7 @@ LOSS_TERMS: tuple[LossTerm, ...] = (
         feasibility,
         always=True,
     ),
-    LossTerm("box", (Weight("prior.box", 1.0, "Weight of values outside the input box."),), box, always=True),
+    LossTerm("box", (), box, always=True),
     LossTerm(
         "slackness",
         (Weight("duality.slackness", 0.0, "Weight of complementary slackness: no multiplier above the margin."),),

@@ -27,12 +27,10 @@ class ProfilerConfig:
     Attributes:
         steps: First and last step of the trace, ``[2,4]`` for the steps 2, 3 and 4; empty for no trace.
         ranks: Ranks that write a trace, each a file of its own.
-        memory: Record allocations: in the trace, and on a GPU also as a snapshot of its memory.
     """
 
     steps: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=lambda: [0])
-    memory: bool = False
 
     def __post_init__(self) -> None:
         ordered = not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1])
@@ -92,8 +90,8 @@ class StepProfiler:
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
-        self._trace = profile(activities=activities, profile_memory=self.config.memory)
-        if self.config.memory and self.on_gpu:
+        self._trace = profile(activities=activities, profile_memory=True)
+        if self.on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
         self._trace.start()
 
@@ -109,12 +107,12 @@ class StepProfiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             trace.export_chrome_trace(str(file))
             logger.info("profiler: trace written: %s", file)
-            if self.config.memory and self.on_gpu:
+            if self.on_gpu:
                 snapshot = self.folder / f"{self.stem}.memory.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
                 logger.info("profiler: memory snapshot written: %s", snapshot)
         except OSError as error:
             logger.warning("profiler: %s cannot be written: %s", file, error.strerror)
         finally:
-            if self.config.memory and self.on_gpu:
+            if self.on_gpu:
                 torch.cuda.memory._record_memory_history(enabled=None)

@@ -28,6 +28,8 @@ from hpc_c2g.training.config.train import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 STATE, META = "state.pt", "meta.json"
+KEPT = 2
+"""Number of checkpoints kept: the newest one, and one more in case that it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder``; as a context it ends what it began to write."""
+    """The checkpoints of one run; as a context it finishes what it began to write.
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
+    Args:
+        folder: Folder of the checkpoints.
+        config: Steps between two checkpoints.
+        keep: Number of checkpoints kept.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, keep: int = KEPT) -> None:
+        self.folder, self.config, self.keep = folder, config, keep
         # starts with its first work; the interpreter's exit waits for it
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
@@ -128,7 +136,7 @@ class Checkpoints:
         logger.info("checkpoint written: %s, %d bytes in %.2f s", target, len(blob), seconds, extra={"step": step})
         self._remove(_aside(target))
         # a later one was passed over as damaged: counted, it would crowd out the one just written
-        for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
+        for old in [published for published in self.steps() if published <= step][: -self.keep]:
             self._remove(self._target(old))
 
     def _sweep(self) -> None:

@@ -16,7 +16,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
-from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig
+from hpc_c2g.generators.config import FreeImagesConfig
 from hpc_c2g.generators.networks import FreeImages
 from hpc_c2g.training.config.train import OptimizerConfig, TrainConfig
 from hpc_c2g.training.engines.adam_engine import AdamEngine
@@ -81,7 +81,6 @@ def _pilot(bundle: Bundle, config: TrainConfig, device: torch.device) -> TrainSt
         shares=[],
         micro_batch=None,
         generator=FreeImagesConfig(),
-        latents=LatentConfig(dimensions=1),
         stationarity=replace(config.stationarity, weight=1.0),
         optimizer=OptimizerConfig(lr=LR, lr_multipliers=LR),
         deterministic=False,

@@ -20,7 +20,7 @@ from hpc_c2g.training.trainer import TrainerSetup
 PLAN = "plan.json"
 """In the run's folder, where ``c2g plan ... out=`` wrote one."""
 PLACES = (
-    "classifier", "run_dir", "log.progress", "log.level", "log.all_ranks", "profiler.steps", "profiler.ranks", "profiler.memory"
+    "classifier", "run_dir", "log.progress", "log.level", "log.all_ranks", "profiler.steps", "profiler.ranks"
 )  # fmt: skip
 """Settings that say nothing about a run."""
 

@@ -10,6 +10,7 @@ from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import TreeSum
 from hpc_c2g.distributed.world import World
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.generators.trained import TrainedGenerator
 from hpc_c2g.kkt.normalization import couples
@@ -127,7 +128,7 @@ class TrainerSetup:
         lower, upper = boxes(self.bundles)
         config, classes = self.config, class_counts(self.bundles)
         return build_generator(
-            config.generator, config.latents.dimensions, classes, self.sharding.batches, lower, upper, config.seed
+            config.generator, LATENT_DIMENSIONS, classes, self.sharding.batches, lower, upper, config.seed
         )
 
     def build(self, alphas: list[float]) -> Trainer:
@@ -141,9 +142,7 @@ class TrainerSetup:
             engine = DeepSpeedEngine(self.generator(), config, self.sharding.micro_batch_count, world)
         step = TrainStep.build(config, self.bundles, engine, self.mesh, alphas, micro_batch=self.micro_batch)
         # on the CPU: the device may hold no second generator
-        preview_generator = TrainedGenerator.of(
-            self.bundles, config.solutions, self.generator(), config.latents.dimensions
-        )
+        preview_generator = TrainedGenerator.of(self.bundles, config.solutions, self.generator(), LATENT_DIMENSIONS)
         return Trainer(engine, step, preview_generator)
 
 

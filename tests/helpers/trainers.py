@@ -15,9 +15,9 @@ from hpc_c2g.classifiers.normalization import Normalization
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.world import World
 from hpc_c2g.generators import networks
-from hpc_c2g.generators.config import FreeImagesConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import LATENT_DIMENSIONS, FreeImagesConfig, MLPGeneratorConfig
 from hpc_c2g.generators.networks import OUTPUT_SCALE, build_generator
-from hpc_c2g.training.config.objective import DualityConfig, GateConfig, PriorConfig, StationarityConfig
+from hpc_c2g.training.config.objective import DualityConfig, PriorConfig, StationarityConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.step.bundles import boxes, class_counts
 from hpc_c2g.training.step.sharding import batch_shares
@@ -110,11 +110,9 @@ def config(micro_batch: int | None = None, generator: str = "codes", **changes) 
         global_batch=BATCH,
         micro_batch=micro_batch,
         generator=GENERATORS[generator],
-        latents=LatentConfig(dimensions=3),
         stationarity=StationarityConfig(weight=1.3),
         duality=DualityConfig(feasibility=0.3, slackness=0.2),
-        prior=PriorConfig(box=1.5, total_variation=0.1, mean=0.3, deviation=0.2),
-        gates=GateConfig(0.5, 0.1),
+        prior=PriorConfig(total_variation=0.1, mean=0.3, deviation=0.2),
     )
     return dataclasses.replace(everything, **changes)
 
@@ -126,7 +124,7 @@ def trainer(bundles: Sequence[Bundle], settings: TrainConfig, world: World | Non
         settings = dataclasses.replace(settings, classifier=[f"classifier {k}" for k in range(len(bundles))])
     classes = class_counts(bundles)
     mesh = Mesh.over(world, len(bundles), settings.distributed.groups, settings.distributed.hierarchical)
-    batches, dimensions = batch_shares(settings, classes), settings.latents.dimensions
+    batches, dimensions = batch_shares(settings, classes), LATENT_DIMENSIONS
     with mock.patch.object(networks, "EMBEDDING", 5):  # small
         module = build_generator(settings.generator, dimensions, classes, batches, *boxes(bundles), settings.seed)
     if not isinstance(settings.generator, FreeImagesConfig):

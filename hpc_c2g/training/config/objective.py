@@ -78,34 +78,15 @@ class AlphaConfig:
         safety_factor: Factor on the probes' estimate of e^a, towards its high side.
         pilot_steps: Steps of a short run on free images that brings alpha close before the generator starts; 0 for none.
         max_change: Largest change of alpha per step.
-        gain: Factor on log(rho) before it is clipped to [-1, 1].
     """
 
     init: float | None = None
     safety_factor: float = 1.5
     pilot_steps: int = 400
     max_change: float = 0.02
-    gain: float = 5.0
 
     def __post_init__(self) -> None:
         require(self.init is None or abs(self.init) <= 100, "alpha.init", self.init, "give alpha in [-100, 100]")
         require(self.safety_factor > 0, "alpha.safety_factor", self.safety_factor, "give a factor > 0")
         require(self.pilot_steps >= 0, "alpha.pilot_steps", self.pilot_steps, "give a number of steps, or 0 for none")
         require(self.max_change >= 0, "alpha.max_change", self.max_change, "give a rate >= 0")
-        require(self.gain > 0, "alpha.gain", self.gain, "give a gain > 0")
-
-
-@dataclass
-class GateConfig:
-    """Width of the smooth gates, annealed geometrically.
-
-    Attributes:
-        start: First width, in units of the layer's pre-activation scale.
-        end: Last width, in the same units.
-    """
-
-    start: float = 0.5
-    end: float = 0.05
-
-    def __post_init__(self) -> None:
-        require(self.start >= self.end > 0, "gates.start/gates.end", (self.start, self.end), "give start >= end > 0")

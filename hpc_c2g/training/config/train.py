@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_c2g.errors import require
-from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, LatentConfig, MLPGeneratorConfig
+from hpc_c2g.generators.config import GENERATORS, GeneratorConfig, MLPGeneratorConfig
 from hpc_c2g.monitoring.config import AlarmConfig, LogConfig
 from hpc_c2g.monitoring.profiler import ProfilerConfig
 from hpc_c2g.settings import from_plain
 from hpc_c2g.training.config.objective import (
     AlphaConfig,
     DualityConfig,
-    GateConfig,
     LossWeights,
     PriorConfig,
     StationarityConfig,
@@ -55,14 +54,16 @@ class OptimizerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often (in steps) a checkpoint is published, and how many are kept."""
+    """Checkpoints of a run; the last two are kept.
+
+    Attributes:
+        every: Steps between two checkpoints.
+    """
 
     every: int = 200
-    keep: int = 2
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
 
 
 @dataclass
@@ -134,11 +135,9 @@ class TrainConfig:
     deterministic: bool = False
     deterministic_shards: int = 8
     generator: GeneratorConfig = field(default_factory=MLPGeneratorConfig)
-    latents: LatentConfig = field(default_factory=LatentConfig)
     stationarity: StationarityConfig = field(default_factory=StationarityConfig)
     duality: LossWeights = field(default_factory=DualityConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
-    gates: GateConfig = field(default_factory=GateConfig)
     prior: LossWeights = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -26,6 +26,7 @@ from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, RunningSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.latents import Latents
 from hpc_c2g.generators.networks import FreeImages, Generator, build_generator
 from hpc_c2g.training.config.train import DistributedConfig, OptimizerConfig, TrainConfig
@@ -132,7 +133,7 @@ class DryRun:
                 [0.0],
                 micro_batch=samples,
                 objectives={0: self.objective.under(config, count)},
-                sampler=lambda _: _Latents(config.latents.dimensions),
+                sampler=lambda _: _Latents(LATENT_DIMENSIONS),
                 residual_sum=marked_sum,
                 scalar_sum=lambda *_: _Sum(run),
                 keep_last_graph=keeps_last,
@@ -295,7 +296,7 @@ class _Latents:
 def generator_without_numbers(config: TrainConfig, bundles: Sequence[Bundle]) -> Generator | FreeImages:
     """The run's generator of these classifiers on the meta device."""
     lower, upper = boxes(bundles)
-    latents, classes = config.latents.dimensions, class_counts(bundles)
+    latents, classes = LATENT_DIMENSIONS, class_counts(bundles)
     counts = batch_shares(config, classes) if len(bundles) > 1 else [config.global_batch]
     module = build_generator(config.generator, latents, classes, counts, lower, upper, config.seed)
     return module.to(META, DTYPES[config.dtype])

@@ -28,6 +28,7 @@ from hpc_c2g.kkt.normalization import (
     refuse_functional_batch_norm,
 )
 from hpc_c2g.training.config.train import TrainConfig
+from hpc_c2g.training.step.schedules import GATE_END
 
 RATE_TOLERANCE = 1e-6
 WEIGHTING = "scale_free"
@@ -206,7 +207,7 @@ class Objective:
 
     def initial_alpha(self) -> float:
         """a0 on the high side, from probes of the classifier; under frozen statistics, as probes are no batch of its data."""
-        widths = self.widths(self.config.gates.end)
+        widths = self.widths(GATE_END)
 
         def classify(x: Tensor) -> Tensor:
             return self.phi(self.theta, widths, x)

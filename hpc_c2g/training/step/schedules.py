@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hpc_c2g.training.config.objective import GateConfig
-
-GATE_ANNEAL_FRACTION = 0.8
+GATE_START, GATE_END, GATE_ANNEAL_FRACTION = 0.5, 0.05, 0.8
+"""First and last width of the smooth gates, in units of a layer's pre-activation scale, and the share of the steps in between."""
 OWN_SCALE_ANNEAL_FRACTION = 0.6
 FINAL_LR_FRACTION = 0.05
 
@@ -16,9 +15,9 @@ def annealed(fraction: float, step: int, steps: int) -> float:
     return min(1.0, (step - 1) / (fraction * steps)) if fraction else 1.0
 
 
-def gate_width(config: GateConfig, step: int, steps: int) -> float:
-    """gamma: geometric from start to end over the first ``GATE_ANNEAL_FRACTION`` of the steps (counted from 1)."""
-    return float(config.start * (config.end / config.start) ** annealed(GATE_ANNEAL_FRACTION, step, steps))
+def gate_width(step: int, steps: int) -> float:
+    """gamma: geometric from ``GATE_START`` to ``GATE_END`` over the first ``GATE_ANNEAL_FRACTION`` of the steps (counted from 1)."""
+    return float(GATE_START * (GATE_END / GATE_START) ** annealed(GATE_ANNEAL_FRACTION, step, steps))
 
 
 def own_scale(step: int, steps: int) -> float:

@@ -15,6 +15,7 @@ from hpc_c2g.distributed.adjoint import adjoint_sum
 from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, RunningSum, Summation, TreeSum
+from hpc_c2g.generators.config import LATENT_DIMENSIONS
 from hpc_c2g.generators.latents import Latents, LatentSampler
 from hpc_c2g.kkt import alpha_control, duality
 from hpc_c2g.kkt.backends import KKTBackend
@@ -206,7 +207,7 @@ class TrainStep:
             )
 
         def of_the_run(k: int) -> Sampler:
-            return LatentSampler(config.latents.dimensions, classes[k], batches[k], config.seed, k)
+            return LatentSampler(LATENT_DIMENSIONS, classes[k], batches[k], config.seed, k)
 
         comm_stream = CommStream(world.device)
         shares = [
@@ -257,7 +258,7 @@ class TrainStep:
         """
         config, phases = self.config, self.phases
         phases.enter("kkt_sum")
-        gamma = gate_width(config.gates, step, config.steps)
+        gamma = gate_width(step, config.steps)
         own = own_scale(step, config.steps)
         scales = [share.objective.multiplier_scale(self.alpha[share.member]) for share in self.shares]
         sample_stats = self._collector() if watch else None
@@ -380,11 +381,8 @@ class TrainStep:
 
     def _follow(self, figures: list[dict[str, float]]) -> None:
         """Every alpha follows its rho, on every rank."""
-        settings = self.config.alpha
         self.alpha = [
-            alpha_control.feedback(
-                alpha, start, rho(own, alpha), settings.max_change, alpha_control.TARGET_RHO, settings.gain
-            )
+            alpha_control.feedback(alpha, start, rho(own, alpha), self.config.alpha.max_change)
             for alpha, start, own in zip(self.alpha, self.alpha0, figures, strict=True)
         ]
 
