@@ -103,6 +103,23 @@ def test_a_submission_whose_launcher_was_killed_is_found_by_its_name_or_withdraw
     assert len(list(found.folder(study).glob("17*_submitted.pkl"))) == len(tasks)
 
 
+def test_a_lost_journal_is_begun_again_with_the_submissions_whose_jobs_are_in_the_queue(study, monkeypatch):
+    monkeypatch.setattr("hpc_c2g.studies.slurm_executor.RECOVERY_SECONDS", 0.0)
+    queued, ended = Submission.of("x", [TRAIN], [2]), Submission.of("x", [FIT], [2])
+    for submission in (queued, ended):
+        submission.write(study)
+        open_journal(study).begin(submission)
+        open_journal(study).submit(submission.token, "17" if submission is queued else "16")
+    (study / FILE).unlink()
+    launcher = launcher_of(study)
+    executor = SlurmExecutor(launcher, SlurmProfile(), "x")
+    executor.queue = FakeQueue({queued.name: "17"})
+    executor.recover()
+    assert read_journal(study).jobs == {TRAIN.id: "17"}
+    assert set(read_journal(study).submitted) == {TRAIN.id}
+    assert ended.token not in read_journal(study).pending
+
+
 def test_a_found_job_whose_folder_was_deleted_is_recorded_all_the_same(study):
     journal = open_journal(study)
     submission = Submission.of("x", [FIT], [2])
@@ -408,6 +425,8 @@ def test_a_job_that_never_gets_to_its_attempt_is_given_up_at_last(study):
 def test_the_cause_is_the_last_line_that_was_printed(study, tmp_path):
     log = tmp_path / "log"
     log.write_text("Traceback\nModuleNotFoundError: No module named 'torch'\nsrun: error: n1: task 0: Exited\n\n")
+    with open(log, "a") as file:
+        file.write("2026-11-28 10:00:00,123 INFO [rank 0 n1 step 20] hpc_c2g.training.loop: checkpoint written\n")
     finalize_attempt(study, FIT, "7", 0, 1, 2, log)
     assert read_report(study, FIT).cause == "ended with code 1: ModuleNotFoundError: No module named 'torch'"
 

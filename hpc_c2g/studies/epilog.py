@@ -7,6 +7,7 @@ crash) cannot write how it ended; the epilog does. It imports no torch and start
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ from hpc_c2g.training.preemption import EXIT_PREEMPTED
 SIGNALS = {9: "SIGKILL, out of memory perhaps", 6: "SIGABRT", 7: "SIGBUS", 11: "SIGSEGV"}
 STOPPED = (EXIT_PREEMPTED, EXIT_LEASE_LOST, 128 + 10, 128 + 12, 128 + 15)
 """Exit codes of an attempt that a signal stopped, with or without its handler, or whose lease another took over."""
+NO_CAUSE = re.compile(r"srun:|slurmstepd:|[\d-]{10} [\d:,]{12} (DEBUG|INFO) ")
+"""Beginnings of lines of an error log that are no cause of a failure."""
 REQUEUED = 255
 """Exit code after submitit's own handler has requeued the job."""
 
@@ -71,7 +74,7 @@ def _last_line(log: Path) -> str:
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if not line.startswith(("srun:", "slurmstepd:"))), "")
+        return next((line for line in reversed(lines) if not NO_CAUSE.match(line)), "")
     return ""
 
 

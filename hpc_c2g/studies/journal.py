@@ -17,7 +17,7 @@ from typing import Any
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import cannot_write, sync_folder
 from hpc_c2g.studies.config import STAGES
-from hpc_c2g.studies.submissions import Submission
+from hpc_c2g.studies.submissions import Submission, find_submissions
 from hpc_c2g.studies.tasks import TaskInfo, find_specs
 
 FILE = "journal.jsonl"
@@ -160,18 +160,25 @@ def read_journal(study: Path) -> Journal:
 def open_journal(study: Path) -> Journal:
     """Return the study's journal for its launcher, which holds the study's lease; a line that was cut off is removed.
 
+    A journal that was lost is begun again with every submission that the study's folder describes, as pending: those whose jobs are still
+    in the queue are then found by their names, and not submitted a second time.
+
     Raises:
         UserError: As ``read_journal``; or the file cannot be written.
     """
     file = study / FILE
     try:
-        if file.exists():
+        lost = not file.exists()
+        if not lost:
             with open(file, "rb+") as content:
                 whole = content.read().rfind(b"\n") + 1
                 content.truncate(whole)
     except OSError as error:
         raise cannot_write(file, error) from error
-    return read_journal(study)
+    journal = read_journal(study)
+    for submission in find_submissions(study) if lost else ():
+        journal.begin(submission)
+    return journal
 
 
 def _whole_lines(file: Path) -> list[bytes]:

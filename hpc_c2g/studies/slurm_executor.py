@@ -100,8 +100,8 @@ class SlurmExecutor:
             UserError: Slurm does not answer.
         """
         journal, study = self.launcher.journal, self.launcher.study
+        end = time.monotonic() + RECOVERY_SECONDS
         for token, name in list(journal.pending.items()):
-            end = time.monotonic() + RECOVERY_SECONDS
             while not (found := self.queue.find(name)) and time.monotonic() < end:
                 time.sleep(0.5)
             if not found:

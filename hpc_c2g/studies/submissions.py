@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -92,3 +93,12 @@ def read_submission(study: Path, token: str) -> Submission:
         raise UserError(
             f"{file} does not describe a submission: {error}", "run the study's `c2g sweep` again"
         ) from error
+
+
+def find_submissions(study: Path) -> list[Submission]:
+    """Return all submissions that the study's folder describes, the oldest first; damaged descriptions are left out."""
+    found = []
+    for file in sorted((study / FOLDER).glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime):
+        with contextlib.suppress(UserError):
+            found.append(read_submission(study, file.parent.name))
+    return found
