@@ -8,11 +8,13 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.common import show, write_result
 from hpc_c2g.data.config import DataConfig
 from hpc_c2g.fitting.config import ClassifierConfig
 from hpc_c2g.fitting.make import make_classifier
+from hpc_c2g.generators import networks
 from hpc_c2g.generators.config import MLPGeneratorConfig
 from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.signatures import BY_NAME
@@ -30,12 +32,14 @@ class Case:
         induces: Signatures that must fire; empty for good runs, which must raise none.
         changes: Changes to the settings of a good run.
         steps: Number of steps of the run.
+        latent_gain: Factor on the continuous latents.
     """
 
     name: str
     induces: tuple[str, ...]
     changes: dict[str, Any] = field(default_factory=dict)
     steps: int = 1000
+    latent_gain: float = networks.GAIN
 
 
 CASES = (
@@ -44,7 +48,8 @@ CASES = (
     Case(
         "latents that hardly reach the decoder",
         ("mode_collapse",),
-        {"generator": MLPGeneratorConfig(codes=0, gain=0.01)},
+        {"generator": MLPGeneratorConfig(codes=0)},
+        latent_gain=0.01,
     ),
     Case("one code per class", ("mode_collapse",), {"generator": MLPGeneratorConfig(codes=1)}),
     Case("alpha held 2.5 too low", ("mode_invention",), {"alpha": AlphaConfig(init=-8.0, max_change=0.0)}),
@@ -57,7 +62,8 @@ CASES = (
 def outcome(case: Case, base: TrainConfig, seed: int, folder: Path) -> dict[str, Any]:
     """Signatures that fired, and when each did first."""
     config = replace(base, run_dir=str(folder), steps=case.steps, seed=seed, **case.changes)
-    train(config)
+    with mock.patch.object(networks, "GAIN", case.latent_gain):
+        train(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first = {n: next((line["step"] for line in lines if line.get(f"alarm/{n}")), None) for n in BY_NAME}
     highest = {n: max(line.get(f"signature/{n}", 0.0) for line in lines) for n in BY_NAME}

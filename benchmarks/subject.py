@@ -77,7 +77,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
     whole = sum(float(t.square().sum()) for t in left.values())
     S, widths = objective.multiplier_scale(ALPHA), objective.widths(GATE_START)
     half = (objective.upper - objective.lower) / 2
-    feasibility, box = (weights_of(term, config)[0] for term in objective.terms)
+    (feasibility,) = weights_of(next(term for term in objective.terms if term.name == "feasibility"), config)
 
     def step(number: int) -> float:
         latents = sampler.batch(number, 0, batch).to(device)
@@ -89,7 +89,7 @@ def joint_step(bundle: Bundle, config: TrainConfig) -> Step:
         residual = sum((left[k] - ea ** (1 - rates[k]) * g).square().sum() for k, g in zip(theta, G, strict=True))
         dual = (1 - ea * smallest_margins(margins, latents.labels)).relu().square().mean()
         excess = ((x - objective.upper).relu() + (objective.lower - x).relu()) / half
-        loss = residual / whole + feasibility * dual + box * excess.square().sum() / batch
+        loss = residual / whole + feasibility * dual + excess.square().sum() / batch
         optimizer.zero_grad()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):

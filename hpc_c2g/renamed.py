@@ -40,7 +40,7 @@ REMOVED = {
     "accept_code": "the version of each stage's results decides now whether a study may resume",
     "alarms.factor": "the policy lower_lr halves the learning rates",
     **dict.fromkeys(("alpha.target", "alpha.gain", "optimizer.betas", "optimizer.final_fraction"), CONSTANT),
-    **dict.fromkeys(("optimizer.warmup_fraction", "distributed.bucket_mib", "checkpoint.keep", "gates"), CONSTANT),
+    **dict.fromkeys(("optimizer.warmup_fraction", "distributed.bucket_mib", "generator.gain", "gates"), CONSTANT),
     **dict.fromkeys(("stationarity.left_side", "stationarity.weighting", "stationarity.anneal_fraction"), CONSTANT),
     **dict.fromkeys(("generator.embedding", "generator.multiplier_widths", "generator.output_scale"), CONSTANT),
     **dict.fromkeys(("latents", "prior.box"), CONSTANT),

@@ -41,7 +41,7 @@ def publish(checkpoints: Checkpoints, how: str, step: int, mark: float = 0.0) ->
 
 
 def made(folder: Path, keep: int = 1, steps: tuple[int, ...] = (1,)) -> Checkpoints:
-    checkpoints = Checkpoints(folder, CheckpointConfig(), keep=keep)
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep))
     for step in steps:
         checkpoints.publish(step, state(step))
     return checkpoints
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_from_any_call_on(
 
 
 def dies_at_call(folder: Path, number: int, how: str, step: int) -> None:
-    checkpoints = Checkpoints(folder, CheckpointConfig(), keep=1)
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=1))
     with pytest.MonkeyPatch.context() as patch:
         every_call(patch, at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL)), removals=True)
         publish(checkpoints, how, step, mark=1.0)
@@ -214,7 +214,7 @@ def test_what_was_left_aside_is_a_checkpoint_until_there_is_a_newer_one(
 
 
 def publishes_for_ever(folder: Path, how: str, reports: Any) -> None:
-    checkpoints = Checkpoints(folder, CheckpointConfig(), keep=2)
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
     newest = checkpoints.latest()
     for step in range(newest.step + 1 if newest else 1, 10**6):
         getattr(checkpoints, how)(step, state(step))
@@ -231,7 +231,7 @@ def publishes_for_ever(folder: Path, how: str, reports: Any) -> None:
 @pytest.mark.parametrize("how", HOW)
 def test_killed_at_random_moments(tmp_path: Path, how: str) -> None:
     chance = random.Random(0)
-    checkpoints, reached = Checkpoints(tmp_path, CheckpointConfig(), keep=2), 0
+    checkpoints, reached = Checkpoints(tmp_path, CheckpointConfig(keep=2)), 0
     for _ in range(KILLS):
         reports, end = forkserver().Pipe(duplex=False)
         child = forkserver().Process(target=publishes_for_ever, args=(tmp_path, how, end))

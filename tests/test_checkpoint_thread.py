@@ -29,7 +29,7 @@ def state(step: int) -> dict:
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
     """With step 1 published."""
-    made = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), keep=5)
+    made = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=5))
     made.publish(1, state(1))
     return made
 

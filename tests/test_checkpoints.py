@@ -32,7 +32,7 @@ def state(step: int, size: int = 100) -> dict:
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
     """With step 1 published."""
-    made = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=10), keep=3)
+    made = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=10, keep=3))
     made.publish(1, state(1))
     return made
 
@@ -77,7 +77,7 @@ def test_due_every_so_many_steps_and_after_the_last():
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_the_last_few_are_kept(tmp_path, keep):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), keep=keep)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=keep))
     for step in range(8, 13):  # across a change in the number of digits
         checkpoints.publish(step, state(step))
     assert checkpoints.steps() == list(range(8, 13))[-keep:]
@@ -110,7 +110,7 @@ def test_a_refusing_file_system_leaves_the_earlier_checkpoint_and_nothing_else(c
 def test_killed_while_writing_the_earlier_checkpoint_stays_and_the_rest_is_swept_up_later(
     tmp_path, monkeypatch, at, keep
 ):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), keep=keep)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=keep))
     checkpoints.publish(1, state(1))
     calls = iter(range(1, 100))
 
@@ -136,7 +136,7 @@ from hpc_c2g.errors import UserError
 from hpc_c2g.training.checkpoints import Checkpoints
 from hpc_c2g.training.config.train import CheckpointConfig
 
-checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(), keep=3)
+checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=3))
 limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
 try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.logs import warnings_logged
 from helpers.trainers import three_bundles
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,7 +98,7 @@ def test_a_stopped_run_of_three_goes_on_bitwise_and_other_classifiers_are_refuse
     last = max((tmp_path / "cut" / "checkpoints").iterdir())
     for file in last.iterdir():
         file.write_bytes(file.read_bytes()[:7])
-    with pytest.warns(UserWarning, match="damaged"):
+    with warnings_logged("damaged"):
         assert train(config(folders, tmp_path / "cut")).steps_made == 3
     whole, again = (load_run(tmp_path / name) for name in ("whole", "cut"))
     assert whole.alphas == again.alphas

@@ -284,7 +284,7 @@ RANGES = [
     *("prior.deviation=-1", "prior.total_variation=-1"),
     *("log.every=0", "log.images_every=0", "checkpoint.every=0", "generator.codes=-1"),
     *("deterministic_shards=0", "deterministic_shards=3", "alpha.pilot_steps=-1"),
-    *("generator.widths=[]", "generator.gain=0"),
+    "generator.widths=[]",
 ]
 
 

@@ -175,7 +175,7 @@ def test_gain_multiplies_the_latents():
     module.condition.gain *= 4
     got, _ = module(latents_of(drawn.z / 4, drawn.labels))
     assert torch.allclose(got, x, rtol=1e-10, atol=1e-12)
-    assert module.condition.gain == 4 * KINDS["mlp without codes"].gain
+    assert module.condition.gain == 4 * networks.GAIN
 
 
 def test_multipliers_start_neutral(subtests):
@@ -259,7 +259,6 @@ def test_kind_asked_for_is_built_and_an_unknown_one_refused():
 def test_settings_out_of_range_are_refused(subtests):
     for kind, field, value in [
         (MLPGeneratorConfig, "codes", -1),
-        (MLPGeneratorConfig, "gain", 0.0),
         (MLPGeneratorConfig, "widths", []),
         (MLPGeneratorConfig, "widths", [8, 0]),
         (ConvGeneratorConfig, "channels", 12),

@@ -221,7 +221,7 @@ def test_a_setting_that_this_version_does_not_have_is_named(config):
     file = RunDirectory(config).path / "config.yaml"
     old = OmegaConf.load(file)
     old.prior.repulsion = 0.0
-    old.latents.scheme = "sobol"
+    old.latents = {"scheme": "sobol"}
     OmegaConf.save(old, file)
     with pytest.raises(UserError, match=r"does not have: latents\.scheme, prior\.repulsion ") as caught:
         read_config(file)

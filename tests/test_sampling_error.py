@@ -343,13 +343,13 @@ def test_draws_are_a_function_of_seed_size_number_and_classifier():
 
     for scheme in DRAWS:
         first = z(scheme)
-        assert first.shape == (12, 3)
+        assert first.shape == (12, LATENT_DIMENSIONS)
         assert torch.equal(first, z(scheme))
         assert not torch.isclose(first, z(scheme, batch=24)[:12]).any()
         for other in (z(scheme, seed=1), z(scheme, number=6), z(scheme, classifier=1)):
             assert not torch.isclose(first, other).any()
         for step in range(8) if scheme != "independent" else ():  # of a run with the same seed
-            trained = LatentSampler(3, 3, 12, 0, scheme=scheme).batch(step, 0, 12).z
+            trained = LatentSampler(LATENT_DIMENSIONS, 3, 12, 0, scheme=scheme).batch(step, 0, 12).z
             assert not torch.isclose(first, trained).any()
     labels = drawing("independent", 3, 3000, 0, 0)(0).labels
     assert (labels.bincount() - 1000).abs().max() < 4 * math.sqrt(3000 * 2 / 9)

@@ -182,7 +182,7 @@ def test_alpha_starts_on_the_high_side_of_what_the_probes_find(bundle):
     assert start == Objective(bundle, settings, BATCH, CPU, torch.float64).initial_alpha()
 
 
-@pytest.mark.parametrize(("start", "up"), [(ALPHA0, True), (4.0, False)])
+@pytest.mark.parametrize(("start", "up"), [(ALPHA0 - 2, True), (4.0, False)])
 def test_alpha_follows_the_feedback_on_rho(bundle, start, up):
     step = trainer([bundle], config(alpha=AlphaConfig(max_change=0.05)))
     step.alpha, step.alpha0 = [start], [start + 1]

@@ -35,7 +35,7 @@ CLASSES, SHAPE = 3, (1, 4, 4)
 NORMALIZATION = Normalization.constant(SHAPE, mean=0.4, scale=0.25, value_range=(-1.0, 2.0))
 GENERATORS = {
     "codes": MLPGeneratorConfig(widths=[16], codes=4),
-    "no codes": MLPGeneratorConfig(widths=[16], codes=0, gain=1.0),
+    "no codes": MLPGeneratorConfig(widths=[16], codes=0),
     "conv": ConvGeneratorConfig(channels=8, codes=4),
 }
 

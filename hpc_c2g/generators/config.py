@@ -22,20 +22,16 @@ class GeneratorConfig:
         name: Kind of generator.
         codes: Number of learned codes per class; the first latent coordinate selects one of them (the quantile of z_0 in equal parts), the
             others vary around it. 0: no codes, the class alone is embedded.
-        gain: Factor on the continuous latents.
         canvas: Add a learned image per code (without codes: per class) to the decoder's image.
     """
 
     name: str = "mlp"
     codes: int = 20
-    gain: float = 0.2
     canvas: bool = False
 
     def __post_init__(self) -> None:
         if self.codes < 0:
             raise UserError(f"generator.codes={self.codes} is negative", "give codes per class, or 0 for none")
-        if not self.gain > 0:
-            raise UserError(f"generator.gain={self.gain}", "give a gain > 0")
 
 
 @dataclass

@@ -24,6 +24,8 @@ MULTIPLIER_WIDTHS = (128, 128)
 """Hidden layers of the multiplier network of a generator without codes; with codes it is a table with a row per code."""
 OUTPUT_SCALE = 0.3
 """Factor on the last weights of the image network at the start."""
+GAIN = 0.2
+"""Factor on the continuous latents."""
 
 
 def _select(table: Tensor, classifier: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class Condition(nn.Module):
 
     def __init__(self, config: GeneratorConfig, dimensions: int, classes: Sequence[int]) -> None:
         super().__init__()
-        self.codes, self.gain = config.codes, config.gain
+        self.codes, self.gain = config.codes, GAIN
         self.table = nn.Embedding(sum(classes) * max(1, config.codes), EMBEDDING)
         self.features = EMBEDDING + dimensions - (1 if config.codes else 0)
         self.register_buffer("first", first_rows(classes))

@@ -85,7 +85,7 @@ SIGNATURES = (
         0.2,
         above=False,
         reason="the latents explain less than 4 % of the samples' variance (0.2 squared), the labels all the rest",
-        advice="raise generator.codes or generator.gain, or lower optimizer.lr",
+        advice="raise generator.codes, or lower optimizer.lr",
     ),
     Signature(
         "mode_invention",

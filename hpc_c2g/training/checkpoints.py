@@ -28,8 +28,6 @@ from hpc_c2g.training.config.train import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 STATE, META = "state.pt", "meta.json"
-KEPT = 2
-"""Number of checkpoints kept: the newest one, and one more in case that it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,11 @@ class Checkpoints:
 
     Args:
         folder: Folder of the checkpoints.
-        config: Steps between two checkpoints.
-        keep: Number of checkpoints kept.
+        config: Steps between two checkpoints, and number of checkpoints kept.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, keep: int = KEPT) -> None:
-        self.folder, self.config, self.keep = folder, config, keep
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
         # starts with its first work; the interpreter's exit waits for it
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
@@ -136,7 +133,7 @@ class Checkpoints:
         logger.info("checkpoint written: %s, %d bytes in %.2f s", target, len(blob), seconds, extra={"step": step})
         self._remove(_aside(target))
         # a later one was passed over as damaged: counted, it would crowd out the one just written
-        for old in [published for published in self.steps() if published <= step][: -self.keep]:
+        for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
             self._remove(self._target(old))
 
     def _sweep(self) -> None:

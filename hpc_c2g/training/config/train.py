@@ -54,16 +54,19 @@ class OptimizerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints of a run; the last two are kept.
+    """Checkpoints of a run.
 
     Attributes:
         every: Steps between two checkpoints.
+        keep: Number of checkpoints kept.
     """
 
     every: int = 200
+    keep: int = 2
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "give a number of steps >= 1")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
 
 
 @dataclass
