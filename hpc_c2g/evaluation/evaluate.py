@@ -1,4 +1,4 @@
-"""Judge a trained generator against real data, beside its baselines. Apart from training and after it: this module *uses real data*."""
+"""Evaluation of a trained generator against real data, beside its baselines, after training: this module *uses real data*."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from hpc_c2g.training.step.bundles import class_counts
 from hpc_c2g.training.step.sharding import batch_shares
 
 PAIRS = 40
-"""Training images in the side-by-side picture."""
+"""Number of training images in the side-by-side picture."""
 
 
 def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Judge the run and write ``evaluation.json``, ``nearest.png`` and a TensorBoard run of its own into it.
+    """Evaluate the run and write ``evaluation.json``, ``nearest.png`` and a separate TensorBoard run into its folder.
 
-    Of a run with several classifiers each one's samples are judged against its own data (``evaluation.json`` has them under
-    ``classifiers``); returns one result per classifier.
+    If a run has several classifiers, the samples of each are compared with the data of that classifier (``classifiers`` in
+    ``evaluation.json``). Returns one result per classifier.
 
     Raises:
-        UserError: no run, no data, or data that do not fit the classifier.
+        UserError: There is no run, no data, or the data do not fit the classifier.
     """
     run_dir = Path(config.run_dir)
     run = load_run(run_dir)
@@ -76,13 +76,13 @@ def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """One number per metric that applies, by name."""
+    """Return one number by name for each metric that applies."""
     found = numbers(row)
     return {metric.name: found[metric.name] for metric in METRICS if metric.name in found}
 
 
 def _as_markdown(result: Mapping[str, Any]) -> str:
-    """The generator and its baselines, a line each."""
+    """Return a markdown table with the generator and its baselines, one row each."""
     names = list(_figures(result))
     rows = {"generator": result, **result["baselines"]}
     cells = [
@@ -94,7 +94,7 @@ def _as_markdown(result: Mapping[str, Any]) -> str:
 def _evaluate(
     config: EvaluateConfig, run: Run, k: int, suffix: str, log_fn: Callable[[str], None]
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """(figures, a picture of training images beside their nearest samples) of one classifier."""
+    """Return (figures, a picture of training images beside their nearest samples) of one classifier."""
     folder, generator = run.config.classifiers[k], run.generator.only(k)
     data = fitted_data(folder, config.data)
     split = load_split(data)
@@ -118,7 +118,7 @@ def _evaluate(
 def _landscape(
     config: EvaluateConfig, folder: str, split: Split, samples: Tensor, labels: Tensor, suffix: str
 ) -> dict[str, Any]:
-    """Draw the plane, and tell how near generated points come to the training points that carry multipliers."""
+    """Draw the plane, and log the distances of generated points to the training points that carry multipliers."""
     bundle = load_bundle(folder)
     found = support(bundle, split.train, samples, labels)
     drawn = picture(bundle, split.train, samples, labels, found.carries)
@@ -134,12 +134,12 @@ def _landscape(
 def _baselines(
     config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier.
+    """Return the metrics of real images, noise, a generator without stationarity and free images, for one classifier.
 
-    Each baseline is one solution.
+    Each baseline is a single solution.
     """
     settings = replace(run.config, distributed=DistributedConfig())  # in this one process
-    first = k * settings.solutions  # of the classifier's members
+    first = k * settings.solutions  # index of the classifier's first member
     if len(settings.members) > 1:
         batch = batch_shares(settings, class_counts(run.generator.members))[first]
         own = settings.classifiers[k]
@@ -206,7 +206,7 @@ def _check_fit(generator: TrainedGenerator, split: Split, data: DataConfig) -> N
 
 
 def side_by_side(samples: Tensor, train: Tensor) -> Tensor:
-    """A picture ``[channels, H, W]``: each training image with its nearest sample below it, the best pairs first."""
+    """Return a picture ``[channels, H, W]``: training images, each with its nearest sample below it, the best pairs first."""
     nearest = samples[nearest_pairs(samples, train)]
     order = (nearest - train).flatten(1).norm(dim=1).argsort()[:PAIRS]
     columns = min(20, len(order))

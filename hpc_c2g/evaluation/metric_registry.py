@@ -18,7 +18,7 @@ Every metric *uses real data*. All samples are in raw units (pixels in 0..1); di
 | ``marginal_distance`` | rows: Kolmogorov-Smirnov distance of a column to that of the training rows, mean over columns | by chance | 0 |
 | ``correlation_distance`` | rows: difference of two columns' correlation from that in the training rows, mean over pairs | by chance | 0 |
 
-The chance level of coverage, reached by N samples that are as good as real and know nothing of the training images, is
+The chance level of coverage, reached by N samples that are as good as real and independent of the training images, is
 N / (N + number of held-out images).
 """
 

@@ -1,4 +1,4 @@
-"""Description of a run's curves: on which chart of TensorBoard each one is, and what a study makes of it."""
+"""Description of a run's curves: the TensorBoard chart of each one, and its use in a study's figures."""
 
 from __future__ import annotations
 
