@@ -36,7 +36,7 @@ class Comparison:
         oracle: Independent classifier that ``oracle_accuracy`` uses.
         test_half: Held-out data that the SVC of ``transfer_accuracy`` is tested on.
         real: Held-out data that distances are compared with.
-        seed: Seed of the random choices where there are too many samples.
+        seed: Seed of the random choices if there are too many samples.
     """
 
     generated: Dataset
@@ -76,7 +76,7 @@ class Comparison:
 
 
 def within_class_median(data: Dataset, seed: int) -> float | None:
-    """Median distance over all pairs of one class, pooled over the classes; None where there is no pair.
+    """Median distance over all pairs of one class, pooled over the classes; None if there is no pair.
 
     For a class with more than ``PAIR_SAMPLES`` samples, a random choice of ``PAIR_SAMPLES`` is used.
     """

@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text
     if several and config.data is not None:
         raise UserError(
             f"data={config.data.name} is given for {len(folders)} classifiers",
-            "leave it out: each is judged on the data that its record names",
+            "leave it out: each is evaluated on the data that its record names",
         )
     results: list[dict[str, Any]] = []
     scalars: dict[str, float] = {}
@@ -100,7 +100,7 @@ def _evaluate(
     split = load_split(data)
     _check_fit(generator, split, data)
     oracle = split_oracle(split, config.seed)
-    log_fn(f"judging the generator{f' as that of {folder}' if suffix else ''}")
+    log_fn(f"evaluating the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed, config.drawing)
     result: dict[str, Any] = {
         "uses_real_data": True,
@@ -148,14 +148,14 @@ def _baselines(
         settings = replace(settings, classifier=own, solutions=1, shares=[], global_batch=batch, micro_batch=limit)
     folder = Path(config.run_dir) / "baselines"
 
-    def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
+    def metrics_of(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         return judge(samples, labels, split, config.seed, oracle)
 
     log_fn("baseline: held-out real images and noise")
     shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)
     baselines = {
         "real": real_baseline(split, config.seed, oracle),
-        "noise": judged(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
+        "noise": metrics_of(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
     }
     log_fn("baseline: a generator trained on classification alone")
     without = replace(
@@ -168,7 +168,7 @@ def _baselines(
         ),  # without multipliers alpha cannot be learned
     )
     train(without)
-    baselines["classification_only"] = judged(
+    baselines["classification_only"] = metrics_of(
         *load_run(without.run_dir).generator.sample(config.count, config.seed, "plain")
     )
     log_fn("baseline: free images, the reconstruction peers' method")
@@ -184,10 +184,10 @@ def _baselines(
     )
     train(free)
     images = load_run(free.run_dir).generator
-    baselines["free_images"] = judged(*images.sample(count, config.seed, "plain"))
+    baselines["free_images"] = metrics_of(*images.sample(count, config.seed, "plain"))
     drawn = {"multipliers": "free_images_by_multipliers", "supported": "free_images_supported"}.get(config.drawing)
     if drawn:
-        baselines[drawn] = judged(*images.sample(config.count, config.seed, config.drawing))
+        baselines[drawn] = metrics_of(*images.sample(config.count, config.seed, config.drawing))
     return baselines
 
 

@@ -100,7 +100,7 @@ def halves(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     orders = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(data.classes))]
     if sum(len(order) > 1 for order in orders) < 2:
         raise UserError(
-            f"the held-out part has {[len(order) for order in orders]} samples per class, too few to judge with",
+            f"the held-out part has {[len(order) for order in orders]} samples per class, too few for an evaluation",
             "give a larger data.held_out_size or a smaller data.train_size",
         )
     parts = (np.sort(np.concatenate([order[start::2] for order in orders])) for start in (0, 1))
@@ -122,13 +122,13 @@ def _check(samples: Tensor, labels: Tensor, train: Dataset) -> None:
         raise UserError(
             f"samples {list(samples.shape)} with labels {list(labels.shape)} do not match data of shape "
             f"{list(train.samples.shape[1:])}",
-            "judge at least one sample, with the data set that the classifier was fitted to",
+            "give at least one sample, and the data set that the classifier was fitted to",
         )
     if not bool(torch.isfinite(samples).all()):
         bad = int((~torch.isfinite(samples.flatten(1))).any(dim=1).sum())
         raise UserError(
             f"{bad} of {len(samples)} samples have values that are not finite",
-            "judge a checkpoint from before the generator diverged",
+            "evaluate a checkpoint from before the generator diverged",
         )
     if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= len(train.classes):
         raise UserError(

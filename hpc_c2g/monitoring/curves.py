@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MEMBER = r"((classifier|solution)\d+/)*"
-"""Pattern of the prefix of a classifier's or a solution's curves; empty where there is only one."""
+"""Pattern of the prefix of a classifier's or a solution's curves; empty if there is only one."""
 
 
 @dataclass(frozen=True)

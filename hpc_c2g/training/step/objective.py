@@ -86,7 +86,7 @@ def check_uncoupled(config: TrainConfig) -> None:
 def kkt_backend_name(bundle: Bundle, config: TrainConfig) -> str:
     """Return the KKT backend of a run, in words."""
     if config.kkt_backend == "autograd":
-        return "autograd (as asked for)"
+        return "autograd (as configured)"
     fast = _links(GatedClassifier(bundle.model), bundle, config) is not None
     return f"closed form, products in {config.matmul_precision}" if fast else "autograd"
 
