@@ -137,5 +137,5 @@ def median(values: Tensor) -> float:
 
 
 def ratio(value: float | None, real: float | None) -> float | None:
-    """``value`` over ``real``; None where one of them is missing or ``real`` is 0."""
+    """``value`` over ``real``; None if one of them is missing or ``real`` is 0."""
     return value / real if value is not None and real else None

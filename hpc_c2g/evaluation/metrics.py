@@ -23,14 +23,14 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
     """Return all metrics of generated samples by name; see ``metric_registry``.
 
     Every value is a float, ``ssim_sample_to_train`` and ``ssim_train_to_sample`` are ``{"mean": .., "best10": ..}``. A
-    value is None where it has no meaning: SSIM of anything but images, distances of rows of anything else, ratios to a
+    value is None if it has no meaning: SSIM of anything but images, distances of rows of anything else, ratios to a
     real distance of 0, diversity without two samples of one class. ``coverage`` grows with the number of samples: compare equal numbers.
 
     Args:
         samples: Generated samples ``[N, *S]`` in raw units.
         labels: Labels ``[N]``, integers in 0..C-1, that the samples were generated for.
         split: Data that the classifier was fitted to, and held-out real data.
-        seed: Seed of the split of held-out samples into halves, and of the random choices where there are too many samples.
+        seed: Seed of the split of held-out samples into halves, and of the random choices if there are too many samples.
         oracle: Result of ``split_oracle(split, seed)``, to share it between several sets of samples; None fits it.
 
     Raises:

@@ -2,8 +2,7 @@
 
 Rows are those of ``results.groups``: means over runs that differ in their seed only, with standard deviations. Every interval is
 Student's 95 % interval of the mean. oracle, transfer, proximity, coverage, diversity and the certificate *use real data*, after
-training, and are marked so where they are drawn.
-say so where they are drawn.
+training, and are marked so in the figures.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class OptimizerConfig:
         lr: Learning rate of the decoder.
         lr_codes: Learning rate of the codes.
         lr_multipliers: Learning rate of the multipliers.
-        lr_canvases: Learning rate of the canvases. A higher one covers more where alpha stays on the high side, and pulls it down
-            where it does not.
+        lr_canvases: Learning rate of the canvases. A higher one covers more if alpha stays on the high side, and pulls it down
+            if it does not.
         max_grad_norm: Largest norm of the whole gradient; 0 for no clipping.
     """
 
