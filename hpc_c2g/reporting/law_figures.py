@@ -21,7 +21,7 @@ from hpc_c2g.reporting.drawing import (
     short,
     ticks,
 )
-from hpc_c2g.reporting.laws import MEASURES, Law, Row, half_width, number, there, value
+from hpc_c2g.reporting.laws import MEASURES, Law, Row, finite_rows, half_width, number, value
 from hpc_c2g.reporting.quality_figures import INTERVALS, LINES, PAPER, against, bars, legend_label
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def batch_law(groups: Sequence[Row]) -> list[Figure]:
     field, residual = "global_batch", MEASURES["stationarity"]
     fitted: dict[str, tuple[list[Row], Law]] = {}
     for label, part in laws.lines(groups, field).items():
-        rows = [r for r in there(part, residual.name) if value(r, residual.name) > 0 and value(r, field) > 0]
+        rows = [r for r in finite_rows(part, residual.name) if value(r, residual.name) > 0 and value(r, field) > 0]
         if len(rows) >= 3:
             law = laws.inverse_law([value(r, field) for r in rows], [value(r, residual.name) for r in rows])
             fitted[label] = rows, law
@@ -72,7 +72,7 @@ def batch_law(groups: Sequence[Row]) -> list[Figure]:
         axes.set_xlabel(PAPER[field])
 
     panels = [Panel(residual.title, f"{residual.source} · lines: r_inf + c / B", paint)]
-    covered = {label: there(rows, "coverage") for label, (rows, _) in shown.items()}
+    covered = {label: finite_rows(rows, "coverage") for label, (rows, _) in shown.items()}
     if any(covered.values()):
         coverage = MEASURES["coverage"]
         panels.append(
@@ -99,7 +99,7 @@ def sampling(rows: Sequence[Row]) -> list[Figure]:
 
     Rows are those of ``results.bound_groups``: means over runs.
     """
-    kept = there(rows, "error")
+    kept = finite_rows(rows, "error")
     if not kept:
         return []
     classifiers = list(dict.fromkeys(row["classifier"] for row in kept))
@@ -138,7 +138,7 @@ def _sampled(name: str, rows: Sequence[Row]) -> str:
             f", {number(min(ratios))} to {number(max(ratios))} times the 1/sqrt(B) law of independent samples"
         )
     over = [r["batch"] for r in rows if value(r, "quantile") > value(r, "bound")]
-    if there(rows, "quantile") and there(rows, "bound"):
+    if finite_rows(rows, "quantile") and finite_rows(rows, "bound"):
         sentences.append(f"; 95 % quantile {f'above the bound at B={over}' if over else 'below the bound throughout'}")
     if len(seen) < len(rows):
         sentences.append(f"; {len(rows) - len(seen)} too small to be measured, not drawn")
@@ -155,7 +155,7 @@ def _errors(parts: Mapping[str, list[Row]]) -> Callable[[Axes], None]:
             ("quantile", DASHES[2], "95 % quantile, measured"),
             ("predicted", "-", "1/√B law"),
         ):
-            rows = [r for r in there(parts[yardstick], name) if value(r, name) > 0]
+            rows = [r for r in finite_rows(parts[yardstick], name) if value(r, name) > 0]
             label = f"{text} ({yardstick})"
             axes.plot([r["batch"] for r in rows], [r[name] for r in rows], color=INK, linestyle=line, label=label)
         for k, (scheme, rows) in enumerate(parts.items()):
@@ -184,7 +184,7 @@ def efficiency(groups: Sequence[Row], prediction: Mapping[int, float] | None = N
         return []
     parts = {}
     for label, part in laws.lines(groups, "nodes").items():
-        rows = [r for r in there(part, SPEED) if value(r, SPEED) > 0 and value(r, "nodes") > 0]
+        rows = [r for r in finite_rows(part, SPEED) if value(r, SPEED) > 0 and value(r, "nodes") > 0]
         if len(rows) > 1:
             parts[label] = rows
     if not parts:

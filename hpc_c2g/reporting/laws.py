@@ -83,7 +83,7 @@ def value(row: Row, name: str) -> float:
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
 
 
-def there(rows: Sequence[Row], name: str) -> list[Row]:
+def finite_rows(rows: Sequence[Row], name: str) -> list[Row]:
     """Return the rows in which a measure is a finite number."""
     return [row for row in rows if math.isfinite(value(row, name))]
 
@@ -169,10 +169,10 @@ def trend(name: str, field: str, parts: Sequence[Sequence[Row]]) -> str:
     """Describe the change of a measure along the lines of a sweep; changes within its confidence intervals count as none."""
     counts: dict[str, int] = {}
     last = ""
-    if len({value(row, name) for part in parts for row in there(part, name)}) < 2:
+    if len({value(row, name) for part in parts for row in finite_rows(part, name)}) < 2:
         return ""
     for part in parts:
-        rows = there(part, name)
+        rows = finite_rows(part, name)
         if len(rows) < 2:
             continue
         first, end = rows[0], rows[-1]

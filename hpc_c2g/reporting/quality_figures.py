@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_c2g.evaluation.metric_registry import Measure
 from hpc_c2g.reporting import laws
 from hpc_c2g.reporting.drawing import COLORS, FAINT, Figure, Panel, decades, figure, logarithmic, marks, short, ticks
-from hpc_c2g.reporting.laws import MEASURES, REST, Row, half_width, there, value
+from hpc_c2g.reporting.laws import MEASURES, REST, Row, finite_rows, half_width, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def against_category(groups: Sequence[Row]) -> list[Figure]:
 
 def _present(rows: Sequence[Row]) -> list[Measure]:
     """Return the measures that at least one row has; the certificate, which no generator changes, only if it differs."""
-    found = [m for m in MEASURES.values() if there(rows, m.name)]
+    found = [m for m in MEASURES.values() if finite_rows(rows, m.name)]
     return [m for m in found if m.name != "certificate" or len({row.get(m.name) for row in rows}) > 1]
 
 
@@ -111,12 +111,12 @@ def against(m: Measure, field: str, parts: Mapping[str, list[Row]], least: float
     """Return the function that draws a measure against a field of numbers, a line per part; logarithmic beyond a factor ``least``."""
 
     def paint(axes: Axes) -> None:
-        rows = [row for part in parts.values() for row in there(part, m.name)]
+        rows = [row for part in parts.values() for row in finite_rows(part, m.name)]
         x = [value(row, field) for part in parts.values() for row in part]
         log, drawn = logarithmic(x, least), min(len(parts), LINES)
         step = 0.012 * (math.log(max(x) / min(x)) if log else max(x) - min(x))
         for k, (label, part) in enumerate(parts.items()):
-            kept = there(part, m.name)
+            kept = finite_rows(part, m.name)
             aside = step * (k - (drawn - 1) / 2) if k < drawn else 0.0  # bars of several lines side by side
             at = [value(r, field) * math.exp(aside) if log else value(r, field) + aside for r in kept]
             name = legend_label(k, label, len(parts), LINES)
@@ -133,7 +133,7 @@ def _dots(m: Measure, field: str, names: Sequence[str], parts: Mapping[str, list
     def paint(axes: Axes) -> None:
         drawn = min(len(parts), DOTS)
         for k, (label, part) in enumerate(parts.items()):
-            rows = there(part, m.name)
+            rows = finite_rows(part, m.name)
             aside = 0.7 * ((k + 0.5) / drawn - 0.5) if k < drawn else 0.0
             at = [names.index(str(r[field])) + aside for r in rows]
             look = marks(k if k < DOTS else len(COLORS)) | {"linestyle": "none"}
@@ -143,7 +143,7 @@ def _dots(m: Measure, field: str, names: Sequence[str], parts: Mapping[str, list
         first = axes.get_subplotspec()
         axes.set_yticks(range(len(names)), [short(n, 26) for n in names] if first and first.is_first_col() else [])
         axes.tick_params("y", length=0)
-        _range(axes, m, [row for part in parts.values() for row in there(part, m.name)], "x")
+        _range(axes, m, [row for part in parts.values() for row in finite_rows(part, m.name)], "x")
 
     return paint
 

@@ -86,10 +86,10 @@ def rows(study: Path, views: Sequence[TaskStatus]) -> tuple[list[Row], list[str]
             if view.alarms:
                 row["alarms"] = " ".join(view.alarms)
         found.append(row)
-    return found, left_out + _strangers(study, trained)
+    return found, left_out + _other_versions(study, trained)
 
 
-def _strangers(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
+def _other_versions(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
     """Return a note for each run that was made by other versions than most: differences of its results may come from these."""
     made: list[tuple[TaskStatus, dict[str, str]]] = []
     for view in trained:

@@ -52,7 +52,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
         # the thread starts with its first job; the interpreter's exit waits for it
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -88,7 +88,7 @@ class Checkpoints:
             UserError: The write of the checkpoint before failed; a failure of this one is raised by the next call.
         """
         self.finish()
-        self._under_way = self._thread.submit(self._write, step, snapshot(state))
+        self._pending = self._thread.submit(self._write, step, snapshot(state))
 
     def finish(self) -> None:
         """Wait until the write that ``publish_later`` started is complete.
@@ -96,9 +96,9 @@ class Checkpoints:
         Raises:
             UserError: The file system failed.
         """
-        if self._under_way is not None:
-            wait([self._under_way])
-            done, self._under_way = self._under_way, None  # raised once
+        if self._pending is not None:
+            wait([self._pending])
+            done, self._pending = self._pending, None  # raised once
             done.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Checkpoints:
         blob = buffer.getbuffer()
         meta = json.dumps(_description(step, blob)).encode()
         try:
-            self._sweep()
+            self._remove_leftovers()
             temporary.mkdir(parents=True)
             for name, content in ((STATE, blob), (META, meta)):
                 with open(temporary / name, "wb") as file:
@@ -118,7 +118,7 @@ class Checkpoints:
                     file.flush()
                     os.fsync(file.fileno())
             if target.exists():  # mostly a damaged one that was skipped; it stays until the new one is in place
-                os.replace(target, _aside(target))
+                os.replace(target, _old_copy(target))
             os.replace(temporary, target)
             sync_folder(self.folder)
         except OSError as error:
@@ -126,12 +126,12 @@ class Checkpoints:
             raise cannot_write(target, error) from error
         seconds = time.perf_counter() - began
         logger.info("checkpoint written: %s, %d bytes in %.2f s", target, len(blob), seconds, extra={"step": step})
-        self._remove(_aside(target))
+        self._remove(_old_copy(target))
         # a later one was skipped as damaged: if it counted, the one just written would be removed
         for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
             self._remove(self._target(old))
 
-    def _sweep(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove the temporary folders of a process that was killed while it wrote."""
         for stale in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
@@ -143,10 +143,10 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Rename a checkpoint before its files are deleted, so that a named one is whole even if the process is killed in between."""
-        doomed = self.folder / f".{path.name}.{os.getpid()}.tmp"
+        temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):
-            os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Return the steps of the published checkpoints, ascending."""
@@ -179,13 +179,13 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         """Return the folder of a checkpoint: the one moved aside if a process was killed before the new one was in place."""
         target = self._target(step)
-        return _aside(target) if not target.exists() and _aside(target).exists() else target
+        return _old_copy(target) if not target.exists() and _old_copy(target).exists() else target
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
 
-def _aside(target: Path) -> Path:
+def _old_copy(target: Path) -> Path:
     return target.with_name(f"{target.name}.old")
 
 

@@ -56,7 +56,7 @@ class RunDirectory:
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        if holder := self._held_elsewhere():
+        if holder := self._acquire_lock():
             self._lock.close()
             raise UserError(f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir")
         self._lock.truncate(0)
@@ -69,7 +69,7 @@ class RunDirectory:
             raise
         return self
 
-    def _held_elsewhere(self) -> str | None:
+    def _acquire_lock(self) -> str | None:
         """Lock the folder, or return its holder: a process with the lock on this host, or a study's lease from any host."""
         leased = live_holder(self.path)
         if leased is not None and not (leased.is_here and leased.pid == os.getpid()):
