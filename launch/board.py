@@ -22,12 +22,12 @@ HOST = "127.0.0.1"
 
 @dataclass
 class BoardConfig:
-    """What to show.
+    """Settings of the board.
 
     Attributes:
-        study_dir: folder of a study, or of one run.
-        port: to listen on; 0 takes a free one.
-        collect: bring the study's board up to date first.
+        study_dir: Folder of a study, or of one run.
+        port: Port of the server; 0 takes a free one.
+        collect: Update the study's board first.
     """
 
     study_dir: str = "???"
@@ -36,11 +36,11 @@ class BoardConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
-            raise UserError(f"port={self.port} is no port", "give one from 1024 to 65535, or 0 for a free one")
+            raise UserError(f"port={self.port} is not a port", "give one from 1024 to 65535, or 0 for a free one")
 
 
 def board(config: BoardConfig) -> None:
-    """Bring up to date, tell how to get there from elsewhere, and become TensorBoard."""
+    """Update the board, print its addresses, and replace this process by TensorBoard."""
     from hpc_c2g.monitoring.run_log import BOARD  # torch takes seconds to import: after the settings are checked
     from hpc_c2g.reporting.board import FOLDER
 
@@ -48,7 +48,7 @@ def board(config: BoardConfig) -> None:
     if (folder / FILE).is_file():
         if config.collect:
             found = collected(folder)
-            print(f"board: {len(found.changed)} parts were new", file=sys.stderr)
+            print(f"board: {len(found.changed)} parts updated", file=sys.stderr)
         shown = folder / FOLDER
         if not shown.is_dir():
             raise UserError(f"study_dir={folder} has no board yet", "drop collect=false")
@@ -71,7 +71,7 @@ def board(config: BoardConfig) -> None:
 
 
 def pages(shown: Path) -> dict[str, str]:
-    """Where to look: TensorBoard selects no run at all where there are more than 40, unless an address says which."""
+    """Return TensorBoard's pages by title; it selects no run if there are more than 40, unless the address names them."""
     from hpc_c2g.reporting.board import FOLDER, RUNS, STUDY
 
     if shown.name != FOLDER:
@@ -82,7 +82,7 @@ def pages(shown: Path) -> dict[str, str]:
 
     return {
         "means over seeds": of("custom_scalars", f"{STUDY}/mean"),
-        "against what was swept": of("scalars", f"{STUDY}/against"),
+        "against swept fields": of("scalars", f"{STUDY}/against"),
         "figures and samples": of("images", f"{STUDY}/pictures"),
         "all runs as a table": "#hparams",
         "runs": of("custom_scalars", f"{RUNS}/"),
@@ -102,12 +102,12 @@ def _check_free(port: int) -> None:
             wanted.bind((HOST, port))
         except OSError as error:
             raise UserError(
-                f"port={port} cannot be had: {error.strerror}", "give another one, or port=0 for any"
+                f"port={port} cannot be opened: {error.strerror}", "give another one, or port=0 for any"
             ) from error
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("board"):
         overrides = as_overrides(sys.argv[1:], BoardConfig, ["study_dir"])
     run_verb("board", BoardConfig, board, overrides=overrides)

@@ -23,7 +23,7 @@ COLUMNS = {
 
 
 def table(result: dict[str, Any]) -> Table:
-    """One line per scheme and batch size."""
+    """Return a table with one line per scheme and batch size."""
     out = Table(title=f"{result['classifier']}: ||G(B) - G|| in the norm of the loss (no data)")
     out.add_column("scheme")
     for name in ("B", *COLUMNS.values()):
@@ -37,7 +37,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The exponents, what the expectation is, and which batches suit the lattice."""
+    """Return the exponents, the expected value, and the batch sizes that suit the lattice, as text."""
     lines = []
     for scheme, found in result["exponents"].items():
         if found is not None:
@@ -71,7 +71,7 @@ def bound(config: BoundConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("bound", BoundConfig, bound)
 
 

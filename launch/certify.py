@@ -1,4 +1,4 @@
-"""``c2g certify``: how close is a classifier to a KKT point of the maximum-margin problem, given its training data."""
+"""``c2g certify``: distance of a classifier from a KKT point of the maximum-margin problem, given its training data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def certify(config: CertifyConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("certify", CertifyConfig, certify, SCHEMAS["certify"][1])
 
 

@@ -12,7 +12,7 @@ from launch._compose.groups import SCHEMAS
 
 
 def classifier(config: ClassifierConfig) -> None:
-    """Make the bundle and say what it is."""
+    """Make the bundle and print its summary."""
     from hpc_c2g.fitting.make import make_classifier  # torch takes seconds to import: after the settings are checked
     from hpc_c2g.fitting.progress import LogLines, line
 
@@ -35,7 +35,7 @@ def classifier(config: ClassifierConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("classifier", ClassifierConfig, classifier, SCHEMAS["classifier"][1])
 
 

@@ -1,4 +1,4 @@
-"""``c2g collect DIR``: a study's runs brought together: tables in its folder, and its board for TensorBoard."""
+"""``c2g collect DIR``: tables of a study's results in its folder, and its board for TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from hpc_c2g.reporting.collect import Collected
 
 SHOWN = 20
-"""Lines about what was left out or skipped, unless all are asked for."""
+"""Number of notes about missing results that are printed without ``--all``."""
 
 
 @dataclass
 class CollectConfig:
-    """Of which study.
+    """Settings of the collection.
 
     Attributes:
-        study_dir: its folder.
-        all: tell of everything that was left out or skipped.
+        study_dir: Folder of the study.
+        all: Print all notes about missing results.
     """
 
     study_dir: str = "???"
@@ -37,7 +37,7 @@ class CollectConfig:
 
 
 def collected(folder: Path) -> Collected:
-    """The study's tables and board, up to date."""
+    """Update the study's tables and board."""
     from hpc_c2g.reporting.collect import (
         collect as bring_together,
     )  # torch takes seconds to import: after the settings are checked
@@ -47,7 +47,7 @@ def collected(folder: Path) -> Collected:
 
 
 def collect(config: CollectConfig) -> None:
-    """Bring together, and show the means."""
+    """Collect the results, and print the means."""
     from hpc_c2g.reporting.board import FOLDER
 
     folder = Path(config.study_dir)
@@ -60,17 +60,17 @@ def collect(config: CollectConfig) -> None:
         out.add_row(*line)
     Console(width=180).print(out)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
+    notes += [f"run {key}: {text}" for key, texts in found.skipped.items() for text in texts]
     for text in notes if config.all else notes[:SHOWN]:
         print(text, file=sys.stderr)
     if len(notes) > SHOWN and not config.all:
-        print(f"{len(notes) - SHOWN} more: --all tells them", file=sys.stderr)
+        print(f"{len(notes) - SHOWN} more: --all lists them", file=sys.stderr)
     board = f"{len(found.changed)} parts of {folder / FOLDER}" if found.changed else "nothing new for the board"
     print(f"written: {folder}/{', '.join(found.files)}; {board} (c2g board {folder} shows it)")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("collect"):
         overrides = as_overrides(sys.argv[1:], CollectConfig, ["study_dir"])
     run_verb("collect", CollectConfig, collect, overrides=overrides)

@@ -17,7 +17,7 @@ from launch.evaluate import evaluate
 from launch.train import train
 
 BEST = {"train": ["solutions=3", "global_batch=600"]}
-"""What the demo asks for beside the defaults: three solutions show more of the training digits, in three times the time."""
+"""Overrides of the demo: three solutions show more of the training digits, in three times the time."""
 
 QUICK = {
     "train": ["steps=300", "log.every=50"],
@@ -27,12 +27,12 @@ QUICK = {
 
 @dataclass
 class DemoConfig:
-    """Where the demo writes, its seed, and whether a minute must do.
+    """Settings of the demo.
 
     Attributes:
-        run_dir: the run; the classifier goes into ``run_dir/classifier``.
-        seed: of classifier, generator and samples.
-        quick: few steps, to see that everything works: the images are poor.
+        run_dir: Run directory; the classifier is written to ``run_dir/classifier``.
+        seed: Seed of classifier, generator and samples.
+        quick: Train for a few steps, to check that everything works: the images are poor.
     """
 
     run_dir: str = "runs/demo"
@@ -41,7 +41,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> None:
-    """Run the verbs one after the other, with their defaults but for ``BEST`` or ``QUICK``."""
+    """Run the verbs one after the other, with their defaults except for ``BEST`` or ``QUICK``."""
     began = time.perf_counter()
     bundle = f"{config.run_dir}/classifier"
 
@@ -53,13 +53,13 @@ def demo(config: DemoConfig) -> None:
         register(verb, *SCHEMAS[verb])
     print("1/4 a classifier on 100 handwritten digits, fitted to the margin")
     classifier(settings("classifier", ClassifierConfig, f"out={bundle}", f"seed={config.seed}"))
-    print("2/4 how close is it to a KKT point?")
+    print("2/4 certify: its distance from a KKT point")
     certify(settings("certify", CertifyConfig, f"classifier={bundle}"))
     print("3/4 a generator from the classifier alone, without data")
     trained = time.perf_counter()
     train(settings("train", TrainConfig, f"classifier={bundle}", f"run_dir={config.run_dir}", f"seed={config.seed}"))
     trained = time.perf_counter() - trained
-    print("4/4 judge it against real digits that it never saw")
+    print("4/4 evaluate it against real digits that it never saw")
     evaluate(settings("evaluate", EvaluateConfig, f"run_dir={config.run_dir}", f"seed={config.seed}"))
     folder = Path(config.run_dir)
     print(f"\nmade in {time.perf_counter() - began:.0f} s (generator {trained:.0f} s):")
@@ -74,7 +74,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("demo", DemoConfig, demo)
 
 

@@ -123,7 +123,7 @@ def show(results: Sequence[CheckResult]) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("doctor"):
         own, others = split_grid(as_overrides(sys.argv[1:], DoctorConfig, ["study_dir"]), DoctorConfig)
     run_verb("doctor", DoctorConfig, doctor, overrides=[*others, *own])  # flags last

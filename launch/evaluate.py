@@ -1,4 +1,4 @@
-"""``c2g evaluate``: judge a generator against real data, beside its baselines."""
+"""``c2g evaluate``: evaluation of a generator against real data, beside its baselines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launch._compose.groups import SCHEMAS
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The run and its baselines, one line each."""
+    """Return a table of the run and its baselines, one line each."""
     out = Table(title=f"{result['classifier']}: uses real data, computed after training")
     out.add_column("samples")
     rows = {name: numbers(row) for name, row in {"generator": result, **result["baselines"]}.items()}
@@ -31,16 +31,16 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def memory(result: dict[str, Any]) -> Table | str:
-    """Which training samples came back, by their multipliers, or why nothing tells."""
+    """Return a table of the recovered training samples by their multipliers, or the reason why there is none."""
     folder, nearness = result["classifier"], result["nearness"]
     shares = shares_in(Path(folder))
     if shares is None:
-        return f"their multipliers tell which training samples come back: c2g certify classifier={folder}"
+        return f"the recovery by multipliers needs a certificate: c2g certify classifier={folder}"
     parts = by_multiplier(nearness, shares)
     if parts is None:
         return (
-            f"{folder}/certificate.json tells nothing of these {len(nearness)} training samples: it is of others, they are too"
-            " few, or none carries multipliers"
+            f"{folder}/certificate.json does not apply to these {len(nearness)} training samples: it is of others, they"
+            " are too few, or none carries multipliers"
         )
     head, body = rows(parts)
     out = Table(*head)
@@ -51,22 +51,24 @@ def memory(result: dict[str, Any]) -> Table | str:
 
 @run_logging("warning", rank=0)  # its baselines are training runs
 def evaluate(config: EvaluateConfig) -> None:
-    """Judge, and print the table and the paths."""
+    """Evaluate, and print the table and the paths."""
     # torch takes seconds to import: after the settings are checked
     from hpc_c2g.evaluation.evaluate import evaluate as judge_run
 
     console = Console(stderr=True)
     for result in judge_run(config, lambda text: console.print(f"evaluate: {text}")):
         Console(width=130).print(table(result))
-        told = memory(result)
-        Console(width=130).print(told) if isinstance(told, Table) else console.print(told, soft_wrap=True)
+        recovered = memory(result)
+        Console(width=130).print(recovered) if isinstance(recovered, Table) else console.print(
+            recovered, soft_wrap=True
+        )
     print(
         f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
     )
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("evaluate", EvaluateConfig, evaluate, SCHEMAS["evaluate"][1])
 
 

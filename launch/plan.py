@@ -17,7 +17,7 @@ HARDWARE = {"here": LocalHardware, "h100": HardwareSpec, "a100": HardwareSpec}
 
 
 def plan(config: PlanConfig) -> None:
-    """Predict, print the tables and the formulas with their numbers, write what was asked for."""
+    """Predict, print the tables and the formulas with their numbers, and write the requested files."""
     from hpc_c2g.planning.plan import make_plan  # torch takes seconds to import: after the settings are checked
     from hpc_c2g.planning.report import formulas, memory_table, scaling_table, step_table
 
@@ -39,7 +39,7 @@ def plan(config: PlanConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("plan", PlanConfig, plan, {"generator": GENERATORS, "hardware": HARDWARE})
 
 

@@ -17,11 +17,11 @@ from launch._compose.cli import config_folder, run_verb, user_errors
 
 @dataclass
 class PublishConfig:
-    """Of which study, and where to.
+    """Settings of the publication.
 
     Attributes:
-        study_dir: its folder.
-        out: the folder to write; notes in its README.md stay.
+        study_dir: Folder of the study.
+        out: Folder to write; notes in its README.md stay.
     """
 
     study_dir: str = "???"
@@ -29,7 +29,7 @@ class PublishConfig:
 
 
 def publish(config: PublishConfig) -> None:
-    """Collect, and write the folder."""
+    """Collect the results, and write the folder."""
     # torch takes seconds to import: after the settings are checked
     from hpc_c2g.reporting.collect import collect, drawn
     from hpc_c2g.reporting.publication import content
@@ -52,7 +52,7 @@ def publish(config: PublishConfig) -> None:
 
 
 def commands(name: str, grid: list[str], out: str) -> list[str]:
-    """What repeats the experiment, where it is one of the toolkit's; where its data lie is this machine's own business."""
+    """Return the commands that repeat an experiment of the toolkit, without the location of its data on this machine."""
     kind = "experiment" if (config_folder() / "study" / "experiment" / f"{name}.yaml").is_file() else "study"
     again = " ".join(shlex.quote(re.sub(r"(?<=data\.root=).*", "DATA", word)) for word in grid)
     place = shlex.quote(f"studies/{Path(out).resolve().name}")  # one study, one page
@@ -60,7 +60,7 @@ def commands(name: str, grid: list[str], out: str) -> list[str]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("publish"):
         overrides = as_overrides(sys.argv[1:], PublishConfig, ["study_dir", "out"])
     run_verb("publish", PublishConfig, publish, overrides=overrides)

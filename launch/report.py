@@ -1,4 +1,4 @@
-"""``c2g report DIR``: a study as one HTML file that can be sent: figures, tables, pictures, and how to repeat every run."""
+"""``c2g report DIR``: a study as one HTML file that can be sent: figures, tables, pictures, and commands that repeat every run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from hpc_c2g.reporting.page import Cell, Table
 
 MOSAICS = 24
-"""Groups whose samples are shown: a page that is sent has a size."""
+"""Number of groups whose samples are shown, to limit the size of the page."""
 
 
 @dataclass
 class ReportConfig:
-    """Of which study.
+    """Settings of the report.
 
     Attributes:
-        study_dir: its folder.
-        out: the file; None: report.html in the study's folder.
+        study_dir: Folder of the study.
+        out: File to write; None takes report.html in the study's folder.
     """
 
     study_dir: str = "???"
@@ -43,7 +43,7 @@ class ReportConfig:
 
 
 def report(config: ReportConfig) -> None:
-    """Collect, and write the page."""
+    """Collect the results, and write the page."""
     # torch takes seconds to import: after the settings are checked
     from hpc_c2g.reporting.collect import collect, drawn, mosaics
     from hpc_c2g.reporting.page import Page, render
@@ -55,7 +55,7 @@ def report(config: ReportConfig) -> None:
     runs = found.runs
     pictures = mosaics(folder, found.results, runs)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
+    notes += [f"run {key}: {text}" for key, texts in found.skipped.items() for text in texts]
     if len(pictures) > MOSAICS:
         notes.append(f"samples of {MOSAICS} of {len(pictures)} groups are shown; c2g board {folder} has all")
     page = Page(
@@ -77,11 +77,11 @@ def report(config: ReportConfig) -> None:
 
 
 def tables(found: Results) -> list[Table]:
-    """Groups, sampling errors, and every run."""
+    """Return the tables of groups, sampling errors, and runs."""
     made = []
     if found.groups:
         title = "Means over seeds"
-        caption = "Mean ± standard deviation over runs that their seed alone sets apart; evaluation uses real data, after training."
+        caption = "Mean ± standard deviation over runs that differ in their seed only; evaluation uses real data, after training."
         made.append(_table(title, caption, found.groups))
     if found.sampling:
         caption = "Error of the KKT sum against the batch size, beside its law and its bound; without data."
@@ -101,7 +101,7 @@ def _table(title: str, caption: str, rows: list[Row]) -> Table:
 
 
 def alarms(curves: Mapping[str, Curves], runs: dict[str, TaskStatus]) -> Table:
-    """Signatures of failure that ever fired, with when and how strongly."""
+    """Return a table of the signatures of failure that ever fired, with time and level."""
     from hpc_c2g.reporting.page import Table
 
     rows: list[list[Cell]] = []
@@ -121,7 +121,7 @@ def alarms(curves: Mapping[str, Curves], runs: dict[str, TaskStatus]) -> Table:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     with user_errors("report"):
         overrides = as_overrides(sys.argv[1:], ReportConfig, ["study_dir"])
     run_verb("report", ReportConfig, report, overrides=overrides)

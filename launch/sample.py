@@ -14,15 +14,15 @@ from launch._compose.cli import run_verb
 
 @dataclass
 class SampleConfig:
-    """What to draw.
+    """Samples to draw.
 
     Attributes:
-        run_dir: of the generator.
-        count: number of samples, cycling through the classes.
-        out: a .png (grid) or .npz (samples, labels, classes).
-        seed: other seeds, other samples.
-        drawing: ``multipliers`` in proportion to the samples' multipliers, ``supported`` evenly among those that carry some, ``plain``
-            evenly among all.
+        run_dir: Run directory of the generator.
+        count: Number of samples, cycling through the classes.
+        out: File to write: a .png (grid) or .npz (samples, labels, classes).
+        seed: Seed of the samples.
+        drawing: Distribution of the samples: ``multipliers`` in proportion to their multipliers, ``supported`` evenly among those that
+            carry some, ``plain`` evenly among all.
     """
 
     run_dir: str = "???"
@@ -37,11 +37,11 @@ class SampleConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "give a seed from 0 to 2^63 - 1")
         check_drawing(self.drawing)
         if Path(self.out).suffix not in (".png", ".npz") and self.out != "???":
-            raise UserError(f"out={self.out} has no known ending", "end it with .png or .npz")
+            raise UserError(f"out={self.out} has an unknown extension", "end it with .png or .npz")
 
 
 def sample(config: SampleConfig) -> None:
-    """Draw and write."""
+    """Draw the samples and write the file."""
     import numpy as np  # torch takes seconds to import: after the settings are checked
 
     from hpc_c2g.monitoring.images import drawable, grid, save_png, zoom_for
@@ -58,13 +58,13 @@ def sample(config: SampleConfig) -> None:
         save_png(grid(samples, len(generator.classes)), out, zoom_for(samples.shape[-1]))
     else:
         raise UserError(
-            f"out={out}: samples of shape {list(generator.input_shape)} are no images", "write an .npz instead"
+            f"out={out}: samples of shape {list(generator.input_shape)} are not images", "write an .npz instead"
         )
     print(f"written: {out} ({config.count} samples of {len(generator.classes)} classes)")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("sample", SampleConfig, sample)
 
 

@@ -135,7 +135,7 @@ def run_study(
     job_list = f" ({', '.join(jobs)})" if jobs else ""
     done, active = sum(s.state == "done" for s in statuses), sum(s.state in ACTIVE for s in statuses)
     print(
-        f"study: {folder}: {len(missing)} tasks submitted as {len(jobs)} jobs{job_list}, {active} there already, {done} done"
+        f"study: {folder}: {len(missing)} tasks submitted as {len(jobs)} jobs{job_list}, {active} already active, {done} done"
     )
     print(f"next: c2g status {config_path(folder)}; when all is done: c2g collect {config_path(folder)}")
 

@@ -11,7 +11,7 @@ from launch._compose.cli import run_verb
 
 
 def train(config: TrainConfig) -> None:
-    """Train or resume, and print where the results are."""
+    """Train or resume, and print the location of the results."""
     from hpc_c2g.distributed.environment import detect  # torch takes seconds to import: after the settings are checked
     from hpc_c2g.training.loop import train as train_generator
 
@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the verb."""
     run_verb("train", TrainConfig, train, {"generator": GENERATORS})
 
 

@@ -131,7 +131,7 @@ def failed_write(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(os, "fsync", refuse)
         checkpoints.publish_later(2, state(2))
         time.sleep(0.01)
-        while not checkpoints._under_way.done():
+        while not checkpoints._pending.done():
             time.sleep(0.01)
 
 

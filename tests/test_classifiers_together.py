@@ -222,7 +222,7 @@ def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
     baseline = load_run(next((tmp_path / "run" / "baselines").glob("classification_only-classifier1-*"))).config
     seen = (baseline.classifier, baseline.solutions, baseline.global_batch)
     assert seen == (names[1], 1, 7)  # two fifths of 36, halved
-    with pytest.raises(UserError, match="each is judged on the data that its record names"):
+    with pytest.raises(UserError, match="each is evaluated on the data that its record names"):
         evaluate(replace(settings, data=DataConfig()))
 
 

@@ -345,7 +345,7 @@ def test_a_signal_has_an_exit_code_of_its_own_in_every_verb_that_trains(c2g, pla
     }[verb]
     got, _, err = c2g(*arguments)
     assert got == code
-    assert err.splitlines()[-1] == f"c2g {verb}: {number}: saved after step 1; run the same command to go on"
+    assert err.splitlines()[-1] == f"c2g {verb}: {number}: saved after step 1; run the same command to resume"
 
 
 def test_an_interrupt_without_a_checkpoint_is_one_line(c2g, monkeypatch):
@@ -372,7 +372,7 @@ def test_a_real_process_saves_at_a_signal(places, tmp_path):
             process.kill()
     assert process.returncode == 75
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert message.splitlines()[-1] == f"c2g train: SIGTERM: saved after step {step}; run the same command to go on"
+    assert message.splitlines()[-1] == f"c2g train: SIGTERM: saved after step {step}; run the same command to resume"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     assert "Traceback" not in message
 

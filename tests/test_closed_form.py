@@ -322,7 +322,7 @@ def test_a_run_tells_which_way_it_goes() -> None:
 
     assert way(MLP(SHAPE, CLASSES, width=7)) == "closed form, products in float32"
     assert way(MLP(SHAPE, CLASSES, width=7), matmul_precision="bfloat16") == "closed form, products in bfloat16"
-    assert way(MLP(SHAPE, CLASSES, width=7), kkt_backend="autograd") == "autograd (as asked for)"
+    assert way(MLP(SHAPE, CLASSES, width=7), kkt_backend="autograd") == "autograd (as configured)"
     assert way(OTHERS["convolutions"]()) == "autograd"
     normed = MLP(SHAPE, CLASSES, width=7, batch_norm=True)
     assert way(normed) == "autograd"

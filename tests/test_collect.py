@@ -438,5 +438,5 @@ def test_board_tells_what_it_cannot_show(tmp_path, study):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert f"port={port} cannot be had" in c2g("board", study, f"port={port}", code=2)
-    assert "port=70000 is no port" in c2g("board", study, "port=70000", code=2)
+        assert f"port={port} cannot be opened" in c2g("board", study, f"port={port}", code=2)
+    assert "port=70000 is not a port" in c2g("board", study, "port=70000", code=2)

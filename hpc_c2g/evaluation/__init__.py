@@ -1,1 +1,1 @@
-"""Judging samples against real data, after and apart from training."""
+"""Evaluation of generated samples against real data, after and apart from training."""

@@ -14,10 +14,10 @@ from hpc_c2g.data.dataset import Dataset, flat_rows
 from hpc_c2g.evaluation.oracle import Oracle, svc_oracle
 
 TRANSFER_SAMPLES = 1000
-"""Number of samples that the SVC of ``transfer_accuracy`` is fitted to at most."""
+"""Largest number of samples that the SVC of ``transfer_accuracy`` is fitted to."""
 
 PAIR_SAMPLES = 500
-"""Number of samples of a class that form the pairs of ``diversity`` at most: 124 750 pairs."""
+"""Largest number of samples of a class whose pairs enter ``diversity``: 124 750 pairs."""
 
 CANDIDATES = 5
 """Number of nearest images that are kept: the SSIM of all pairs would cost far more."""
@@ -28,15 +28,15 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Comparison:
-    """Generated samples and what the metrics compare them with; distances are computed once, when a metric needs them.
+    """Generated samples and the real data that they are compared with; distances are computed once, when a metric needs them.
 
     Attributes:
         generated: Generated samples ``[N, *S]`` in raw units on the host, with the labels that they were generated as.
         train: Data that the classifier was fitted to.
-        oracle: Independent classifier that ``oracle_accuracy`` asks.
+        oracle: Independent classifier that ``oracle_accuracy`` uses.
         test_half: Held-out data that the SVC of ``transfer_accuracy`` is tested on.
         real: Held-out data that distances are compared with.
-        seed: Seed of the random choices where there are too many samples.
+        seed: Seed of the random choices if there are too many samples.
     """
 
     generated: Dataset
@@ -76,9 +76,9 @@ class Comparison:
 
 
 def within_class_median(data: Dataset, seed: int) -> float | None:
-    """Median distance over all pairs of one class, pooled over the classes; None where there is no pair.
+    """Median distance over all pairs of one class, pooled over the classes; None if there is no pair.
 
-    Of a class with more than ``PAIR_SAMPLES`` samples a random choice of so many is used.
+    For a class with more than ``PAIR_SAMPLES`` samples, a random choice of ``PAIR_SAMPLES`` is used.
     """
     pairs = []
     for c in range(len(data.classes)):
@@ -101,20 +101,20 @@ def agreement(oracle: Oracle, data: Dataset) -> float:
 
 
 def nearest(queries: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """The distance ``[n]`` to the nearest reference, and the indices ``[n, count]`` of the nearest ones, nearest first.
+    """Distance ``[n]`` to the nearest reference, and indices ``[n, count]`` of the nearest ones, nearest first.
 
     Args:
-        queries: ``[n, d]`` float64.
-        references: ``[m, d]`` float64.
-        count: how many indices (m if there are fewer).
+        queries: Points ``[n, d]`` in float64.
+        references: Points ``[m, d]`` in float64.
+        count: Number of indices; m if there are fewer references.
     """
     count = min(count, len(references))
     indices = torch.empty(len(queries), count, dtype=torch.int64)
     squares = references.square().sum(dim=1)
     for rows in blocks(len(queries)):
-        # Without the query's own square, which does not change the order.
+        # The query's own square is left out, because it does not change the order.
         indices[rows] = (squares - 2 * queries[rows] @ references.T).topk(count, largest=False).indices
-    # Anew from the difference: the expanded square would not be 0 for equal points.
+    # Recomputed from the difference: the expanded square would not be 0 for equal points.
     chunks = [(queries[rows] - references[indices[rows, 0]]).norm(dim=1) for rows in blocks(len(queries))]
     return torch.cat(chunks), indices
 
@@ -126,7 +126,7 @@ def blocks(count: int, size: int | None = None) -> list[slice]:
 
 
 def first_per_class(data: Dataset, most: int) -> Dataset:
-    """The first samples of every class, equally many, ``most`` in all."""
+    """First samples of every class, the same number of each, ``most`` in total."""
     shares = even_shares(most, len(data.classes))
     return data.subset(torch.cat([(data.labels == c).nonzero()[:share, 0] for c, share in enumerate(shares)]))
 
@@ -137,5 +137,5 @@ def median(values: Tensor) -> float:
 
 
 def ratio(value: float | None, real: float | None) -> float | None:
-    """``value`` over ``real``; None where one of them is missing or ``real`` is 0."""
+    """``value`` over ``real``; None if one of them is missing or ``real`` is 0."""
     return value / real if value is not None and real else None

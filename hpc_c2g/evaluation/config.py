@@ -11,17 +11,17 @@ from hpc_c2g.generators.config import check_drawing
 
 @dataclass
 class EvaluateConfig:
-    """What to judge.
+    """Settings of an evaluation.
 
     Attributes:
-        run_dir: of the generator.
-        data: the classifier's own data; None takes what its record names.
-        count: samples to judge.
-        drawing: how samples are drawn, ``multipliers``, ``supported`` or ``plain`` (``TrainedGenerator.sample``).
-        seed: of the samples and of the split of held-out data.
-        baselines: train and judge the baselines too (kept in ``run_dir/baselines``).
-        classification_steps: steps of the baseline generator without stationarity, at most the run's own.
-        free_steps: steps of the free images.
+        run_dir: Run directory of the generator.
+        data: Data set of the classifier; None takes the one that its record names.
+        count: Number of samples to evaluate.
+        drawing: Distribution of the samples: ``multipliers``, ``supported`` or ``plain`` (``TrainedGenerator.sample``).
+        seed: Seed of the samples and of the split of held-out data.
+        baselines: Also train and evaluate the baselines (kept in ``run_dir/baselines``).
+        classification_steps: Steps of the baseline generator without stationarity, at most the run's own.
+        free_steps: Steps of the free images.
     """
 
     run_dir: str = "???"

@@ -1,4 +1,4 @@
-"""Judge a trained generator against real data, beside its baselines. Apart from training and after it: this module *uses real data*."""
+"""Evaluation of a trained generator against real data, beside its baselines, after training: this module *uses real data*."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from hpc_c2g.training.step.bundles import class_counts
 from hpc_c2g.training.step.sharding import batch_shares
 
 PAIRS = 40
-"""Training images in the side-by-side picture."""
+"""Number of training images in the side-by-side picture."""
 
 
 def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Judge the run and write ``evaluation.json``, ``nearest.png`` and a TensorBoard run of its own into it.
+    """Evaluate the run and write ``evaluation.json``, ``nearest.png`` and a separate TensorBoard run into its folder.
 
-    Of a run with several classifiers each one's samples are judged against its own data (``evaluation.json`` has them under
-    ``classifiers``); returns one result per classifier.
+    If a run has several classifiers, the samples of each are compared with the data of that classifier (``classifiers`` in
+    ``evaluation.json``). Returns one result per classifier.
 
     Raises:
-        UserError: no run, no data, or data that do not fit the classifier.
+        UserError: There is no run, no data, or the data do not fit the classifier.
     """
     run_dir = Path(config.run_dir)
     run = load_run(run_dir)
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text
     if several and config.data is not None:
         raise UserError(
             f"data={config.data.name} is given for {len(folders)} classifiers",
-            "leave it out: each is judged on the data that its record names",
+            "leave it out: each is evaluated on the data that its record names",
         )
     results: list[dict[str, Any]] = []
     scalars: dict[str, float] = {}
@@ -76,13 +76,13 @@ def evaluate(config: EvaluateConfig, log_fn: Callable[[str], None] = lambda text
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """One number per metric that applies, by name."""
+    """Return one number by name for each metric that applies."""
     found = numbers(row)
     return {metric.name: found[metric.name] for metric in METRICS if metric.name in found}
 
 
 def _as_markdown(result: Mapping[str, Any]) -> str:
-    """The generator and its baselines, a line each."""
+    """Return a markdown table with the generator and its baselines, one row each."""
     names = list(_figures(result))
     rows = {"generator": result, **result["baselines"]}
     cells = [
@@ -94,13 +94,13 @@ def _as_markdown(result: Mapping[str, Any]) -> str:
 def _evaluate(
     config: EvaluateConfig, run: Run, k: int, suffix: str, log_fn: Callable[[str], None]
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """(figures, a picture of training images beside their nearest samples) of one classifier."""
+    """Return (figures, a picture of training images beside their nearest samples) of one classifier."""
     folder, generator = run.config.classifiers[k], run.generator.only(k)
     data = fitted_data(folder, config.data)
     split = load_split(data)
     _check_fit(generator, split, data)
     oracle = split_oracle(split, config.seed)
-    log_fn(f"judging the generator{f' as that of {folder}' if suffix else ''}")
+    log_fn(f"evaluating the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed, config.drawing)
     result: dict[str, Any] = {
         "uses_real_data": True,
@@ -118,7 +118,7 @@ def _evaluate(
 def _landscape(
     config: EvaluateConfig, folder: str, split: Split, samples: Tensor, labels: Tensor, suffix: str
 ) -> dict[str, Any]:
-    """Draw the plane, and tell how near generated points come to the training points that carry multipliers."""
+    """Draw the plane, and log the distances of generated points to the training points that carry multipliers."""
     bundle = load_bundle(folder)
     found = support(bundle, split.train, samples, labels)
     drawn = picture(bundle, split.train, samples, labels, found.carries)
@@ -134,12 +134,12 @@ def _landscape(
 def _baselines(
     config: EvaluateConfig, run: Run, k: int, suffix: str, split: Split, oracle: Oracle, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The same figures for real images, noise, a generator without stationarity and the peers' free images, of one classifier.
+    """Return the metrics of real images, noise, a generator without stationarity and free images, for one classifier.
 
-    Each baseline is one solution.
+    Each baseline is a single solution.
     """
     settings = replace(run.config, distributed=DistributedConfig())  # in this one process
-    first = k * settings.solutions  # of the classifier's members
+    first = k * settings.solutions  # index of the classifier's first member
     if len(settings.members) > 1:
         batch = batch_shares(settings, class_counts(run.generator.members))[first]
         own = settings.classifiers[k]
@@ -148,14 +148,14 @@ def _baselines(
         settings = replace(settings, classifier=own, solutions=1, shares=[], global_batch=batch, micro_batch=limit)
     folder = Path(config.run_dir) / "baselines"
 
-    def judged(samples: Tensor, labels: Tensor) -> dict[str, Any]:
+    def metrics_of(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         return judge(samples, labels, split, config.seed, oracle)
 
     log_fn("baseline: held-out real images and noise")
     shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)
     baselines = {
         "real": real_baseline(split, config.seed, oracle),
-        "noise": judged(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
+        "noise": metrics_of(*noise_samples(config.count, shape, split.train.value_range, classes, config.seed)),
     }
     log_fn("baseline: a generator trained on classification alone")
     without = replace(
@@ -168,7 +168,7 @@ def _baselines(
         ),  # without multipliers alpha cannot be learned
     )
     train(without)
-    baselines["classification_only"] = judged(
+    baselines["classification_only"] = metrics_of(
         *load_run(without.run_dir).generator.sample(config.count, config.seed, "plain")
     )
     log_fn("baseline: free images, the reconstruction peers' method")
@@ -184,10 +184,10 @@ def _baselines(
     )
     train(free)
     images = load_run(free.run_dir).generator
-    baselines["free_images"] = judged(*images.sample(count, config.seed, "plain"))
+    baselines["free_images"] = metrics_of(*images.sample(count, config.seed, "plain"))
     drawn = {"multipliers": "free_images_by_multipliers", "supported": "free_images_supported"}.get(config.drawing)
     if drawn:
-        baselines[drawn] = judged(*images.sample(config.count, config.seed, config.drawing))
+        baselines[drawn] = metrics_of(*images.sample(config.count, config.seed, config.drawing))
     return baselines
 
 
@@ -206,7 +206,7 @@ def _check_fit(generator: TrainedGenerator, split: Split, data: DataConfig) -> N
 
 
 def side_by_side(samples: Tensor, train: Tensor) -> Tensor:
-    """A picture ``[channels, H, W]``: each training image with its nearest sample below it, the best pairs first."""
+    """Return a picture ``[channels, H, W]``: training images, each with its nearest sample below it, the best pairs first."""
     nearest = samples[nearest_pairs(samples, train)]
     order = (nearest - train).flatten(1).norm(dim=1).argsort()[:PAIRS]
     columns = min(20, len(order))

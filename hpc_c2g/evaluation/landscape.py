@@ -1,7 +1,7 @@
-"""Points of the plane: training data, decision landscape and generated samples in one picture. *Uses real data.*
+"""Training data, decision landscape and generated samples of a classifier of points in the plane. *Uses real data.*
 
-At a KKT point the samples that carry multipliers lie on the margin; the generator knows of the data what these say. So generated points
-should lie near the *support samples*, those with a multiplier in the certificate, and need not lie near the others.
+At a KKT point the samples that carry multipliers lie on the margin, and the classifier depends on no others. So generated points should
+lie near the *support samples*, those with a multiplier in the certificate, and need not lie near the others.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from hpc_c2g.data.dataset import Dataset
 from hpc_c2g.fitting.certificate import certify
 
 GRID = 300
-"""Points of the landscape per side."""
+"""Number of grid points of the landscape per side."""
 CARRIES = 1e-6
-"""Of the largest multiplier of the certificate: a sample with less is no support sample."""
+"""Smallest multiplier of a support sample, as a share of the certificate's largest one."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Which training samples carry multipliers, and how near generated ones come to them.
+    """Training samples that carry multipliers, and distances of generated samples to them.
 
     Attributes:
-        carries: ``[n]``.
-        to_support: median distance of a generated sample to the nearest support sample of its class.
-        to_others: the same to the nearest training sample of its class that carries nothing; nan where all carry.
+        carries: True for each training sample that carries a multiplier, ``[n]``.
+        to_support: Median distance of a generated sample to the nearest support sample of its class.
+        to_others: Median distance of a generated sample to the nearest other training sample of its class; nan if there is none.
     """
 
     carries: Tensor
@@ -40,13 +40,13 @@ class Support:
 
 
 def support(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor) -> Support:
-    """Support samples of the classifier's certificate, and the distances of generated samples to them.
+    """Return the support samples of the classifier's certificate, and the distances of generated samples to them.
 
     Args:
-        bundle: the classifier.
-        train: what it was fitted to.
-        samples: raw generated samples ``[m, *S]``.
-        labels: ``[m]``.
+        bundle: Bundle of the classifier.
+        train: Data that the classifier was fitted to.
+        samples: Generated samples ``[m, *S]`` in raw units.
+        labels: Labels ``[m]`` of the generated samples.
     """
     x = bundle.normalization.normalize(train.samples.double())
     found = certify(bundle, x, train.labels, find_rates(bundle.model).parameters)
@@ -64,7 +64,7 @@ def support(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor) -> 
 
 
 def picture(bundle: Bundle, train: Dataset, samples: Tensor, labels: Tensor, carries: Tensor) -> bytes:
-    """A PNG: the classes' regions shaded by the margin, training points (ringed where they carry multipliers), generated points."""
+    """Return a PNG: classes' regions shaded by the margin, training points (ringed if they carry multipliers), generated points."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

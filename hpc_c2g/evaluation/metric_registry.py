@@ -18,7 +18,7 @@ Every metric *uses real data*. All samples are in raw units (pixels in 0..1); di
 | ``marginal_distance`` | rows: Kolmogorov-Smirnov distance of a column to that of the training rows, mean over columns | by chance | 0 |
 | ``correlation_distance`` | rows: difference of two columns' correlation from that in the training rows, mean over pairs | by chance | 0 |
 
-The chance level of coverage, reached by N samples that are as good as real and know nothing of the training images, is
+The chance level of coverage, reached by N samples that are as good as real and independent of the training images, is
 N / (N + number of held-out images).
 """
 
@@ -66,8 +66,8 @@ class Metric(Measure):
     """A measure of generated samples that ``c2g evaluate`` computes.
 
     Attributes:
-        function: The metric of a ``Comparison``: a float, a dictionary of the statistics, or None where it does not apply.
-        statistics: Keys of that dictionary; the first one stands for the metric where there is room for one number.
+        function: The metric of a ``Comparison``: a float, a dictionary of the statistics, or None if it does not apply.
+        statistics: Keys of that dictionary; the first one represents the metric in figures and texts with one number.
     """
 
     function: Callable[[Comparison], Any]
@@ -79,7 +79,7 @@ class Metric(Measure):
         return (self.name, *(f"{self.name}_{statistic}" for statistic in self.statistics[1:]))
 
     def numbers(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The metric's numbers in a row of evaluation.json, by column; empty where it does not apply."""
+        """The metric's numbers in a row of evaluation.json, by column; empty if it does not apply."""
         value = row.get(self.name)
         values = [value.get(statistic) for statistic in self.statistics] if isinstance(value, dict) else [value]
         found = zip(self.columns, values, strict=False)

@@ -1,7 +1,7 @@
-"""Independent classifiers that tell whether a sample shows what it was generated as. They *use real data*, the held-out part alone.
+"""Independent classifiers that check whether a sample shows its class. They *use real data*, only the held-out part.
 
-Images of ``SMALLEST_SIDE`` pixels and more are read by a small convolutional net, everything else by a support vector machine, which reads
-0.98 of scikit-learn's digits but not of MNIST (0.965 from 5000 of them; the net 0.989).
+Images of ``SMALLEST_SIDE`` pixels or more are classified by a small convolutional network, everything else by a support vector machine.
+Its accuracy is 0.98 on scikit-learn's digits, but only 0.965 on MNIST from 5000 images, where the network's is 0.989.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch.nn import functional as F
 from hpc_c2g.data.dataset import Dataset, flat_rows
 
 Oracle = Callable[[Tensor], Tensor]
-"""Samples ``[N, *S]`` to labels ``[N]``."""
+"""Function from samples ``[N, *S]`` to labels ``[N]``."""
 
 SMALLEST_SIDE = 24
 
 POINTS = 5000
-"""Enough for either kind; the cost of an SVC grows with their square."""
+"""Largest number of samples that an oracle is fitted to; the cost of an SVC grows with its square."""
 
 STEPS, BATCH, RATE = 600, 100, 3e-3
 
 SHIFT = 2
-"""Pixels by which the net's images are moved at random, for each is seen often."""
+"""Largest shift in pixels of the network's training images, which are seen many times."""
 
 
 def oracle_of(data: Dataset, seed: int) -> Oracle:
-    """Fitted to ``data``, or to a random ``POINTS`` of it, drawn by ``seed``.
+    """Return an oracle fitted to ``data``, or to a random choice of ``POINTS`` samples.
 
     Args:
-        data: real samples in raw units, of one class or more.
-        seed: of the choice, and of the net.
+        data: Real samples in raw units, of at least one class.
+        seed: Seed of the choice and of the network.
     """
     if len(data) > POINTS:
         chosen = np.sort(np.random.default_rng([seed, 2]).permutation(len(data))[:POINTS])
@@ -47,7 +47,7 @@ def oracle_of(data: Dataset, seed: int) -> Oracle:
 
 
 def svc_oracle(data: Dataset) -> Oracle:
-    """A support vector machine: Gaussian kernel of scikit-learn's default width, C = 10."""
+    """Return a support vector machine with a Gaussian kernel of scikit-learn's default width and C = 10."""
     labels = data.labels.numpy()
     if len(np.unique(labels)) == 1:
         return lambda samples: torch.full((len(samples),), int(labels[0]))
@@ -56,11 +56,11 @@ def svc_oracle(data: Dataset) -> Oracle:
 
 
 def net_oracle(data: Dataset, seed: int) -> Oracle:
-    """Two convolutions and two linear layers, ``STEPS`` of Adam over images moved by up to ``SHIFT`` pixels; depends on data and seed.
+    """Return a small convolutional network, fitted by ``STEPS`` steps of Adam to images that are shifted by up to ``SHIFT`` pixels.
 
     Args:
-        data: two images or more.
-        seed: of weights, order and shifts.
+        data: At least two images.
+        seed: Seed of weights, order and shifts. The result depends on ``data`` and ``seed`` only.
     """
     low, high = data.value_range
     images = (data.samples.float() - low) / (high - low)
@@ -84,13 +84,13 @@ def net_oracle(data: Dataset, seed: int) -> Oracle:
 
 
 def _batches(count: int) -> Iterator[Tensor]:
-    """Indices of one batch after the other, in a new order whenever all were seen; without a last one of one, as a BatchNorm needs two."""
+    """Yield the indices of one batch after the other, in a new order per epoch; drops a last batch of one, as a BatchNorm needs two."""
     while True:
         yield from (batch for batch in torch.split(torch.randperm(count), BATCH) if len(batch) > 1)
 
 
 def moved(images: Tensor) -> Tensor:
-    """Each of ``[n, C, H, W]`` by -SHIFT..SHIFT pixels along both axes, its edge repeated; torch's global generator."""
+    """Shift each image of ``[n, C, H, W]`` by -SHIFT..SHIFT pixels along both axes, repeating its edge; uses torch's global generator."""
     count, _, height, width = images.shape
     wide = F.pad(images, (SHIFT,) * 4, mode="replicate")
     down, right = torch.randint(2 * SHIFT + 1, (2, count))

@@ -9,18 +9,18 @@ from torch import Tensor
 from hpc_c2g.evaluation.comparison import blocks
 
 SSIM_QUERIES = 1000
-"""Number of images that are compared by SSIM at most; of more, a random choice."""
+"""Largest number of images that are compared by SSIM; of more, a random choice."""
 
 BEST = 10
 
 SSIM_PIXELS = 2**17
-"""Pixels that enter one call of SSIM: more fall out of the processor's cache, and take three times as long."""
+"""Pixels per call of SSIM: more would not fit into the processor's cache, and take three times as long."""
 
 
 def ssim(
     queries: Tensor, references: Tensor, candidates: Tensor, value_range: tuple[float, float], seed: int
 ) -> dict[str, float] | None:
-    """SSIM of every query to the most similar of its candidates: mean over all, and over the best ten; or None.
+    """Return the SSIM of queries to their most similar candidates: mean over all, and over the best ten; None unless they are images.
 
     The candidates are the 5 nearest in Euclidean distance, as the SSIM of all pairs would cost far more; over all
     pairs the mean came out higher by 0.0004 for digits, 0.001 for MNIST, 0.02 for CelebA.
@@ -28,11 +28,11 @@ def ssim(
     1/16 of the shorter side for smaller ones: 0.5 (5x5) for 8x8 images, where the usual one would blur the whole image.
 
     Args:
-        queries: ``[n, C, H, W]``; anything but images gives None.
-        references: ``[m, C, H, W]``.
-        candidates: ``[n, k]`` indices into references.
-        value_range: smallest and largest raw value; what lies outside is clipped.
-        seed: which queries are compared if there are more than ``SSIM_QUERIES``.
+        queries: Images ``[n, C, H, W]``; anything else gives None.
+        references: Images ``[m, C, H, W]``.
+        candidates: Indices into ``references``, ``[n, k]``.
+        value_range: Smallest and largest raw value; values outside are clipped.
+        seed: Seed of the choice of queries if there are more than ``SSIM_QUERIES``.
     """
     if queries.ndim != 4:
         return None

@@ -1,4 +1,4 @@
-"""How alike two tables of measurements are, column by column and in pairs of columns (samples ``[N, d]``)."""
+"""Similarity of two tables of measurements, column by column and in pairs of columns (samples ``[N, d]``)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Table = NDArray[np.float64]
 
 
 def marginal_distance(samples: Tensor, train: Tensor) -> float | None:
-    """Kolmogorov-Smirnov distance of a column's two distributions, 0 to 1, mean over columns; None of anything but rows.
+    """Return the Kolmogorov-Smirnov distance of a column's two distributions, 0 to 1, mean over columns; None unless they are rows.
 
     Args:
-        samples: ``[N, d]``.
-        train: ``[n, d]``.
+        samples: Generated rows ``[N, d]``.
+        train: Training rows ``[n, d]``.
     """
     if samples.ndim != 2:
         return None
@@ -25,9 +25,9 @@ def marginal_distance(samples: Tensor, train: Tensor) -> float | None:
 
 
 def correlation_distance(samples: Tensor, train: Tensor) -> float | None:
-    """Difference of two columns' correlation, 0 to 2, mean over the pairs; None of anything but rows of two columns and more.
+    """Return the difference of two columns' correlation, 0 to 2, mean over pairs; None unless they are rows of at least two columns.
 
-    A column that does not vary is correlated with nothing.
+    A column that does not vary has correlation 0 with every other one.
     """
     if samples.ndim != 2 or samples.shape[1] < 2:
         return None

@@ -30,7 +30,8 @@ def total_variation(x: Tensor, global_batch: int) -> Tensor:
 def statistics_distance(moments: Sequence[Moments]) -> Tensor:
     """Mean over layers and channels of ((mean - running mean)^2 + (s - running s)^2) / (running s)^2, s = sqrt(variance + eps).
 
-    What a BatchNorm keeps of its training data (Yin et al. 2020, DeepInversion). Of the whole batch already: no sum over samples.
+    Distance of a batch from the statistics that a BatchNorm keeps of its training data (Yin et al. 2020, DeepInversion). The moments are
+    those of the whole batch already, so that nothing is summed over samples.
     """
     layers = []
     for m in moments:
@@ -40,15 +41,15 @@ def statistics_distance(moments: Sequence[Moments]) -> Tensor:
 
 
 def standard_distance(moments: Tensor, mean_weight: float, deviation_weight: float) -> Tensor:
-    """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: how far a batch is from standardized inputs.
+    """w_m sum_d (E x_d)^2 / sum_d E x_d^2 + w_s mean_d (sqrt(E x_d^2) - 1)^2: the distance of a batch from standardized inputs.
 
-    A classifier that subtracts its training mean has E x = 0 over what it was trained on, one that divides by the deviation E x_d^2 = 1:
-    this follows from its normalization, without data. The second fixes the scale of samples, which a large box leaves open.
+    A classifier that subtracts its training mean has E x = 0 over its training data, one that divides by the deviation E x_d^2 = 1:
+    this follows from its normalization, without data. The second condition fixes the scale of samples, which a large box leaves open.
 
     Args:
-        moments: E x and E x^2 over the whole batch, ``[2, *S]``.
-        mean_weight: w_m.
-        deviation_weight: w_s.
+        moments: Moments E x and E x^2 over the whole batch, ``[2, *S]``.
+        mean_weight: Weight w_m of the mean.
+        deviation_weight: Weight w_s of the deviation.
     """
     mean, second = moments
     deviation = second.clamp_min(1e-12).sqrt()
@@ -63,14 +64,14 @@ def standard_share(
     """A micro-batch's share of ``standard_distance``, with the exact slope of its own samples.
 
     Args:
-        x: ``[b, *S]``.
-        moments: E x and E x^2 over the whole batch, ``[2, *S]``.
-        mean_weight: w_m.
-        deviation_weight: w_s.
-        global_batch: B.
+        x: Samples ``[b, *S]``.
+        moments: Moments E x and E x^2 over the whole batch, ``[2, *S]``.
+        mean_weight: Weight w_m of the mean.
+        deviation_weight: Weight w_s of the deviation.
+        global_batch: Number of samples B of the whole batch.
 
     Raises:
-        ValueError: no moments were given.
+        ValueError: ``moments`` is None.
     """
     if moments is None:
         raise ValueError("the distance from standardized inputs needs the moments of the whole batch")
@@ -80,13 +81,13 @@ def standard_share(
 
 
 def share_of(distance: Callable[[Tensor], Tensor], total: Tensor, part: Tensor, share: float) -> Tensor:
-    """A function of a sum over the whole batch as one micro-batch's term: its share of the value, with the exact slope of its own part.
+    """A micro-batch's term of a function of a sum over the whole batch: its share of the value, with the exact slope of its own part.
 
     Args:
-        distance: of the sum.
-        total: over all micro-batches and ranks, without a graph.
-        part: this micro-batch's own part of the sum, with its graph.
-        share: of the value that it counts.
+        distance: Function of the sum.
+        total: Sum over all micro-batches and ranks, without a graph.
+        part: Part of this micro-batch in the sum, with its graph.
+        share: Share of the value that the micro-batch counts.
     """
     leaf = total.detach().requires_grad_()
     with torch.enable_grad():

@@ -1,1 +1,1 @@
-"""Watching runs: metrics.jsonl, TensorBoard, progress, image grids."""
+"""Monitoring of runs: metrics.jsonl, TensorBoard, progress, image grids."""

@@ -36,7 +36,7 @@ class LogConfig:
 
 @dataclass
 class AlarmConfig:
-    """What to do when a signature of failure fires (hpc_c2g/monitoring/signatures.py).
+    """Reaction to a signature of failure that fires (hpc_c2g/monitoring/signatures.py).
 
     Attributes:
         policy: ``continue`` and log it; ``stop`` after a checkpoint; ``lower_lr`` halves all learning rates each time that a signature

@@ -1,11 +1,11 @@
-"""Description of a run's curves: on which chart of TensorBoard each one is, and what a study makes of it."""
+"""Description of a run's curves: the TensorBoard chart of each one, and its use in a study's figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MEMBER = r"((classifier|solution)\d+/)*"
-"""Pattern of the prefix of a classifier's or a solution's curves; empty where there is only one."""
+"""Pattern of the prefix of a classifier's or a solution's curves; empty if there is only one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An evaluation in TensorBoard: a run of its own, because it *uses real data* and the training beside it must not."""
+"""An evaluation in TensorBoard: a separate run, because it *uses real data* and the training beside it must not."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from hpc_c2g.files import writing
 from hpc_c2g.monitoring.run_log import add_scalars
 
 FOLDER = "evaluation"
-"""Below the run's folder."""
+"""Folder of the evaluation's TensorBoard run, in the run directory."""
 
 
 def log_evaluation(
     run_dir: Path, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> None:
-    """Replace what an earlier evaluation of the run said.
+    """Replace the TensorBoard run of an earlier evaluation.
 
     Args:
-        run_dir: the run.
-        step: that the generator had reached.
-        scalars: by name.
-        pictures: ``[channels, H, W]`` in 0..1 by name; of real images beside generated ones.
-        texts: in markdown, by name.
+        run_dir: Run directory.
+        step: Step of the evaluated checkpoint.
+        scalars: Scalars by name.
+        pictures: Pictures ``[channels, H, W]`` in 0..1 of real images beside generated ones, by name.
+        texts: Markdown texts by name.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: It cannot be written.
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from hpc_c2g.files import write_atomically
 
 SIDE = 2048
-"""Pixels of a picture that is logged or kept: what a page shows and a browser bears."""
+"""Largest side, in pixels, of a picture that is logged or kept, so that a browser can show a page of them."""
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
-    """Whether samples of ``shape`` are gray or color images."""
+    """Return True if samples of ``shape`` are gray or color images."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def bounded(images: Tensor, columns: int) -> tuple[Tensor, int]:
-    """As many rows and columns of a grid, from its first on, as a picture of ``SIDE`` pixels holds; larger images are thinned."""
+    """Return as many rows and columns of a grid, from its first on, as a picture of ``SIDE`` pixels holds; larger images are thinned."""
     h, w = images.shape[-2:]
     coarse = max(1, -(-max(h, w) // SIDE))
     images = images[..., ::coarse, ::coarse]
@@ -31,7 +31,7 @@ def bounded(images: Tensor, columns: int) -> tuple[Tensor, int]:
 
 
 def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
-    """One picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on gray."""
+    """Return one picture ``[channels, H, W]`` of ``images`` ``[n, channels, h, w]`` in 0..1, row by row, on gray."""
     n, channels, h, w = images.shape
     rows = -(-n // columns)
     cells = torch.full((rows * columns, channels, h + padding, w + padding), 0.5)
@@ -52,5 +52,5 @@ def save_png(picture: Tensor, path: Path, zoom: int = 1) -> None:
 
 
 def zoom_for(side: int) -> int:
-    """Whole zoom that shows an image of ``side`` pixels at about 40."""
+    """Return the integer zoom that shows an image of ``side`` pixels at about 40 pixels."""
     return max(1, 40 // side)

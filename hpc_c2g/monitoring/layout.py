@@ -83,7 +83,7 @@ def layout(prefixes: Sequence[str], losses: Sequence[str]) -> Layout:
 
 
 def _bands(curve: Curve, prefixes: Sequence[str]) -> dict[str, list[Any]]:
-    """Charts of a median in its bands, one set per member and, of several members, one of their means."""
+    """Return charts of a median in its bands, one set per member and, for several members, one of their means."""
     return {
         f"{prefix}{curve.chart}: median in {low} to {high} %": [
             "Margin",

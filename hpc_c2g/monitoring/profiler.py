@@ -78,7 +78,7 @@ class StepProfiler:
         """Start the trace before its first step, stop and write it after its last one.
 
         Args:
-            step: The step that comes next, counted from 1.
+            step: Number of the next step, counted from 1.
         """
         if step not in self.steps:
             self._stop()

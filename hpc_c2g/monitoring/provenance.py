@@ -1,4 +1,4 @@
-"""What made a run: versions, the code's revision, the machine; of the environment only what is on a list."""
+"""Provenance of a run: versions, the code's revision, the machine, and the environment variables of a fixed list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("hpc_c2g", "torch", "deepspeed", "hydra-core", "submitit", "tensorbo
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what the toolkit builds on."""
+    """Return the versions of Python and of the toolkit's dependencies."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit of the checkout that the code runs from, and whether it was changed; of an installed package there is none."""
+    """Return the commit of the checkout that the code runs from, with a note on local changes; an installed package has none."""
     root = Path(hpc_c2g.__file__).parent.parent
     if not (root / ".git").exists():
         return "installed package, no checkout"
@@ -42,12 +42,12 @@ def _git(root: Path, *words: str) -> str:
 
 
 def machine() -> str:
-    """Host and processor."""
+    """Return the host, the processor architecture and the operating system."""
     return f"{socket.gethostname()}, {platform.machine()}, {platform.system()} {platform.release()}"
 
 
 def as_table(values: Mapping[str, object], head: tuple[str, str] = ("what", "value")) -> str:
-    """A markdown table of two columns."""
+    """Return a markdown table of two columns."""
     cells = [head, ("---", "---"), *((name, str(value)) for name, value in values.items())]
     return "\n".join(f"| {name} | {_cell(value)} |" for name, value in cells)
 

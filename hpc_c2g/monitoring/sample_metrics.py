@@ -18,24 +18,24 @@ from hpc_c2g.monitoring.curves import Curve
 Array = NDArray[Any]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BAND = (0.5, 2.0)
-"""Scaled margins within a factor 2 of 1, where a KKT point has those of all samples that carry multipliers."""
+"""Range of scaled margins within a factor 2 of 1, which every sample with multipliers has at a KKT point."""
 CARRIES = 0.05
-"""Share of the mean multiplier below which a sample carries nothing."""
+"""Share of the mean multiplier below which a sample counts as one without multipliers."""
 EDGE = 0.01
-"""Share of the box: values that near to its lower or upper end are saturated."""
+"""Share of the box at its lower and upper end within which values count as saturated."""
 SAMPLED = 10_007
-"""Number of values that quantiles are computed from at most: a prime."""
+"""Largest number of values that quantiles are computed from: a prime."""
 
 
 def diversity(x: Array, labels: Array) -> float:
-    """sqrt(tr W / tr T): spread within the classes over the whole spread; 0: one image per class, 1: the label does not matter.
+    """Return sqrt(tr W / tr T), the spread within classes over the total spread; 0: one image per class, 1: the label does not matter.
 
     W = sum_c sum_{i in c} |x_i - m_c|^2 / sum_c (n_c - 1), T = sum_i |x_i - m|^2 / (n - 1): unbiased, so that it does not depend on
-    the batch. Where nothing differs it is 0.
+    the batch. It is 0 if nothing differs.
 
     Args:
-        x: ``[n, *S]``.
-        labels: ``[n]``.
+        x: Samples ``[n, *S]``.
+        labels: Labels ``[n]``.
     """
     flat, n = x.reshape(len(x), -1), len(x)
     flat = flat - flat.mean(0)
@@ -51,13 +51,13 @@ def diversity(x: Array, labels: Array) -> float:
 
 
 def roughness(x: Array) -> float:
-    """Share of energy at high frequencies against white noise: sum of squared differences of neighbors over 2 x their variance.
+    """Return the share of energy at high frequencies against white noise: sum of squared neighbor differences over 2 x their variance.
 
     von Neumann's ratio (Ann. Math. Statist. 12, 1941) in the plane: 1 - the correlation of neighboring pixels, 0 for smooth images, 1
     for noise, 2 for a checkerboard; 0 where images are flat.
 
     Args:
-        x: ``[n, channels, H, W]``.
+        x: Images ``[n, channels, H, W]``.
     """
     x = x - x.mean((-2, -1), keepdims=True)
     down, across = x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
@@ -68,32 +68,32 @@ def roughness(x: Array) -> float:
 
 
 def saturation(x: Array) -> float:
-    """Share of the values at an end of the box or beyond; ``x`` in 0..1 within the box."""
+    """Return the share of values at an end of the box or beyond; ``x`` is in 0..1 within the box."""
     return float((np.abs(x - 0.5) > 0.5 - EDGE).mean())
 
 
 def unsupported(margins: Array, multipliers: Array) -> float:
-    """Share of samples that satisfy nothing: off the margin band, or without multipliers.
+    """Return the share of samples off the margin band or without multipliers, which satisfy no condition.
 
     Args:
-        margins: scaled, e^a min_j m_ij, ``[B]``.
-        multipliers: of each sample, sum_j mu_ij in units of their mean at a KKT point, ``[B]``.
+        margins: Scaled margins e^a min_j m_ij, ``[B]``.
+        multipliers: Sum of each sample's multipliers, sum_j mu_ij, in units of their mean at a KKT point, ``[B]``.
     """
     off = (margins < BAND[0]) | (margins > BAND[1])
     return float((off | (multipliers < CARRIES * multipliers.mean())).mean())
 
 
 def class_mass(multipliers: Array, labels: Array, classes: int) -> Array:
-    """C x each class's part of sum mu / S, ``[C]``: all 1 where a KKT point shares its multipliers evenly, 0 where a class gets none."""
+    """Return C x each class's part of sum mu / S, ``[C]``: all 1 if the classes share the multipliers evenly, 0 for a class with none."""
     return np.bincount(labels, multipliers, classes) * classes / len(multipliers)
 
 
 def quantiles(name: str, values: Array) -> dict[str, float]:
-    """``name/q05`` to ``name/q95``, of an even sample where there are many values."""
+    """Return ``name/q05`` to ``name/q95``; of many values, from an evenly spaced sample."""
     sample = values.reshape(-1)
     if (
         n := len(sample)
-    ) > SAMPLED:  # a step that shares no factor with the number of classes, by whose turns samples come
+    ) > SAMPLED:  # the step shares no factor with the number of classes, because samples cycle through them
         sample = sample[np.arange(SAMPLED) * n // SAMPLED]
     ordered = np.sort(sample)
     points = np.interp(np.array(QUANTILES) * (len(ordered) - 1), np.arange(len(ordered)), ordered)

@@ -1,4 +1,4 @@
-"""Signatures of failing runs, read off their logged scalars alone: no data, no images, the same verdict whenever it is asked."""
+"""Signatures of failing runs, computed from their logged scalars alone: no data, no images, always the same verdict."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 from hpc_c2g.monitoring.curves import MEMBER
 
 Line = Mapping[str, float]
-"""The scalars of one logged step, as in metrics.jsonl."""
+"""Scalars of one logged step, as in metrics.jsonl."""
 
 WINDOW = 10
-"""Logged steps that a verdict looks at: one bad batch is no signature."""
+"""Number of logged steps that a verdict depends on: one bad batch is no signature."""
 GRACE = 0.2
-"""Share of the steps in which samples may be anything: the gates are wide and alpha is on its way."""
+"""Share of the steps, from the first on, without verdicts: the gates are wide and alpha has not settled."""
 UTMOST = 1000.0
-"""Levels beyond are all alike."""
+"""Largest level; higher ones are clipped."""
 
 JUDGED = re.compile(rf"stationarity|gradient/generator|{MEMBER}(diversity|unsupported|roughness|saturation|class_mass)")
 
 
 @dataclass(frozen=True)
 class Signature:
-    """One way to fail.
+    """One kind of failure.
 
     Attributes:
-        name: of the signature.
-        measure: its scalar, of the lines of a window, the newest last; NaN where they do not have what it needs.
-        threshold: where it fires.
-        above: whether it fires above or below the threshold.
-        reason: for the threshold.
-        advice: what to do, in a line.
+        name: Name of the signature.
+        measure: Function from the lines of a window, the newest last, to the signature's scalar; NaN if they lack its inputs.
+        threshold: Value at which the signature fires.
+        above: True if it fires above the threshold, False if below.
+        reason: Explanation of the threshold.
+        advice: Fix, in one line.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Signature:
     advice: str
 
     def level(self, lines: Sequence[Line]) -> float:
-        """How near the lines are to the threshold: 1 is there, more is beyond, at most ``UTMOST``; NaN unknown."""
+        """Return the measure relative to the threshold: it fires at 1 and more; at most ``UTMOST``, NaN if unknown."""
         value = self.measure(lines)
         if math.isnan(value):
             return value
@@ -53,12 +53,12 @@ class Signature:
 
 
 def judged(line: Line) -> dict[str, float]:
-    """What the signatures look at."""
+    """Return the scalars that the signatures depend on."""
     return {name: value for name, value in line.items() if JUDGED.fullmatch(name)}
 
 
 def _worst(name: str, worst: Callable[[list[float]], float]) -> Callable[[Sequence[Line]], float]:
-    """Median over the window of the worst classifier's scalar ``name``."""
+    """Return the measure: the median over the window of the worst classifier's scalar ``name``."""
     pattern = re.compile(rf"{MEMBER}{re.escape(name)}")
 
     def measure(lines: Sequence[Line]) -> float:
@@ -69,7 +69,7 @@ def _worst(name: str, worst: Callable[[list[float]], float]) -> Callable[[Sequen
 
 
 def _growth(lines: Sequence[Line]) -> float:
-    """Largest value of the window's newer half over the median of its older half, of the residual or of the gradient's norm."""
+    """Return the largest value of the window's newer half over the median of its older half, of the residual or of the gradient's norm."""
     half, found = len(lines) // 2, []
     for name in ("stationarity", "gradient/generator"):
         values = [line[name] for line in lines if name in line]
@@ -119,18 +119,18 @@ SIGNATURES = (
         0.05,
         above=False,
         reason="a class gets less than a twentieth of its even share of the multipliers: the sum leaves it out",
-        advice="lower optimizer.lr_multipliers, look at that class's margins in the certificate, or raise its classifier's part of shares",
+        advice="lower optimizer.lr_multipliers, check that class's margins in the certificate, or raise its classifier's part of shares",
     ),
 )
 BY_NAME = {s.name: s for s in SIGNATURES}
 
 
 def firing(line: Line) -> tuple[str, ...]:
-    """Names of the signatures that fired at a logged step."""
+    """Return the names of the signatures that fired at a logged step."""
     return tuple(s.name for s in SIGNATURES if line.get(f"alarm/{s.name}"))
 
 
 def levels(lines: Sequence[Line]) -> dict[str, float]:
-    """Each signature's level over the newest lines; those that cannot be told are left out."""
+    """Return each signature's level over the newest lines; signatures with unknown levels are left out."""
     found = {s.name: s.level(lines[-WINDOW:]) for s in SIGNATURES}
     return {name: level for name, level in found.items() if not math.isnan(level)}

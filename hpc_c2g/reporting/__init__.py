@@ -1,1 +1,1 @@
-"""What a study came to: its curves, tables, pictures and figures, for TensorBoard and as a page to send."""
+"""Reports of a study: curves, tables, pictures and figures, for TensorBoard and as a page to send."""

@@ -21,7 +21,7 @@ from hpc_c2g.reporting.drawing import (
     short,
     ticks,
 )
-from hpc_c2g.reporting.laws import MEASURES, Law, Row, half_width, number, there, value
+from hpc_c2g.reporting.laws import MEASURES, Law, Row, finite_rows, half_width, number, value
 from hpc_c2g.reporting.quality_figures import INTERVALS, LINES, PAPER, against, bars, legend_label
 
 if TYPE_CHECKING:
@@ -32,27 +32,27 @@ NO_PREDICTION = "No prediction is drawn: `c2g plan ... out=DIR/plan.json` makes 
 
 
 def batch_law(groups: Sequence[Row]) -> list[Figure]:
-    """The residual against the global batch with r(B) = r_inf + c / B beside it, and the coverage that goes with it."""
+    """Return the figure of the residual against the global batch with the law r(B) = r_inf + c / B, and of the coverage."""
     if "global_batch" not in laws.swept(groups) or not laws.numeric(groups, "global_batch"):
         return []
     field, residual = "global_batch", MEASURES["stationarity"]
     fitted: dict[str, tuple[list[Row], Law]] = {}
     for label, part in laws.lines(groups, field).items():
-        rows = [r for r in there(part, residual.name) if value(r, residual.name) > 0 and value(r, field) > 0]
+        rows = [r for r in finite_rows(part, residual.name) if value(r, residual.name) > 0 and value(r, field) > 0]
         if len(rows) >= 3:
             law = laws.inverse_law([value(r, field) for r in rows], [value(r, residual.name) for r in rows])
             fitted[label] = rows, law
     if not fitted:
         return []
     shown = dict(list(fitted.items())[:LINES])
-    told = [f"The relative KKT residual against the global batch B with the law r(B) = r_inf + c / B. {INTERVALS}"]
+    sentences = [f"The relative KKT residual against the global batch B with the law r(B) = r_inf + c / B. {INTERVALS}"]
     for label, (_, law) in shown.items():
-        told.append(
+        sentences.append(
             f"{f'{label}: ' if label else ''}r_inf = {number(law.limit)}, c = {number(law.slope)}, largest relative"
             f" deviation {100 * law.deviation:.0f} % at B={number(law.where)}."
         )
     if len(fitted) > len(shown):
-        told.append(f"The first {len(shown)} of {len(fitted)} lines are drawn.")
+        sentences.append(f"The first {len(shown)} of {len(fitted)} lines are drawn.")
 
     names = {
         label: f"{f'{short(label, 34)}: ' if label else 'law: '}{number(law.limit)} + {number(law.slope)} / B"
@@ -72,7 +72,7 @@ def batch_law(groups: Sequence[Row]) -> list[Figure]:
         axes.set_xlabel(PAPER[field])
 
     panels = [Panel(residual.title, f"{residual.source} · lines: r_inf + c / B", paint)]
-    covered = {label: there(rows, "coverage") for label, (rows, _) in shown.items()}
+    covered = {label: finite_rows(rows, "coverage") for label, (rows, _) in shown.items()}
     if any(covered.values()):
         coverage = MEASURES["coverage"]
         panels.append(
@@ -83,39 +83,39 @@ def batch_law(groups: Sequence[Row]) -> list[Figure]:
             )
         )
         places = [(f"B={r[field]}{f' ({k})' if k else ''}", r) for k, rows in covered.items() for r in rows]
-        told.append(laws.extremes(coverage, places) + ".")
-    return [figure("batch_law", "Residual against the global batch: r_inf + c / B", " ".join(told), panels, 3.2)]
+        sentences.append(laws.extremes(coverage, places) + ".")
+    return [figure("batch_law", "Residual against the global batch: r_inf + c / B", " ".join(sentences), panels, 3.2)]
 
 
 def sampling(rows: Sequence[Row]) -> list[Figure]:
-    """The error of the KKT sum G(B) against the batch, a panel per classifier: every scheme's, and law, quantile and bound of one.
+    """Return the figure of the error of the KKT sum G(B) against the batch: a panel per classifier, a line per scheme.
 
-    All are norms, not squared, in that of the loss, where the left side has 1 (``training/sampling_error.py``):
+    All values are norms, not squared, in the norm of the loss, where the left side has 1 (``training/sampling_error.py``):
 
     - ``error`` sqrt(E||G(B) - G||^2) over the batches drawn, whose square is what a batch adds to the residual;
-    - ``predicted`` the same of independent samples, sqrt(trace of the covariance / B), and what unequal shares of the classes add;
+    - ``predicted`` the error of independent samples, sqrt(trace of the covariance / B), plus the term of unequal shares of the classes;
     - ``quantile`` the 95 % quantile of the measured ||G(B) - G||;
     - ``bound`` Bernstein's radius, which ||G(B) - G|| of independent samples exceeds with a probability of 5 % at most.
 
     Rows are those of ``results.bound_groups``: means over runs.
     """
-    kept = there(rows, "error")
+    kept = finite_rows(rows, "error")
     if not kept:
         return []
     classifiers = list(dict.fromkeys(row["classifier"] for row in kept))
     schemes = list(dict.fromkeys(str(row["scheme"]) for row in kept))
     several = len(classifiers) > 1
-    told = [
+    sentences = [
         "Root-mean-square error of the KKT sum over a batch of B samples, in units of the norm of the left side (not squared; its"
         " square adds to the residual), on two logarithmic axes."
     ]
     panels = []
     for k in classifiers:
         parts = {s: _scheme(kept, k, s) for s in schemes}
-        told += [_sampled(f"classifier {k}, {s}" if several else s, part) for s, part in parts.items() if part]
+        sentences += [_sampled(f"classifier {k}, {s}" if several else s, part) for s, part in parts.items() if part]
         title = f"classifier {k}" if several else "error of G(B)"
         panels.append(Panel(title, "norm of the left side = 1 · no data", _errors(parts)))
-    return [figure("sampling", "Error of the KKT sum against the batch size", " ".join(told), panels, 3.4)]
+    return [figure("sampling", "Error of the KKT sum against the batch size", " ".join(sentences), panels, 3.4)]
 
 
 def _scheme(rows: Sequence[Row], classifier: Any, scheme: str) -> list[Row]:
@@ -124,23 +124,25 @@ def _scheme(rows: Sequence[Row], classifier: Any, scheme: str) -> list[Row]:
 
 
 def _sampled(name: str, rows: Sequence[Row]) -> str:
-    """What a scheme's errors are, in a sentence or three."""
+    """Describe the errors of a scheme in up to three sentences."""
     best, worst = min(rows, key=lambda r: value(r, "error")), max(rows, key=lambda r: value(r, "error"))
-    told = [
+    sentences = [
         f"{name}: largest {number(worst['error'])} at B={worst['batch']}, smallest {number(best['error'])} at B={best['batch']}"
     ]
     seen = [r for r in rows if value(r, "error") > 0]
     if len({r["batch"] for r in seen}) > 1:
-        told.append(f", slope {laws.exponent([r['batch'] for r in seen], [r['error'] for r in seen]):.2f}")
+        sentences.append(f", slope {laws.exponent([r['batch'] for r in seen], [r['error'] for r in seen]):.2f}")
     ratios = [value(r, "error") / value(r, "predicted") for r in rows if value(r, "predicted") > 0]
     if ratios:
-        told.append(f", {number(min(ratios))} to {number(max(ratios))} times the 1/sqrt(B) law of independent samples")
+        sentences.append(
+            f", {number(min(ratios))} to {number(max(ratios))} times the 1/sqrt(B) law of independent samples"
+        )
     over = [r["batch"] for r in rows if value(r, "quantile") > value(r, "bound")]
-    if there(rows, "quantile") and there(rows, "bound"):
-        told.append(f"; 95 % quantile {f'above the bound at B={over}' if over else 'below the bound throughout'}")
+    if finite_rows(rows, "quantile") and finite_rows(rows, "bound"):
+        sentences.append(f"; 95 % quantile {f'above the bound at B={over}' if over else 'below the bound throughout'}")
     if len(seen) < len(rows):
-        told.append(f"; {len(rows) - len(seen)} too small to be measured, not drawn")
-    return "".join(told) + "."
+        sentences.append(f"; {len(rows) - len(seen)} too small to be measured, not drawn")
+    return "".join(sentences) + "."
 
 
 def _errors(parts: Mapping[str, list[Row]]) -> Callable[[Axes], None]:
@@ -153,7 +155,7 @@ def _errors(parts: Mapping[str, list[Row]]) -> Callable[[Axes], None]:
             ("quantile", DASHES[2], "95 % quantile, measured"),
             ("predicted", "-", "1/√B law"),
         ):
-            rows = [r for r in there(parts[yardstick], name) if value(r, name) > 0]
+            rows = [r for r in finite_rows(parts[yardstick], name) if value(r, name) > 0]
             label = f"{text} ({yardstick})"
             axes.plot([r["batch"] for r in rows], [r[name] for r in rows], color=INK, linestyle=line, label=label)
         for k, (scheme, rows) in enumerate(parts.items()):
@@ -170,44 +172,44 @@ def _errors(parts: Mapping[str, list[Row]]) -> Callable[[Axes], None]:
 
 
 def efficiency(groups: Sequence[Row], prediction: Mapping[int, float] | None = None) -> list[Figure]:
-    """Samples per second and efficiency against nodes: measured, ideal, and as planned.
+    """Return the figure of samples per second and efficiency against nodes: measured, ideal, and as planned.
 
     Efficiency is speed per node over that of the fewest nodes; its interval is that of a quotient of independent means, to first order.
 
     Args:
-        groups: with a swept field ``nodes``.
-        prediction: nodes -> samples per second.
+        groups: Rows of groups with a swept field ``nodes``.
+        prediction: Predicted samples per second, by number of nodes.
     """
     if "nodes" not in laws.swept(groups) or not laws.numeric(groups, "nodes"):
         return []
     parts = {}
     for label, part in laws.lines(groups, "nodes").items():
-        rows = [r for r in there(part, SPEED) if value(r, SPEED) > 0 and value(r, "nodes") > 0]
+        rows = [r for r in finite_rows(part, SPEED) if value(r, SPEED) > 0 and value(r, "nodes") > 0]
         if len(rows) > 1:
             parts[label] = rows
     if not parts:
         return []
-    told = [
+    sentences = [
         f"Samples per second and efficiency (speed per node over that of the fewest nodes) against nodes. {INTERVALS}"
     ]
     for label, rows in parts.items():
         gained = [
             f"{number(value(r, 'nodes'))}: {laws.with_interval(r, SPEED)} ({100 * e:.0f} %)" for r, e in _gains(rows)
         ]
-        told.append(f"{f'{label}, n' if label else 'N'}odes: samples per second (efficiency) {', '.join(gained)}.")
+        sentences.append(f"{f'{label}, n' if label else 'N'}odes: samples per second (efficiency) {', '.join(gained)}.")
     if len(parts) > LINES:
-        told.append(f"{len(parts) - LINES} of {len(parts)} lines are drawn faintly.")
+        sentences.append(f"{len(parts) - LINES} of {len(parts)} lines are drawn faintly.")
     planned: list[Row] = [{"nodes": n, SPEED: s} for n, s in sorted((prediction or {}).items()) if n > 0 and s > 0]
     if planned:
         foreseen = [f"{r['nodes']}: {number(r[SPEED])} ({100 * e:.0f} %)" for r, e in _gains(planned)]
-        told.append(f"Predicted by the plan: {', '.join(foreseen)}.")
+        sentences.append(f"Predicted by the plan: {', '.join(foreseen)}.")
     else:
-        told.append(NO_PREDICTION)
+        sentences.append(NO_PREDICTION)
     panels = [
         Panel("samples per second", "measured · higher is better", _speeds(parts, planned)),
         Panel("efficiency", "speed per node, over the fewest nodes'", _efficiencies(parts, planned)),
     ]
-    return [figure("efficiency", "Speed against nodes", " ".join(told), panels, 3.0)]
+    return [figure("efficiency", "Speed against nodes", " ".join(sentences), panels, 3.0)]
 
 
 def _gains(rows: Sequence[Row]) -> list[tuple[Row, float]]:

@@ -1,4 +1,4 @@
-"""Numbers and words behind a study's figures: the lines of a sweep, intervals of means, fitted laws, who is best and worst."""
+"""Numbers and texts behind a study's figures: the lines of a sweep, intervals of means, fitted laws, best and worst rows."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Law:
     """r(B) = limit + slope / B.
 
     Attributes:
-        limit: r_inf >= 0.
-        slope: c >= 0.
-        deviation: the largest |r / r(B) - 1| of the values it was fitted to.
-        where: the B of it.
+        limit: Residual r_inf >= 0 of an infinite batch.
+        slope: Coefficient c >= 0 of 1 / B.
+        deviation: Largest |r / r(B) - 1| of the values that the law was fitted to.
+        where: Batch size B of the largest deviation.
     """
 
     limit: float
@@ -49,18 +49,18 @@ class Law:
     where: float
 
     def __call__(self, batch: Any) -> Any:
-        """r(B), of a number or an array."""
+        """Return r(B) for a number or an array."""
         return self.limit + self.slope / batch
 
 
 def inverse_law(batches: Sequence[float], residuals: Sequence[float]) -> Law:
-    """The law by non-negative least squares of the relative deviations sum_i ((r_inf + c / B_i) / r_i - 1)^2.
+    """Fit the law by non-negative least squares of the relative deviations sum_i ((r_inf + c / B_i) / r_i - 1)^2.
 
-    Relative ones, because residuals that a figure shows on a logarithmic axis span decades.
+    The deviations are relative because residuals that a figure shows on a logarithmic axis span decades.
 
     Args:
-        batches: B > 0, two different ones at least.
-        residuals: r > 0.
+        batches: Batch sizes B > 0, at least two different ones.
+        residuals: Residuals r > 0.
     """
     B, r = np.asarray(batches, float), np.asarray(residuals, float)
     unit = B.min()  # both columns of one size, whatever B is counted in
@@ -73,23 +73,23 @@ def inverse_law(batches: Sequence[float], residuals: Sequence[float]) -> Law:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of log y against log x; two different x at least, all positive."""
+    """Return the least-squares slope of log y against log x; at least two different x, all positive."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def value(row: Row, name: str) -> float:
-    """A measure as a number, NaN where there is none."""
+    """Return a measure as a number, NaN if the row lacks it."""
     found = row.get(name)
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
 
 
-def there(rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows where a measure is a finite number."""
+def finite_rows(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return the rows in which a measure is a finite number."""
     return [row for row in rows if math.isfinite(value(row, name))]
 
 
 def half_width(row: Row, name: str) -> float:
-    """t s / sqrt(k) of Student's 95 % confidence interval of the mean over k runs; NaN with one run or no deviation."""
+    """Return t s / sqrt(k), half of Student's 95 % confidence interval of the mean over k runs; NaN with one run or no deviation."""
     deviation, runs = value(row, f"{name}_sd"), value(row, "runs")
     if not (math.isfinite(deviation) and runs > 1):
         return math.nan
@@ -97,18 +97,18 @@ def half_width(row: Row, name: str) -> float:
 
 
 def swept(groups: Sequence[Row]) -> list[str]:
-    """Fields that differ between groups, in the order met."""
+    """Return the fields that differ between groups, in the order in which they occur."""
     fields = dict.fromkeys(k for row in groups for k in row if k not in NO_FIELDS)
     return [f for f in fields if len({str(row[f]) for row in groups if f in row}) > 1]
 
 
 def numeric(groups: Sequence[Row], field: str) -> bool:
-    """Whether every value of a field is a finite number."""
+    """Return True if every value of a field is a finite number."""
     return all(math.isfinite(value(row, field)) for row in groups if field in row)
 
 
 def companions(groups: Sequence[Row], field: str) -> list[str]:
-    """Other swept fields that have one value only at every value of ``field``: they tell no lines apart."""
+    """Return the other swept fields that have only one value at every value of ``field``: they distinguish no lines."""
     found = []
     for other in (f for f in swept(groups) if f != field):
         pairs = {(str(row[field]), str(row.get(other))) for row in groups if field in row}
@@ -118,7 +118,7 @@ def companions(groups: Sequence[Row], field: str) -> list[str]:
 
 
 def lines(groups: Sequence[Row], field: str) -> dict[str, list[Row]]:
-    """The rows that have ``field``, a list per combination of the other swept fields, numbers in rising order."""
+    """Return the rows that have ``field``, a list per combination of the other swept fields, numbers in rising order."""
     rows = [row for row in groups if field in row]
     others = [f for f in swept(rows) if f != field and f not in companions(rows, field)]
     found: dict[str, list[Row]] = {}
@@ -134,25 +134,25 @@ def _setting(field: str, found: Any, alone: bool) -> str:
 
 
 def number(found: float) -> str:
-    """Three digits, and no exponent where a reader needs none."""
+    """Return a number with three digits, without an exponent where possible."""
     if float(found).is_integer() and abs(found) < 1e7:
         return str(int(found))
     return f"{found:.0f}" if 1000 <= abs(found) < 1e7 else f"{found:.3g}"
 
 
 def with_interval(row: Row, name: str) -> str:
-    """Value ± half the 95 % interval."""
+    """Return value ± half the 95 % interval."""
     half = half_width(row, name)
     return number(value(row, name)) + (f" ± {number(float(f'{half:.2g}'))}" if math.isfinite(half) else "")
 
 
 def plain(text: Any) -> str:
-    """On one line, without what no page or picture can show."""
+    """Return a text in one line, without characters that cannot be printed."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def extremes(measure: Measure, rows: Sequence[tuple[str, Row]]) -> str:
-    """The best and the worst of rows with their places, as a sentence."""
+    """Return the best and the worst of rows with their places, as a sentence."""
     ranked = [(place, row) for place, row in rows if math.isfinite(value(row, measure.name))]
     keys = {"high": lambda v: -v, "low": lambda v: v, "one": lambda v: abs(v - 1)}
     ranked.sort(key=lambda pair: keys[measure.better](value(pair[1], measure.name)))
@@ -166,13 +166,13 @@ def extremes(measure: Measure, rows: Sequence[tuple[str, Row]]) -> str:
 
 
 def trend(name: str, field: str, parts: Sequence[Sequence[Row]]) -> str:
-    """What a measure does along the lines of a sweep, in words: a change that its intervals could hide is none."""
+    """Describe the change of a measure along the lines of a sweep; changes within its confidence intervals count as none."""
     counts: dict[str, int] = {}
     last = ""
-    if len({value(row, name) for part in parts for row in there(part, name)}) < 2:
+    if len({value(row, name) for part in parts for row in finite_rows(part, name)}) < 2:
         return ""
     for part in parts:
-        rows = there(part, name)
+        rows = finite_rows(part, name)
         if len(rows) < 2:
             continue
         first, end = rows[0], rows[-1]
@@ -189,5 +189,5 @@ def trend(name: str, field: str, parts: Sequence[Sequence[Row]]) -> str:
     if sum(counts.values()) == 1:
         return f"It {next(iter(counts))}, {last}."
     total = sum(counts.values())
-    told = ", ".join(f"{word} in {n}" for word, n in counts.items())
-    return f"With {field}, of {total} lines it {told}."
+    directions = ", ".join(f"{word} in {n}" for word, n in counts.items())
+    return f"With {field}, of {total} lines it {directions}."

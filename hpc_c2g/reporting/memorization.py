@@ -1,7 +1,7 @@
-"""Which training samples come back: those that the classifier's conditions rest on. *Uses real data*, apart from training and after it.
+"""Recovery of training samples by their multipliers. *Uses real data*, apart from training and after it.
 
-A training sample enters the KKT sum by its multipliers alone. One whose share of them is below what the classifier is off a KKT point by
-leaves no trace that can be told from that, so what a generator covers, and what a classifier gives away, is read against the shares.
+A training sample enters the KKT sum by its multipliers alone. If its share of them is below the classifier's own distance from a KKT
+point, it leaves no distinguishable trace. So coverage, and the privacy of a classifier's data, is reported by multiplier share.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 
 PARTS = 5
 Part = dict[str, float]
-"""``multipliers``: the part's share of all of them; ``coverage``: the share of its samples that are covered."""
+"""Part of the training samples. ``multipliers``: the part's share of all of them; ``coverage``: the covered share of its samples."""
 
 
 def by_multiplier(nearness: Sequence[float | None], shares: Sequence[float]) -> list[Part] | None:
-    """Fifths of the training samples by their share of the multipliers, the least first; None where the two do not belong together.
+    """Return fifths of the training samples by their share of the multipliers, the smallest first; None if the inputs do not match.
 
-    Samples with the same share (many have none) count with their common coverage, in whichever part they come to lie.
+    Samples with the same share (many have none) count with their common coverage, in any part.
 
     Args:
-        nearness: of each training sample, see ``metrics.nearness``.
-        shares: of each training sample, sum_j mu_ij over the sum of all.
+        nearness: Ratio of distances of each training sample, see ``metrics.nearness``.
+        shares: Share of the multipliers of each training sample, sum_j mu_ij over the sum of all.
     """
     if len(nearness) != len(shares) or len(shares) < PARTS or not math.fsum(shares) > 0:
         return None
@@ -41,12 +41,12 @@ def by_multiplier(nearness: Sequence[float | None], shares: Sequence[float]) -> 
 
 
 def mean_parts(runs: Iterable[Sequence[Part]]) -> list[Part]:
-    """The mean over runs, part by part."""
+    """Return the mean over runs, part by part."""
     return [{key: mean(part[key] for part in parts) for key in parts[0]} for parts in zip(*runs, strict=True)]
 
 
 def rows(parts: Sequence[Part]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of their table."""
+    """Return head and rows of a table of the parts."""
     head = ["training samples, by multiplier", "least fifth", *(str(i) for i in range(2, len(parts))), "most"]
     return head, [
         ["share of all multipliers", *(f"{part['multipliers']:.3f}" for part in parts)],
@@ -55,9 +55,9 @@ def rows(parts: Sequence[Part]) -> tuple[list[str], list[list[str]]]:
 
 
 def shares_in(folder: Path) -> list[float] | None:
-    """What each training sample carries of all multipliers, by the best certificate in a bundle's folder.
+    """Return each training sample's share of all multipliers, by the best certificate in a bundle's folder.
 
-    None without a certificate, from one of an earlier version, and from a damaged one.
+    None without a certificate, with one of an earlier version, or with a damaged one.
     """
     try:
         forms = json.loads((folder / "certificate.json").read_text())

@@ -14,17 +14,17 @@ from hpc_c2g.reporting.page import Picture
 from hpc_c2g.reporting.results import Row
 
 SIDE = 480
-"""Pixels of one run's picture at most."""
+"""Largest side, in pixels, of one run's picture."""
 GAP = 12
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Runs of a group that stand for it.
+    """Best, median and worst run of a group.
 
     Attributes:
-        by: the metric that ranks them.
-        runs: best, median, worst: (what it is, its row); fewer where there are fewer.
+        by: Name of the metric that ranks the runs.
+        runs: (rank, row) of the best, median and worst run; fewer if there are fewer runs.
     """
 
     by: str
@@ -32,7 +32,7 @@ class Ranked:
 
 
 def ranked(rows: Sequence[Row]) -> Ranked:
-    """Best, median and worst run by coverage (which uses real data), or where runs lack it by the residual."""
+    """Return the best, median and worst run by coverage (which uses real data), or by the residual if runs lack it."""
     by = "coverage" if all(_number(row, "coverage") for row in rows) else "stationarity"
     able = [row for row in rows if _number(row, by)]
     able.sort(key=lambda row: float(row[by]), reverse=by == "coverage")
@@ -49,14 +49,14 @@ def _number(row: Row, name: str) -> bool:
 
 
 def mosaic(label: str, chosen: Ranked, folders: dict[str, Path]) -> Picture | None:
-    """The samples of the chosen runs in one picture; None where none of them has any.
+    """Return the samples of the chosen runs in one picture; None if none of them has any.
 
     Args:
-        label: of the group.
-        chosen: its runs.
-        folders: of the runs by id.
+        label: Label of the group.
+        chosen: Chosen runs of the group.
+        folders: Folder of each run, by id.
     """
-    pictures, told = [], []
+    pictures, captions = [], []
     for what, row in chosen.runs:
         try:
             with Image.open(folders[row["id"]] / "samples.png") as file:
@@ -65,7 +65,7 @@ def mosaic(label: str, chosen: Ranked, folders: dict[str, Path]) -> Picture | No
             continue
         image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
         pictures.append(image)
-        told.append(f"{what} run {row['id']}, {chosen.by} {row[chosen.by]:.3g}")
+        captions.append(f"{what} run {row['id']}, {chosen.by} {row[chosen.by]:.3g}")
     if not pictures:
         return None
     width = sum(image.width for image in pictures) + GAP * (len(pictures) - 1)
@@ -76,5 +76,5 @@ def mosaic(label: str, chosen: Ranked, folders: dict[str, Path]) -> Picture | No
         left += image.width + GAP
     buffer = io.BytesIO()
     whole.save(buffer, "PNG")
-    order = "; ".join(told)
+    order = "; ".join(captions)
     return Picture(label, f"Generated samples, a column per class, from left to right: {order}.", buffer.getvalue())

@@ -1,4 +1,4 @@
-"""A study's report as one HTML file that needs nothing else: no network, no second file. Every value is escaped."""
+"""A study's report as one self-contained HTML file: no network, no second file. Every value is escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_c2g.reporting.drawing import Figure
 TEMPLATE = "page.html.j2"
 Key = str | float | None
 Cell = str | int | float | None | tuple[str, Key]
-"""What is shown, or a pair of that and what is sorted by."""
+"""Value of a table's cell, or a pair of the value that is shown and the value that is sorted by."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Table:
     """A table that a reader can sort.
 
     Attributes:
-        title: its heading.
-        caption: what the rows are, and what of it uses real data.
-        columns: names.
-        rows: as many cells each; the first names the row.
-        numeric: which columns are numbers, set to the right and sorted as such; empty where none is.
+        title: Heading of the table.
+        caption: Description of the rows, and of what uses real data.
+        columns: Names of the columns.
+        rows: Cells of each row, one per column; the first names the row.
+        numeric: True for each column of numbers, which is aligned to the right and sorted as numbers; empty if there are none.
     """
 
     title: str
@@ -46,9 +46,9 @@ class Picture:
     """A mosaic of samples.
 
     Attributes:
-        title: what it is.
-        alt: what is to be seen.
-        png: as small as the caller wants the page to be.
+        title: Heading of the picture.
+        alt: Text alternative of the picture.
+        png: PNG file, already as small as the page should be.
     """
 
     title: str
@@ -58,12 +58,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to repeat one run.
+    """Commands that repeat one run.
 
     Attributes:
-        run: its id.
-        label: its point in the grid.
-        commands: lines of a shell.
+        run: Id of the run.
+        label: Point of the run in the grid.
+        commands: Lines of a shell script.
     """
 
     run: str
@@ -73,20 +73,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that the report tells; what is empty is left out.
+    """Content of the report; empty parts are left out.
 
     Attributes:
-        title: the study's name.
-        about: one line.
-        generated: when, from what.
-        states: stage -> state -> how many tasks.
-        notes: warnings, such as runs that were left out and why.
-        tables: of results.
-        figures: drawn ones.
-        mosaics: pictures of samples.
-        alarms: what went wrong while training.
-        recipes: how to repeat each run.
-        versions: package or machine -> version.
+        title: Name of the study.
+        about: Description in one line.
+        generated: Time and source of the report.
+        states: Number of tasks, by stage and state.
+        notes: Warnings, such as runs that were left out and the reason.
+        tables: Tables of results.
+        figures: Drawn figures.
+        mosaics: Pictures of samples.
+        alarms: Table of the signatures of failure that fired in training.
+        recipes: Commands that repeat each run.
+        versions: Versions by package, and the machine.
     """
 
     title: str
@@ -103,7 +103,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The whole page; the same content gives the same text."""
+    """Return the whole page; the same content gives the same text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -115,11 +115,13 @@ def render(page: Page) -> str:
     )
     environment.filters |= {"text": _text, "key": _key, "uri": _uri}
     html = environment.get_template(TEMPLATE).render(page=page, states=_states(page.states), contents=_contents(page))
-    return html.encode("utf-8", "replace").decode()  # half a surrogate pair, from a file's name, say, is no text
+    return html.encode(
+        "utf-8", "replace"
+    ).decode()  # half a surrogate pair, such as from a file's name, cannot be encoded
 
 
 def _states(states: Mapping[str, Mapping[str, int]]) -> Table | None:
-    """A row per stage, a column per state that any has, and their sum."""
+    """Return a table with a row per stage, a column per state that occurs, and the sum."""
     if not states:
         return None
     columns = list(dict.fromkeys(state for counts in states.values() for state in counts))
@@ -129,7 +131,7 @@ def _states(states: Mapping[str, Mapping[str, int]]) -> Table | None:
 
 
 def _contents(page: Page) -> list[tuple[str, str]]:
-    """(anchor, heading) of the sections there are."""
+    """Return (anchor, heading) of each section of the page."""
     sections = (
         ("notes", "Notes", page.notes),
         ("progress", "Progress", page.states),
@@ -151,7 +153,7 @@ def _text(cell: Cell) -> str:
 
 
 def _key(cell: Cell) -> str:
-    """What the page's script sorts by; empty, and last whatever the order, where there is nothing."""
+    """Return the value that the page's script sorts by; empty, and last in any order, for an empty cell."""
     key: Any = cell[1] if isinstance(cell, tuple) else cell
     if key is None or (isinstance(key, float) and math.isnan(key)):
         return ""
@@ -159,6 +161,6 @@ def _key(cell: Cell) -> str:
 
 
 def _uri(picture: bytes | str) -> str:
-    """A ``data:`` address of a PNG, or of the text of an SVG."""
+    """Return a ``data:`` address of a PNG, or of the text of an SVG."""
     kind, content = ("svg+xml", picture.encode()) if isinstance(picture, str) else ("png", picture)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

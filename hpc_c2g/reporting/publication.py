@@ -21,9 +21,9 @@ from hpc_c2g.reporting.tables import cell
 from hpc_c2g.studies.tasks import read_spec
 
 PRIVATE = ("celeba",)
-"""Data of which no picture is published."""
+"""Data sets of which no picture is published."""
 PLACE = re.compile(r"(?<=['\"])/[^'\"]*|(?<![\w.])/[^\s'\",;:)]+")
-"""A file of this machine, in words such as an error's."""
+"""Pattern of an absolute path, such as in the text of an error."""
 NOTES = "<!-- notes: what follows is kept when the tables are written again -->"
 PICTURES = {
     "samples.png": "generated samples, a column per class",
@@ -33,14 +33,14 @@ PICTURES = {
 
 
 def content(study: Path, name: str, about: str, found: Results, folders: Mapping[str, str]) -> dict[str, Any]:
-    """Every group's metrics per seed, their means and deviations, and its baselines.
+    """Return every group's metrics per seed, their means and deviations, and its baselines.
 
     Args:
-        study: its folder.
-        name: of the experiment.
-        about: in a line.
-        found: results of its runs.
-        folders: of its runs, by id, below the study's.
+        study: Folder of the study.
+        name: Name of the experiment.
+        about: Description in one line.
+        found: Results of the study's runs.
+        folders: Folder of each run below the study's, by id.
     """
     groups = {}
     for label, rows in members(found.rows).items():
@@ -79,9 +79,9 @@ def _evaluations(file: Path) -> list[dict[str, Any]]:
 
 
 def _efforts(folder: Path) -> dict[str, dict[str, int]]:
-    """Steps of a run's generator and of the baselines that were trained beside it, and how many solutions each is.
+    """Return the steps and the number of solutions of a run's generator and of the baselines that were trained beside it.
 
-    Studies of before there were several have one.
+    Studies from before solutions existed have one.
     """
     try:
         own = read_spec(folder / "train.task.json").config
@@ -100,7 +100,7 @@ def _efforts(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _by_multiplier(study: Path, evaluation: Mapping[str, Any]) -> list[memorization.Part]:
-    """Of one classifier of a run, whose folder is the study's wherever that lies now; empty where nothing tells."""
+    """Return the parts of one classifier of a run, whose folder is found in the study's present folder; empty if unknown."""
     folder = study / "classifiers" / Path(evaluation.get("classifier", "")).name
     return memorization.by_multiplier(evaluation.get("nearness", []), memorization.shares_in(folder) or []) or []
 
@@ -118,7 +118,7 @@ def _deviation(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(group: Mapping[str, Any]) -> list[str]:
-    """The generator above its baselines, in markdown."""
+    """Return a markdown table: the generator above its baselines."""
     whole = [group["mean"], *group["baselines"].values()]
     names = [name for name in COLUMNS if any(name in row for row in whole)]
     count = len(group["runs"])
@@ -136,21 +136,26 @@ def _effort(who: str, effort: Mapping[str, int]) -> str:
 def readme(
     found: Mapping[str, Any], commands: Sequence[str], pictures: Sequence[tuple[str, str, str]], notes: str
 ) -> str:
-    """The page of an experiment.
+    """Return the page of an experiment.
 
     Args:
-        found: ``content``.
-        commands: that repeat it.
-        pictures: (file, what it is, what is to be seen in words).
-        notes: what people wrote below the mark.
+        found: Result of ``content``.
+        commands: Commands that repeat the experiment.
+        pictures: (file, title, text alternative) of each picture.
+        notes: Text that people wrote below the mark.
     """
     lines = [f"# {found['experiment']}: {found['about']}", "", *(f"    {command}" for command in commands), ""]
     lines += ["Means ± standard deviations over seeds; metrics *use real data* and were computed after training.", ""]
     for label, group in found["groups"].items():
         mean = group["mean"]
-        told = [f"{name} {mean[name]:.3g}" for name in ("stationarity", *OF_CLASSIFIERS) if name in mean]
+        numbers = [f"{name} {mean[name]:.3g}" for name in ("stationarity", *OF_CLASSIFIERS) if name in mean]
         alarms = sorted({a for run in group["runs"] for a in str(run.get("alarms", "")).split()})
-        lines += [f"## {label}", "", f"{', '.join(told)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.", ""]
+        lines += [
+            f"## {label}",
+            "",
+            f"{', '.join(numbers)}{f'; alarms: {chr(44).join(alarms)}' if alarms else ''}.",
+            "",
+        ]
         lines += [*table(group), ""]
         if group["efforts"]:
             lines += [
@@ -175,19 +180,19 @@ def publish(
     folders: Mapping[str, str],
     data: Mapping[str, str],
 ) -> None:
-    """Write the folder; notes that are there already stay.
+    """Write the folder; existing notes stay.
 
     Args:
-        study: the study's folder.
-        out: the folder.
-        found: ``content``.
-        commands: that repeat it.
-        drawn: figures.
-        folders: of its runs, by id, below the study's.
-        data: name of each run's data, by id.
+        study: Folder of the study.
+        out: Folder to write.
+        found: Result of ``content``.
+        commands: Commands that repeat the experiment.
+        drawn: Drawn figures.
+        folders: Folder of each run below the study's, by id.
+        data: Name of each run's data set, by id.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The folder cannot be written.
     """
     pictures = []
     for figure in drawn:

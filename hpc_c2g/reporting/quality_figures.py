@@ -1,8 +1,8 @@
-"""Figures of quality: every measure against what was swept.
+"""Figures of quality: every measure against the swept fields.
 
-Rows are those of ``results.groups``: means over runs that their seed alone sets apart, with standard deviations. Every interval is
-Student's 95 % of the mean. oracle, transfer, proximity, coverage, diversity and the certificate *use real data*, after training, and
-say so where they are drawn.
+Rows are those of ``results.groups``: means over runs that differ in their seed only, with standard deviations. Every interval is
+Student's 95 % interval of the mean. oracle, transfer, proximity, coverage, diversity and the certificate *use real data*, after
+training, and are marked so in the figures.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from hpc_c2g.evaluation.metric_registry import Measure
 from hpc_c2g.reporting import laws
 from hpc_c2g.reporting.drawing import COLORS, FAINT, Figure, Panel, decades, figure, logarithmic, marks, short, ticks
-from hpc_c2g.reporting.laws import MEASURES, REST, Row, half_width, there, value
+from hpc_c2g.reporting.laws import MEASURES, REST, Row, finite_rows, half_width, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINES, DOTS, CATEGORIES = 8, 6, 24
-"""Most lines of a panel, most markers of a row, and most rows of a figure."""
+"""Largest number of lines of a panel, of markers of a row, and of rows of a figure."""
 PAPER = {"global_batch": "global batch B", "data.train_size": "training images (data.train_size)"}
 INTERVALS = "Error bars: Student's 95 % interval of the mean over seeds."
 
 
 def against_number(groups: Sequence[Row]) -> list[Figure]:
-    """Every measure against each swept field of numbers, a line per combination of the other fields."""
+    """Return figures of every measure against each swept field of numbers, a line per combination of the other fields."""
     found = []
     for field in laws.swept(groups):
         if not laws.numeric(groups, field):
@@ -42,7 +42,7 @@ def against_number(groups: Sequence[Row]) -> list[Figure]:
 
 
 def against_category(groups: Sequence[Row]) -> list[Figure]:
-    """Every measure of each value of a swept field of words: dots, rows in the order given, a marker per combination of the others."""
+    """Return figures of every measure at each value of a swept field of words: a row per value, a marker per combination of the others."""
     found = []
     for field in laws.swept(groups):
         if laws.numeric(groups, field):
@@ -64,8 +64,8 @@ def against_category(groups: Sequence[Row]) -> list[Figure]:
 
 
 def _present(rows: Sequence[Row]) -> list[Measure]:
-    """Measures that at least one row has; the certificate, which no generator changes, where it differs."""
-    found = [m for m in MEASURES.values() if there(rows, m.name)]
+    """Return the measures that at least one row has; the certificate, which no generator changes, only if it differs."""
+    found = [m for m in MEASURES.values() if finite_rows(rows, m.name)]
     return [m for m in found if m.name != "certificate" or len({row.get(m.name) for row in rows}) > 1]
 
 
@@ -73,29 +73,29 @@ def _alt(
     title: str, present: Sequence[Measure], groups: Sequence[Row], field: str, parts: Mapping[str, list[Row]], most: int
 ) -> str:
     places = [(f"{field}={row[field]}{f' ({label})' if label else ''}", row) for label, p in parts.items() for row in p]
-    told = [f"{title}; {len(present)} panel{'s' if len(present) > 1 else ''}, {len(places)} settings. {INTERVALS}"]
+    sentences = [f"{title}; {len(present)} panel{'s' if len(present) > 1 else ''}, {len(places)} settings. {INTERVALS}"]
     if len(parts) > most:
-        told.append(
+        sentences.append(
             f"{len(parts) - most} of {len(parts)} combinations of the other fields are drawn faintly as {REST}."
         )
     if fixed := laws.companions([row for row in groups if field in row], field):
-        told.append(f"Note that {', '.join(fixed)} changes along with {field}.")
+        sentences.append(f"Note that {', '.join(fixed)} changes along with {field}.")
     for m in present:
-        told.append(laws.extremes(m, places).rstrip(".") + ".")
+        sentences.append(laws.extremes(m, places).rstrip(".") + ".")
         if laws.numeric(groups, field):
-            told.append(laws.trend(m.name, field, list(parts.values())))
-    return " ".join(t for t in told if t)
+            sentences.append(laws.trend(m.name, field, list(parts.values())))
+    return " ".join(t for t in sentences if t)
 
 
 def legend_label(k: int, label: str, count: int, most: int) -> str | None:
-    """Name of the k-th line in the legend; all beyond ``most`` have one together."""
+    """Return the name of the k-th line in the legend; all beyond ``most`` share one."""
     if k < most:
         return short(label) if label else None
     return f"{count - most} {REST}" if k == most else None
 
 
 def bars(axes: Axes, where: Any, rows: Sequence[Row], name: str, flat: bool = False, **look: Any) -> None:
-    """Means with their intervals; a single run has no bar, nor have faint lines."""
+    """Draw means with their intervals; a single run has no bar, nor do faint lines."""
     means, halves = [value(r, name) for r in rows], [half_width(r, name) for r in rows]
     if look["color"] == FAINT:
         halves = [math.nan] * len(rows)
@@ -108,15 +108,15 @@ def bars(axes: Axes, where: Any, rows: Sequence[Row], name: str, flat: bool = Fa
 
 
 def against(m: Measure, field: str, parts: Mapping[str, list[Row]], least: float = 10) -> Callable[[Axes], None]:
-    """What draws a measure against a field of numbers, a line per part; the axis is logarithmic beyond a factor ``least``."""
+    """Return the function that draws a measure against a field of numbers, a line per part; logarithmic beyond a factor ``least``."""
 
     def paint(axes: Axes) -> None:
-        rows = [row for part in parts.values() for row in there(part, m.name)]
+        rows = [row for part in parts.values() for row in finite_rows(part, m.name)]
         x = [value(row, field) for part in parts.values() for row in part]
         log, drawn = logarithmic(x, least), min(len(parts), LINES)
         step = 0.012 * (math.log(max(x) / min(x)) if log else max(x) - min(x))
         for k, (label, part) in enumerate(parts.items()):
-            kept = there(part, m.name)
+            kept = finite_rows(part, m.name)
             aside = step * (k - (drawn - 1) / 2) if k < drawn else 0.0  # bars of several lines side by side
             at = [value(r, field) * math.exp(aside) if log else value(r, field) + aside for r in kept]
             name = legend_label(k, label, len(parts), LINES)
@@ -133,7 +133,7 @@ def _dots(m: Measure, field: str, names: Sequence[str], parts: Mapping[str, list
     def paint(axes: Axes) -> None:
         drawn = min(len(parts), DOTS)
         for k, (label, part) in enumerate(parts.items()):
-            rows = there(part, m.name)
+            rows = finite_rows(part, m.name)
             aside = 0.7 * ((k + 0.5) / drawn - 0.5) if k < drawn else 0.0
             at = [names.index(str(r[field])) + aside for r in rows]
             look = marks(k if k < DOTS else len(COLORS)) | {"linestyle": "none"}
@@ -143,13 +143,13 @@ def _dots(m: Measure, field: str, names: Sequence[str], parts: Mapping[str, list
         first = axes.get_subplotspec()
         axes.set_yticks(range(len(names)), [short(n, 26) for n in names] if first and first.is_first_col() else [])
         axes.tick_params("y", length=0)
-        _range(axes, m, [row for part in parts.values() for row in there(part, m.name)], "x")
+        _range(axes, m, [row for part in parts.values() for row in finite_rows(part, m.name)], "x")
 
     return paint
 
 
 def _range(axes: Axes, m: Measure, rows: Sequence[Row], which: str = "y") -> None:
-    """Shares stay within 0..1 however wide an interval is; a residual that spans much is logarithmic; real images have a line."""
+    """Set the axis range: shares stay within 0..1, a residual that spans much is logarithmic, real images have a line."""
     values = [value(row, m.name) for row in rows]
     (low, high), put = (axes.get_ylim(), axes.set_ylim) if which == "y" else (axes.get_xlim(), axes.set_xlim)
     if m.name in ("proximity", "diversity") and low < 1 < high:

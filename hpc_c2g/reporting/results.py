@@ -1,4 +1,4 @@
-"""A study's results: a row per training run, and means over what only the seed sets apart. Evaluation *uses real data*."""
+"""A study's results: a row per training run, and means over runs that differ in their seed only. Evaluation *uses real data*."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ MEASURES = (*MEASURED, *METRIC_COLUMNS, *OF_CLASSIFIERS)
 SAMPLED = ("error", "predicted", "quantile", "bound", "residual_bias")
 SEEDS = ("seed", "train.seed", "classifier.seed")
 NO_POINT = (*MEASURES, "id", "steps", "alarms")
-"""Fields of a row that say nothing of its place in the grid."""
+"""Fields of a row that do not belong to its point in the grid."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a study came to so far.
+    """Results of a study so far.
 
     Attributes:
-        rows: one per training run that is done.
-        groups: means and standard deviations over rows that only their seed sets apart.
-        sampling: errors of the KKT sum that its runs measured.
-        left_out: what is missing, and why.
+        rows: Rows of the finished training runs, one each.
+        groups: Means and standard deviations over rows that differ in their seed only.
+        sampling: Measured errors of the KKT sum.
+        left_out: Missing results, each with the reason.
     """
 
     rows: list[Row]
@@ -47,13 +47,13 @@ class Results:
 
 
 def results(study: Path, views: Sequence[TaskStatus]) -> Results:
-    """Read what the study's runs left in their folders."""
+    """Read the results of the study's runs from their folders."""
     found, left_out = rows(study, views)
     return Results(found, groups(found), bounds(study, views), left_out)
 
 
 def rows(study: Path, views: Sequence[TaskStatus]) -> tuple[list[Row], list[str]]:
-    """(a row per training run that is done, what was left out and why)."""
+    """Return (a row per finished training run, the missing results with their reasons)."""
     by_id = {v.task.id: v for v in views}
     judges = {v.task.folder: v for v in views if v.task.stage == "evaluate"}
     trained = training_runs(views) or [v for v in views if v.task.stage == "classifier"]
@@ -86,11 +86,11 @@ def rows(study: Path, views: Sequence[TaskStatus]) -> tuple[list[Row], list[str]
             if view.alarms:
                 row["alarms"] = " ".join(view.alarms)
         found.append(row)
-    return found, left_out + _strangers(study, trained)
+    return found, left_out + _other_versions(study, trained)
 
 
-def _strangers(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
-    """Runs that other versions made than most: what sets them apart may be these."""
+def _other_versions(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
+    """Return a note for each run that was made by other versions than most: differences of its results may come from these."""
     made: list[tuple[TaskStatus, dict[str, str]]] = []
     for view in trained:
         report = load_report(study / view.task.folder / f"{view.task.stage}.report.json", view.task.id)
@@ -100,14 +100,14 @@ def _strangers(study: Path, trained: Sequence[TaskStatus]) -> list[str]:
         name: Counter(versions[name] for _, versions in made if name in versions).most_common(1)[0][0]
         for name in {name for _, versions in made for name in versions}
     }
-    told = []
+    notes = []
     for view, versions in made:
         other = [f"{name} {value} (most: {usual[name]})" for name, value in versions.items() if value != usual[name]]
         if other:
-            told.append(
+            notes.append(
                 f"{view.task.stage} {view.task.id} ({public(view.task.label)}) is kept, but was made by {', '.join(other)}"
             )
-    return told
+    return notes
 
 
 def training_runs(views: Sequence[TaskStatus]) -> list[TaskStatus]:
@@ -116,27 +116,27 @@ def training_runs(views: Sequence[TaskStatus]) -> list[TaskStatus]:
 
 
 def point_of(label: str) -> Row:
-    """The fields of the grid in a label such as ``global_batch=50 seed=0``, numbers as numbers."""
+    """Return the fields of the grid in a label such as ``global_batch=50 seed=0``, numbers as numbers."""
     return {key: _number(value) for key, _, value in (part.partition("=") for part in _parts(label)) if key}
 
 
 def public(label: str) -> str:
-    """A label without where the data lie: that is this machine's own business."""
+    """Return a label without the location of the data, which is private to this machine."""
     return " ".join(part for part in _parts(label) if not part.partition("=")[0].endswith("data.root"))
 
 
 def _parts(label: str) -> list[str]:
-    """``field=value`` each; a value may have blanks."""
+    """Split a label into its ``field=value`` parts; a value may have blanks."""
     return re.split(r" (?=[+~]*[A-Za-z_][\w./@]*=)", label)
 
 
 def without_seeds(point: Row) -> Row:
-    """What runs of one group have in common."""
+    """Return the fields that the runs of one group have in common."""
     return {k: v for k, v in point.items() if k not in SEEDS and not k.endswith("data.root")}
 
 
 def label_of(point: Row) -> str:
-    """What people call a group."""
+    """Return the label of a group for readers."""
     return " ".join(f"{k}={v}" for k, v in point.items()) or "all runs"
 
 
@@ -157,7 +157,7 @@ def _load(file: Path) -> Any:
 
 
 def _certificates(study: Path, folders: Sequence[str]) -> Row:
-    """Mean over the classifiers of their smallest relative residual in any form."""
+    """Return the mean over the classifiers of their smallest relative residual in any form."""
     certificates = [_load(study / folder / "certificate.json") for folder in folders]
     best = [min(c["relative_residual"] for c in forms) for forms in certificates if forms]
     return {"certificate": statistics.mean(best)} if best else {}
@@ -175,7 +175,7 @@ def _measured(folder: Path) -> Row:
 
 
 def evaluation_of(folder: Path) -> Row:
-    """Metrics of one generator's samples; with several classifiers the mean over them."""
+    """Return the metrics of one generator's samples; with several classifiers the mean over them."""
     content = _load(folder / "evaluation.json")
     if not isinstance(content, dict):
         return {}
@@ -185,7 +185,7 @@ def evaluation_of(folder: Path) -> Row:
 
 
 def members(found: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of each group by its label."""
+    """Return the rows of each group by its label."""
     grouped: dict[str, list[Row]] = {}
     for row in found:
         point = {k: v for k, v in row.items() if k not in NO_POINT}
@@ -194,7 +194,7 @@ def members(found: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def groups(found: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation (of the sample) over runs that only their seed sets apart."""
+    """Return mean and standard deviation (of the sample) over runs that differ in their seed only."""
     result = []
     for own in members(found).values():
         point = without_seeds({k: v for k, v in own[0].items() if k not in NO_POINT})
@@ -211,7 +211,7 @@ def groups(found: Sequence[Row]) -> list[Row]:
 
 
 def bounds(study: Path, views: Sequence[TaskStatus]) -> list[Row]:
-    """Rows of the sampling errors that the study's runs measured, each with its run's point."""
+    """Return rows of the sampling errors that the study's runs measured, each with its run's point."""
     found = []
     for view in views:
         if view.task.stage == "bound" and view.state == "done":
@@ -225,7 +225,7 @@ def bounds(study: Path, views: Sequence[TaskStatus]) -> list[Row]:
 
 
 def bound_groups(errors: Sequence[Row]) -> list[Row]:
-    """Means over runs of the sampling errors of each scheme and batch."""
+    """Return means over runs of the sampling errors of each scheme and batch."""
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in errors:
         grouped.setdefault((row["classifier"], row["scheme"], row["batch"]), []).append(row)

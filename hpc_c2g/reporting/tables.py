@@ -15,10 +15,10 @@ from hpc_c2g.reporting.results import Results, Row, bound_groups
 
 
 def write_tables(study: Path, name: str, found: Results) -> list[str]:
-    """Write them into the study's folder; returns the files' names.
+    """Write the tables into the study's folder; returns the files' names.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: A file cannot be written.
     """
     content = {
         "study": name,
@@ -40,12 +40,12 @@ def write_tables(study: Path, name: str, found: Results) -> list[str]:
 
 
 def columns(found: Sequence[Row]) -> list[str]:
-    """Every field that any row has."""
+    """Return every field that occurs in a row."""
     return list(dict.fromkeys(k for row in found for k in row))
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """All rows, a column per field that any of them has."""
+    """Return all rows as CSV, a column per field that occurs."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns(found), lineterminator="\n")
     writer.writeheader()
@@ -54,13 +54,13 @@ def as_csv(found: Sequence[Row]) -> str:
 
 
 def shown(grouped: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the table of groups, mean +- standard deviation."""
+    """Return columns and cells of the table of groups, mean ± standard deviation."""
     names = [c for c in columns(grouped) if not c.endswith("_sd")]
     return names, [[cell(row.get(c), row.get(f"{c}_sd")) for c in names] for row in grouped]
 
 
 def cell(value: Any, deviation: Any = None) -> str:
-    """A value as text, with its standard deviation where there is one."""
+    """Return a value as text, with its standard deviation if there is one."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -69,7 +69,7 @@ def cell(value: Any, deviation: Any = None) -> str:
 
 
 def as_markdown(name: str, found: Results) -> str:
-    """The table of groups, the sampling errors, and what is missing."""
+    """Return the table of groups, the sampling errors, and the missing results."""
     lines = [
         f"# {name}",
         "",

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written beside, flushed, checksummed, renamed; the last few are kept."""
+"""Checkpoints that are complete or absent: written to a temporary folder, flushed, checksummed, renamed; the last few are kept."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ STATE, META = "state.pt", "meta.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back.
+    """A checkpoint that was read.
 
     Attributes:
-        step: after which it was written.
-        state: nested dictionaries of tensors and plain numbers.
-        path: its folder.
+        step: Number of the last step before it was written.
+        state: Nested dictionaries of tensors and plain numbers.
+        path: Folder of the checkpoint.
     """
 
     step: int
@@ -55,9 +55,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
-        # starts with its first work; the interpreter's exit waits for it
+        # the thread starts with its first job; the interpreter's exit waits for it
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -72,38 +72,38 @@ class Checkpoints:
                 raise
 
     def due(self, step: int, last: int) -> bool:
-        """Every so many steps and after the last one."""
+        """Return True every ``config.every`` steps and after the last one."""
         return step % self.config.every == 0 or step == last
 
     def publish(self, step: int, state: dict[str, Any]) -> None:
-        """Write ``state``, and return when it is there; a failure leaves every earlier checkpoint as it was.
+        """Write ``state`` and return when it is complete; a failure leaves every earlier checkpoint unchanged.
 
         Raises:
-            UserError: the file system refused, now or what ``publish_later`` began.
+            UserError: The file system failed, in this call or in the write that ``publish_later`` started.
         """
         self.finish()
         self._write(step, state)
 
     def publish_later(self, step: int, state: dict[str, Any]) -> None:
-        """Copy ``state`` and return: a thread writes the copy, which takes as much host memory as the state.
+        """Copy ``state`` and return; a thread writes the copy, which takes as much host memory as the state.
 
-        Waits for the checkpoint before this one.
+        Waits until the checkpoint before this one is written.
 
         Raises:
-            UserError: the file system refused the one before; a failure of this one is raised by the next call.
+            UserError: The write of the checkpoint before failed; a failure of this one is raised by the next call.
         """
         self.finish()
-        self._under_way = self._thread.submit(self._write, step, snapshot(state))
+        self._pending = self._thread.submit(self._write, step, snapshot(state))
 
     def finish(self) -> None:
-        """Wait until what ``publish_later`` began is there.
+        """Wait until the write that ``publish_later`` started is complete.
 
         Raises:
-            UserError: the file system refused it.
+            UserError: The file system failed.
         """
-        if self._under_way is not None:
-            wait([self._under_way])
-            done, self._under_way = self._under_way, None  # raised once
+        if self._pending is not None:
+            wait([self._pending])
+            done, self._pending = self._pending, None  # raised once
             done.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
@@ -115,15 +115,15 @@ class Checkpoints:
         blob = buffer.getbuffer()
         meta = json.dumps(_description(step, blob)).encode()
         try:
-            self._sweep()
+            self._remove_leftovers()
             temporary.mkdir(parents=True)
             for name, content in ((STATE, blob), (META, meta)):
                 with open(temporary / name, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            if target.exists():  # mostly one passed over as damaged; it may be whole: it stays until its heir is there
-                os.replace(target, _aside(target))
+            if target.exists():  # mostly a damaged one that was skipped; it stays until the new one is in place
+                os.replace(target, _old_copy(target))
             os.replace(temporary, target)
             sync_folder(self.folder)
         except OSError as error:
@@ -131,13 +131,13 @@ class Checkpoints:
             raise cannot_write(target, error) from error
         seconds = time.perf_counter() - began
         logger.info("checkpoint written: %s, %d bytes in %.2f s", target, len(blob), seconds, extra={"step": step})
-        self._remove(_aside(target))
-        # a later one was passed over as damaged: counted, it would crowd out the one just written
+        self._remove(_old_copy(target))
+        # a later one was skipped as damaged: if it counted, the one just written would be removed
         for old in [published for published in self.steps() if published <= step][: -self.config.keep]:
             self._remove(self._target(old))
 
-    def _sweep(self) -> None:
-        """Clean up after a process that was killed while it wrote."""
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary folders of a process that was killed while it wrote."""
         for stale in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
         for aside in self.folder.glob("step_*.old"):
@@ -147,30 +147,30 @@ class Checkpoints:
                 os.replace(aside, aside.with_suffix(""))
 
     def _remove(self, path: Path) -> None:
-        """Take a checkpoint's name away first: what bears one is whole, also if the process is killed in between."""
-        doomed = self.folder / f".{path.name}.{os.getpid()}.tmp"
+        """Rename a checkpoint before its files are deleted, so that a named one is whole even if the process is killed in between."""
+        temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):
-            os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, ascending."""
+        """Return the steps of the published checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
         names = (re.fullmatch(r"step_(\d+)(?:\.old)?", p.name, re.ASCII) for p in self.folder.iterdir())
         return sorted({int(name[1]) for name in names if name})
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; a damaged one is passed over with a warning.
+        """Return the newest checkpoint that is whole; a damaged one is skipped with a warning.
 
         Raises:
-            UserError: there are checkpoints, and all of them are damaged.
+            UserError: There are checkpoints, and all of them are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self.at(step)
-            except Exception as error:  # damage shows in many ways
+            except Exception as error:  # a damaged file can raise any exception
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", self._path(step), reason)
         if steps:
@@ -178,24 +178,24 @@ class Checkpoints:
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """The checkpoint of ``step``; any exception where it is damaged."""
+        """Return the checkpoint of ``step``; raises any exception if it is damaged."""
         return Checkpoint(step, _read(self._path(step), step), self._path(step))
 
     def _path(self, step: int) -> Path:
-        """Where the checkpoint is: aside, if a process was killed between moving it there and putting the new one in its place."""
+        """Return the folder of a checkpoint: the one moved aside if a process was killed before the new one was in place."""
         target = self._target(step)
-        return _aside(target) if not target.exists() and _aside(target).exists() else target
+        return _old_copy(target) if not target.exists() and _old_copy(target).exists() else target
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
 
-def _aside(target: Path) -> Path:
+def _old_copy(target: Path) -> Path:
     return target.with_name(f"{target.name}.old")
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that shares nothing with ``state``; tensors that share memory do so in the copy, and so in the file."""
+    """Return a copy on the CPU that shares nothing with ``state``; tensors that share memory share it in the copy and in the file too."""
     storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
     memo: dict[int, Any] = {}
     for tensor in tree_leaves(state):
@@ -207,7 +207,7 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
                 storages[key] = whole.to("cpu", copy=True).untyped_storage()
             layout = (tensor.storage_offset(), tensor.size(), tensor.stride())
             memo[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(storages[key], *layout)
-    return copy.deepcopy(state, memo)  # whatever is no tensor, with its attributes
+    return copy.deepcopy(state, memo)  # everything but tensors, with its attributes
 
 
 def _read(path: Path, step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Watches a run's logged scalars for signatures of failure, and does what the run's policy says."""
+"""Monitor that checks a run's logged scalars for signatures of failure and applies the run's alarm policy."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LOWERED_LR = 0.5
 def sample_scalars(
     sample_stats: Sequence[SampleStats], classes: Sequence[int], prefixes: Sequence[str]
 ) -> dict[str, float]:
-    """Sample metrics of every member under its prefix, and the means of several members."""
-    told: list[dict[str, float]] = []
+    """Return the sample metrics of every member under its prefix, and the means over several members."""
+    per_member: list[dict[str, float]] = []
     for band, count in zip(sample_stats, classes, strict=True):
         margins, multipliers, labels, samples = (
             part.cpu().numpy() for part in (band.margins, band.multipliers, band.labels, band.samples)
         )
-        told.append(sample_metrics(margins, multipliers, labels, samples, count))
-    if len(told) == 1:
-        return told[0]
-    means = {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+        per_member.append(sample_metrics(margins, multipliers, labels, samples, count))
+    if len(per_member) == 1:
+        return per_member[0]
+    means = {name: sum(one[name] for one in per_member) / len(per_member) for name in per_member[0]}
     return means | {
-        f"{own}{name}": value for own, one in zip(prefixes, told, strict=True) for name, value in one.items()
+        f"{own}{name}": value for own, one in zip(prefixes, per_member, strict=True) for name, value in one.items()
     }
 
 
@@ -39,10 +39,10 @@ class MonitorState:
     """Result of one update of the monitor.
 
     Attributes:
-        scalars: to log.
-        firing: names of the signatures that fire.
-        begun: those that did not fire at the look before.
-        ease: factor on the learning rates from now on.
+        scalars: Scalars to log.
+        firing: Names of the signatures that fire.
+        begun: Names of the signatures that fire and did not at the update before.
+        ease: Factor on the learning rates from now on.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -52,12 +52,12 @@ class MonitorState:
 
 
 class FailureMonitor:
-    """Looks at every logged step; its verdicts are functions of the last ``WINDOW`` lines, which a checkpoint keeps.
+    """Monitor of logged steps; its verdicts are functions of the last ``WINDOW`` lines, which a checkpoint keeps.
 
     Args:
-        config: what to do.
-        steps: of the run.
-        state: what ``state_dict`` returned, of a run that goes on.
+        config: Settings of the alarms.
+        steps: Number of steps of the run.
+        state: Result of ``state_dict`` if the run is resumed.
     """
 
     def __init__(self, config: AlarmConfig, steps: int, state: Mapping[str, Any] | None = None) -> None:
@@ -67,7 +67,7 @@ class FailureMonitor:
         self.lines = [dict(line) for line in state.get("lines", ())]
 
     def update(self, step: int, line: Mapping[str, float]) -> MonitorState:
-        """Judge the run after another logged step."""
+        """Update the verdicts with another logged step."""
         before = self.state
         if step > GRACE * self.steps:
             self.lines = [*self.lines, judged(line)][-WINDOW:]
@@ -87,9 +87,9 @@ class FailureMonitor:
 
 
 def stop_error(step: int, state: MonitorState) -> UserError:
-    """The error that ends a run with ``alarms.policy=stop``."""
+    """Return the error that ends a run with ``alarms.policy=stop``."""
     first = BY_NAME[state.firing[0]]
     return UserError(
         f"step {step}: {', '.join(state.firing)}: {first.reason}; saved, and stopped because alarms.policy=stop",
-        f"in another run_dir {first.advice}; alarms.policy=continue goes on from here all the same",
+        f"in another run_dir {first.advice}; alarms.policy=continue resumes this run anyway",
     )

@@ -1,4 +1,4 @@
-"""A generator training run from its configuration to its last checkpoint. Sees classifier bundles and no data."""
+"""Training run of a generator, from its configuration to its last checkpoint. Reads classifier bundles and no data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a finished run lies, and the steps that this call made (0 where it was complete already)."""
+    """Run directory of a finished run, and the number of steps that this call made (0 if it was complete already)."""
 
     run_dir: Path
     steps_made: int
@@ -45,23 +45,23 @@ class RunResult:
 
 @flush_denormals()
 def train(config: TrainConfig, world: World | None = None) -> RunResult:
-    """Train, or go on from the newest checkpoint in ``config.run_dir``.
+    """Train, or resume from the newest checkpoint in ``config.run_dir``.
 
     Every rank calls this with the same configuration; rank 0 holds the run directory and writes into it.
 
     Args:
-        config: of the run.
-        world: the ranks; None reads the launch environment.
+        config: Settings of the run.
+        world: All ranks; None reads the launch environment.
 
     Raises:
-        UserError: bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
-        Preempted: a signal asked to stop; a checkpoint was published.
+        UserError: Bad input (see the modules it comes from), or a non-finite term before an update; on every rank.
+        Preempted: A signal requested to stop; a checkpoint was published.
     """
     if not config.deterministic:
-        import_deepspeed()  # before the process group is made
+        import_deepspeed()  # before the process group is initialized
     world = world or World.start(config.device, config.deterministic)
     bundles = world.raise_on_all_ranks(lambda: load_bundles(config.members))
-    # before signals become a flag: where a rank dies while groups are made, the launcher's SIGTERM must end the others at once
+    # before signals become a flag: if a rank dies while groups are initialized, the launcher's SIGTERM must end the others at once
     mesh = build_mesh(config, world)
     with contextlib.ExitStack() as held, PreemptionFlag() as preemption:
 
@@ -122,7 +122,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
             scalars = result.scalars
             if watched:
                 scalars = {**scalars, **shares(phases.take(), world)}
-                if log:  # rank 0 looks for all
+                if log:  # rank 0 checks for all ranks
                     scalars |= sample_scalars(result.sample_stats, classes, config.prefixes)
                 monitor_state = world.broadcast_from_rank0(functools.partial(monitor.update, step, scalars))
             if log:
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
                 publish = checkpoints.publish if stop or failing else checkpoints.publish_later
                 world.broadcast_from_rank0(
                     functools.partial(publish, step, state())
-                )  # every rank has its part in the state
+                )  # every rank contributes to the state
             phases.stop()
             if failing:
                 raise stop_error(step, monitor_state)
@@ -153,9 +153,9 @@ def _train(config: TrainConfig, bundles: list[Bundle], mesh: Mesh, preemption: P
 
 
 def _started(setup: TrainerSetup, checkpoint: Checkpoint | None, boundary: Callable[[], None]) -> Trainer:
-    """The trainer at the checkpoint, or at the beginning."""
+    """Return the trainer, restored from the checkpoint or at the first step."""
     if checkpoint is None:
-        solutions = setup.config.solutions  # of one classifier start at one alpha
+        solutions = setup.config.solutions  # solutions of one classifier start at the same alpha
         began = time.perf_counter()
         alphas = pilot_alphas(setup.bundles[::solutions], setup.config, setup.world, boundary)
         if setup.config.alpha.init is None:
@@ -178,7 +178,7 @@ def _log(config: TrainConfig, resumed: int, setup: TrainerSetup) -> RunLog:
 
 
 def _draw(trainer: Trainer, log: RunLog | None, step: int, config: TrainConfig) -> None:
-    """Grids of samples; at the last step samples.png too, before the last checkpoint: complete means all."""
+    """Log grids of samples; at the last step also write samples.png, before the last checkpoint, which marks the run complete."""
     trained = trainer.trained()
     if log is None or trained is None:
         return

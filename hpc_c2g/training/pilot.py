@@ -1,4 +1,4 @@
-"""A short reconstruction of free images that finds alpha before the generator starts.
+"""Pilot: a short reconstruction of free images that finds alpha before the generator starts.
 
 alpha's feedback needs samples that satisfy the conditions, and a generator that meets a wrong alpha first settles in a
 worse optimum. A few hundred cheap steps on free images bring alpha close, from the classifier alone.
@@ -29,16 +29,16 @@ LR = 0.01
 def pilot_alphas(
     bundles: Sequence[Bundle], config: TrainConfig, world: World, boundary: Callable[[], None]
 ) -> list[float]:
-    """Where each classifier's alpha starts: ``alpha.init`` if given, else after a pilot, each run by one rank for all; collective.
+    """Return each classifier's initial alpha: ``alpha.init``, or the result of a pilot, which one rank runs for all; collective.
 
     Args:
-        bundles: all classifiers.
-        config: of the run.
-        world: the ranks.
-        boundary: called by every rank equally often, between steps; may raise on all of them.
+        bundles: Bundles of all classifiers.
+        config: Settings of the run.
+        world: All ranks.
+        boundary: Function that every rank calls equally often, between steps; may raise on all of them.
 
     Raises:
-        UserError: a classifier has no rates or no margin, or its pilot came to numbers that are not finite; on every rank.
+        UserError: A classifier has no rates or no margin, or its pilot diverged to non-finite numbers; on every rank.
     """
     if config.alpha.init is not None:
         return [config.alpha.init] * len(bundles)
@@ -69,7 +69,7 @@ def _raise(fault: UserError | None) -> None:
 
 
 def _pilot(bundle: Bundle, config: TrainConfig, device: torch.device) -> TrainStep:
-    """The training step of free images under the run's own objective, in one process."""
+    """Return the training step of free images under the run's own objective, in one process."""
     classes = len(bundle.classes)
     count = IMAGES_PER_CLASS * classes
     pilot = replace(

@@ -1,4 +1,4 @@
-"""Signals become a flag that the loop looks at between steps: save, then leave with an exit code of its own."""
+"""Signals as a flag that the training loop checks between steps: save, then exit with a dedicated code."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import signal
 from types import FrameType, TracebackType
 
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL: saved, run the same command again to go on."""
+"""Exit code EX_TEMPFAIL: saved, run the same command to resume."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Preempted(Exception):  # noqa: N818 -- no error: the run is saved
-    """Raised by the loop after a checkpoint was published because a signal asked to stop."""
+    """Raised by the loop after a checkpoint was published because a signal requested to stop."""
 
     def __init__(self, signal_name: str, step: int) -> None:
         self.signal_name, self.step = signal_name, step
         done = f"saved after step {step}" if step else "stopped before the first step, there was nothing to save"
-        super().__init__(f"{signal_name}: {done}; run the same command to go on")
+        super().__init__(f"{signal_name}: {done}; run the same command to resume")
 
 
 class PreemptionFlag:

@@ -1,4 +1,4 @@
-"""Reading a run back: its configuration and its generator, from the newest whole checkpoint."""
+"""Reader of a run: its configuration and its generator, from the newest whole checkpoint."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Run:
 
 
 def load_run(run_dir: str | os.PathLike[str]) -> Run:
-    """Read a run; needs neither the classifier nor data.
+    """Read a run, without its classifier and without data.
 
     Raises:
-        UserError: no run there, no checkpoint yet, or all damaged.
+        UserError: There is no run, no checkpoint yet, or all are damaged.
     """
     folder = Path(run_dir)
     config = config_from(read_config(folder / "config.yaml"))
     checkpoint = Checkpoints(folder / "checkpoints", config.checkpoint).latest()
     if checkpoint is None:
-        raise UserError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` go on until its first checkpoint")
+        raise UserError(f"run_dir={folder} has no checkpoint yet", "let `c2g train` run until its first checkpoint")
     kept = checkpoint.state["trained"]
     members = members_from(kept)
     classes, (lower, upper) = class_counts(members), boxes(members)

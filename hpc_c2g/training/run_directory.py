@@ -1,4 +1,4 @@
-"""A run directory: held by one process at a time, bound to one configuration."""
+"""Run directory: locked by one process at a time, bound to one configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_c2g.settings import read_plain
 from hpc_c2g.training.config.train import TrainConfig
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-# what may differ when a run is resumed: it does not change the result
+# settings that may differ when a run is resumed: they do not change the result
 FREE_TO_CHANGE = (
     "run_dir",
     "classifier",
@@ -36,14 +36,14 @@ FREE_TO_CHANGE = (
     "checkpoint",
 )
 EASING = "lower_lr"
-"""With this policy the result depends on when the run is looked at."""
+"""Alarm policy under which the result depends on the steps that are logged."""
 
 
 class RunDirectory:
-    """Context that holds ``config.run_dir`` by a lock; the kernel drops it with the process, however that ends.
+    """Context that locks ``config.run_dir``; the kernel releases the lock when the process ends in any way.
 
     Raises:
-        UserError: another process holds it, it belongs to another configuration, or it cannot be written.
+        UserError: Another process has the lock, the directory belongs to another configuration, or it cannot be written.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -56,7 +56,7 @@ class RunDirectory:
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        if holder := self._held_elsewhere():
+        if holder := self._acquire_lock():
             self._lock.close()
             raise UserError(f"run_dir={self.path} is in use by {holder}", "wait for it, or choose another run_dir")
         self._lock.truncate(0)
@@ -69,15 +69,15 @@ class RunDirectory:
             raise
         return self
 
-    def _held_elsewhere(self) -> str | None:
-        """Who else holds the folder: a process that locks it here, or one on any host whose study holds its lease; else lock it."""
+    def _acquire_lock(self) -> str | None:
+        """Lock the folder, or return its holder: a process with the lock on this host, or a study's lease from any host."""
         leased = live_holder(self.path)
         if leased is not None and not (leased.is_here and leased.pid == os.getpid()):
             return leased.text
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in WITHOUT_LOCKS:  # some file systems have none; a study's lease does without
+            if error.errno in WITHOUT_LOCKS:  # some file systems have no locks; a study's lease needs none
                 return None
             self._lock.seek(0)
             return self._lock.read().strip() or "another process"
@@ -89,11 +89,11 @@ class RunDirectory:
         self._lock.close()
 
     def _bind(self) -> None:
-        """Write ``config.yaml``, or check that the one there asks for the same run; a start that left no checkpoint binds nothing."""
+        """Write ``config.yaml``, or check that the existing one matches; a start that left no checkpoint is overwritten."""
         file = self.path / "config.yaml"
         new = plain(self.config)
         if file.exists() and any(self.path.glob("checkpoints/step_*")):
-            # what the version that began the run did not know has its default
+            # settings that are newer than the run have their defaults
             defaults = TrainConfig(classifier="c", run_dir="r", generator=type(self.config.generator)())
             old = _filled(_values(file), plain(defaults))
             free_names = _free_to_change(old, new)
@@ -119,7 +119,7 @@ def _free_to_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as yaml-safe values."""
+    """Return the configuration as yaml-safe values."""
     result: dict[str, Any] = _listed(asdict(config))
     return result
 
@@ -131,10 +131,10 @@ def _listed(value: Any) -> Any:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A run's ``config.yaml``.
+    """Read a run's ``config.yaml``.
 
     Raises:
-        UserError: missing, no yaml mapping, or with settings that this version does not have.
+        UserError: It is missing, no yaml mapping, or has settings that this version does not have.
     """
     values = _values(file)
     generator = values.get("generator")
@@ -149,14 +149,14 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _values(file: Path) -> dict[str, Any]:
-    """A run's ``config.yaml`` as it is, with the settings of any version."""
+    """Return a run's ``config.yaml`` unchanged, with the settings of any version."""
     return read_plain(
         file, f"run_dir={file.parent} is no run", "train first: `c2g train`", "train again in another run_dir"
     )
 
 
 def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> list[str]:
-    """Names of the settings in ``values`` that ``known`` lacks."""
+    """Return the names of the settings in ``values`` that ``known`` lacks."""
     found = []
     for name, value in values.items():
         if name not in known:
@@ -167,7 +167,7 @@ def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], section: str =
 
 
 def _filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``old`` with what it lacks from ``defaults``."""
+    """Return ``old`` with its missing settings from ``defaults``."""
     both = {
         k: _filled(v, defaults[k]) for k, v in old.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
     }

@@ -1,4 +1,4 @@
-"""Run summary for TensorBoard, written before the first step: its settings, its versions, how the work is laid out, its plan."""
+"""Run summary for TensorBoard, written before the first step: settings, versions, layout of the work, plan."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hpc_c2g.training.step.objective import kkt_backend_name
 from hpc_c2g.training.trainer import TrainerSetup
 
 PLAN = "plan.json"
-"""In the run's folder, where ``c2g plan ... out=`` wrote one."""
+"""Name of the file in the run's folder that ``c2g plan ... out=`` writes."""
 PLACES = (
     "classifier", "run_dir", "log.progress", "log.level", "log.all_ranks", "profiler.steps", "profiler.ranks"
 )  # fmt: skip
-"""Settings that say nothing about a run."""
+"""Settings that are no hyperparameters."""
 
 
 def run_summary(setup: TrainerSetup) -> dict[str, str]:
-    """Texts by name, in markdown."""
+    """Return markdown texts by name."""
     config = setup.config
     return {
         "1 settings": f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain(config)))}```",
@@ -38,7 +38,7 @@ def run_summary(setup: TrainerSetup) -> dict[str, str]:
 
 
 def start_message(setup: TrainerSetup) -> str:
-    """One line for the log: who trains, on what, and how much is communicated per step."""
+    """Return the first log line: processes, device, generator, batch, and the bytes communicated per step."""
     config, world = setup.config, setup.world
     backend = torch.distributed.get_backend() if world.size > 1 else "no process group"
     numbers = sum(p.numel() for bundle in setup.bundles for p in bundle.parameters.values())
@@ -86,7 +86,7 @@ def _plan(file: Path) -> str:
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, Any]:
-    """The settings as flat names with plain values, without places."""
+    """Return the settings as flat names with plain values, without paths."""
     return {name: value for name, value in _flat(plain(config)) if name not in PLACES}
 
 

@@ -1,4 +1,4 @@
-"""Puts the parts of a run together: bundles, mesh, sharding, generator, engine and step."""
+"""Assembly of a run: bundles, mesh, sharding, generator, engine and step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Trainer:
     preview_generator: TrainedGenerator
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint; collective."""
+        """Return the state for a checkpoint; collective."""
         return {
             "engine": self.engine.state_dict(),
             "scale": self.step.state_dict(),
@@ -42,12 +42,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; collective."""
+        """Restore the result of ``state_dict``; collective."""
         self.engine.load_state_dict(state["engine"])
         self.step.load_state_dict(state["scale"])
 
     def trained(self) -> TrainedGenerator | None:
-        """The generator as it is now, on rank 0, if it makes images; collective."""
+        """Return the present generator, on rank 0, if it makes images; collective."""
         if not drawable(self.preview_generator.input_shape):
             return None
         weights = self.engine.weights()
@@ -58,15 +58,15 @@ class Trainer:
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """Layout of a run, settled before anything is computed.
+    """Layout of a run, determined before anything is computed.
 
     Attributes:
-        config: of the run.
-        world: all ranks.
-        bundles: of the members, in the order of ``config.members``.
-        mesh: who works on which.
-        micro_batch: samples whose graph is held at once, None for no limit.
-        sharding: this rank's samples.
+        config: Settings of the run.
+        world: All ranks.
+        bundles: Bundles of the members, in the order of ``config.members``.
+        mesh: Assignment of members to ranks.
+        micro_batch: Samples whose graph is held at once, None for no limit.
+        sharding: Samples of this rank.
     """
 
     config: TrainConfig
@@ -80,16 +80,16 @@ class TrainerSetup:
     def create(
         cls, config: TrainConfig, bundles: list[Bundle], mesh: Mesh, found_before: int | None = None
     ) -> TrainerSetup:
-        """Lay out; collective.
+        """Determine the layout of a run; collective.
 
         Args:
-            config: of the run.
-            bundles: of its members.
-            mesh: the ranks.
-            found_before: what ``micro_batch=auto`` came to when the run began on as many ranks: it goes on bitwise.
+            config: Settings of the run.
+            bundles: Bundles of the members.
+            mesh: Assignment of members to ranks.
+            found_before: Result of ``micro_batch=auto`` when the run began on as many ranks: it resumes with the same bits.
 
         Raises:
-            UserError: ranks, classifiers or samples that cannot be shared out, or do not fit.
+            UserError: Ranks, classifiers or samples cannot be divided, or do not fit.
         """
         world = mesh.world
         free = available_bytes(world)
@@ -105,7 +105,7 @@ class TrainerSetup:
         return cls(config, world, bundles, mesh, size, sharding)
 
     def advice(self) -> list[str]:
-        """Advice to log before the first step: parts of the batch that meet some codes more often than others."""
+        """Return advice to log before the first step: parts of the batch in which some codes occur more often than others."""
         config, found = self.config, []
         if not config.generator.codes or config.generator.name == "free":
             return []
@@ -118,13 +118,13 @@ class TrainerSetup:
                     (batch // period + 1) * period,
                 )
                 found.append(
-                    f"global_batch: {batch if alone else part} is no multiple of classes x codes = {period}: some codes are met more often"
+                    f"global_batch: {batch if alone else part} is no multiple of classes x codes = {period}: some codes occur more often"
                     f" than others, which adds noise to the KKT sum; {fitting if alone else f'a part of {fitting}'} would not"
                 )
         return found
 
     def generator(self) -> Generator | FreeImages:
-        """The untrained network."""
+        """Return the untrained network."""
         lower, upper = boxes(self.bundles)
         config, classes = self.config, class_counts(self.bundles)
         return build_generator(
@@ -132,7 +132,7 @@ class TrainerSetup:
         )
 
     def build(self, alphas: list[float]) -> Trainer:
-        """Everything that trains, each member's alpha at its start."""
+        """Return everything that trains, with each member's alpha at its start."""
         config, world = self.config, self.world
         engine: DeepSpeedEngine | AdamEngine
         if config.deterministic:
@@ -141,16 +141,16 @@ class TrainerSetup:
         else:
             engine = DeepSpeedEngine(self.generator(), config, self.sharding.micro_batch_count, world)
         step = TrainStep.build(config, self.bundles, engine, self.mesh, alphas, micro_batch=self.micro_batch)
-        # on the CPU: the device may hold no second generator
+        # on the CPU: a second generator may not fit on the device
         preview_generator = TrainedGenerator.of(self.bundles, config.solutions, self.generator(), LATENT_DIMENSIONS)
         return Trainer(engine, step, preview_generator)
 
 
 def build_mesh(config: TrainConfig, world: World) -> Mesh:
-    """The mesh that a run asks for; collective.
+    """Return the mesh of a run; collective.
 
     Raises:
-        UserError: classifiers and processes cannot be shared by the groups.
+        UserError: Classifiers and processes cannot be divided into the groups.
     """
     settings = config.distributed
     groups = 1 if config.deterministic and settings.groups is None else settings.groups

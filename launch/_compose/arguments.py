@@ -1,4 +1,4 @@
-"""Command lines as people type them (``c2g status DIR --json``), turned into Hydra's ``field=value``."""
+"""Command-line syntax of the verbs (``c2g status DIR --json``), translated into Hydra's ``field=value``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", *INFORMATION)
 
 
 def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = ()) -> list[str]:
-    """``field=value`` for flags (``--dry-run``, ``--only failed``) and for words in order (``DIR``); Hydra's own flags come last.
+    """Return ``field=value`` for flags (``--dry-run``, ``--only failed``) and for words in order (``DIR``); Hydra's own flags come last.
 
     Args:
-        argv: the command line after the verb.
-        schema: dataclass with the verb's fields.
-        positional: fields that words without ``=`` fill in turn; the last takes all further ones if it is a list.
+        argv: Command line after the verb.
+        schema: Dataclass with the verb's fields.
+        positional: Fields that words without ``=`` set in order; the last takes all remaining words if it is a list.
 
     Raises:
-        UserError: an unknown flag, a flag without its value, or more words than fields.
+        UserError: A flag is unknown or has no value, or there are more words than fields.
     """
     types, names = get_type_hints(schema), {f.name for f in fields(schema)}
     words: dict[str, list[str]] = {}
@@ -60,7 +60,7 @@ def as_overrides(argv: Sequence[str], schema: type, positional: Sequence[str] = 
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and the names of Hydra's flags without their values."""
+    """Return the overrides, and the names of Hydra's flags without their values."""
     words: list[str] = []
     flags: list[str] = []
     rest = list(argv)
@@ -76,13 +76,13 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def home_expanded(word: str) -> str:
-    """An override with ``~`` as the home folder at the beginning of its value and of each entry of a list, as no shell expands it there."""
+    """Expand ``~`` to the home folder at the beginning of an override's value and of each entry of a list, which no shell does."""
     home = os.path.expanduser("~")
     return re.sub(r"(?<=[=\[,])(?P<mark>[\"']?)~(?=/)", lambda m: m["mark"] + home, word)
 
 
 def quoted(value: str) -> str:
-    """A value as it is, whatever characters it has, in Hydra's syntax."""
+    """Return a value in Hydra's syntax, whatever characters it has."""
     if re.fullmatch(r"[A-Za-z0-9_./:-]+", value):
         return value
     # within quotes Hydra reads a backslash only before a quote
@@ -92,7 +92,7 @@ def quoted(value: str) -> str:
 
 
 def split_grid(overrides: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
-    """(the verb's own overrides, those of the grid): what names no field of ``schema`` is a field of some stage.
+    """Return (the verb's own overrides, those of the grid); a field that ``schema`` lacks belongs to the grid.
 
     ``cluster=NAME`` is short for ``cluster.name=NAME`` (Hydra would take it for a choice of the group of `c2g plan`), and
     ``profile.FIELD`` for ``cluster.profile.FIELD``, ``experiment=NAME`` for ``study=experiment/NAME``.

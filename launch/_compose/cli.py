@@ -33,7 +33,7 @@ EXIT_USER_ERROR = 2
 
 
 def config_folder() -> Path:
-    """The configs: inside the package in an installed wheel, beside it in a checkout."""
+    """Return the folder of the configs: inside the package in an installed wheel, beside it in a checkout."""
     package = Path(hpc_c2g.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -49,16 +49,16 @@ def run_verb(
     """Compose ``configs/<verb>.yaml`` with the overrides and call ``main`` with the typed configuration.
 
     Args:
-        verb: name of the verb and of its config.
-        schema: dataclass of the whole configuration.
-        main: does the work.
-        groups: per Hydra group, the dataclass of each choice.
-        overrides: of the fields; None takes the command line's.
+        verb: Name of the verb and of its config.
+        schema: Dataclass of the whole configuration.
+        main: Function that runs the verb.
+        groups: Dataclass of each choice, by Hydra group.
+        overrides: Overrides of the fields; None takes the command line's.
     """
     register(verb, schema, groups or {})
     argv = [home_expanded(word) for word in (sys.argv[1:] if overrides is None else overrides)]
     sys.argv = [f"c2g {verb}", *argv]
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves, nothing that a user can fix
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries: no user can fix them
     words, flags = split_flags(argv)
 
     def run(config: DictConfig) -> None:
@@ -81,7 +81,7 @@ def run_verb(
 
 @contextlib.contextmanager
 def user_errors(verb: str) -> Iterator[None]:
-    """Context in which a user's mistake or a signal ends the process with one line and an exit code of its own."""
+    """Context in which a user's mistake or a signal ends the process with one line and a dedicated exit code."""
     try:
         yield
     except UserError as error:
@@ -96,11 +96,11 @@ def user_errors(verb: str) -> Iterator[None]:
 
 
 def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
-    """Make the dataclasses known to Hydra: ``<verb>_schema`` and ``<group>/<choice>_schema``."""
+    """Register the dataclasses with Hydra: ``<verb>_schema`` and ``<group>/<choice>_schema``."""
     store = ConfigStore.instance()
     whole = OmegaConf.structured(schema)
     for group, choices in groups.items():
-        if len(set(choices.values())) > 1:  # another choice's dataclass is no kind of the default one
+        if len(set(choices.values())) > 1:  # other choices have dataclasses that do not extend the default's
             whole[group] = MISSING
         for choice, node in choices.items():
             store.store(group=group, name=f"{choice}_schema", node=node)
@@ -108,10 +108,10 @@ def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> Non
 
 
 def typed(config: DictConfig, schema: type[T]) -> T:
-    """The dataclass of a composed configuration, every ``__post_init__`` check passed.
+    """Return the dataclass of a composed configuration, every ``__post_init__`` check passed.
 
     Raises:
-        UserError: a mandatory value is missing, or a check failed.
+        UserError: A mandatory value is missing, or a check failed.
     """
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
@@ -127,13 +127,13 @@ def typed(config: DictConfig, schema: type[T]) -> T:
         raise UserError(str(error).splitlines()[0], "give it on the command line") from error
     assert isinstance(result, schema)
     extra = set(keys(OmegaConf.to_container(config))) - set(keys(asdict(result)))  # type: ignore[call-overload]
-    if extra:  # Hydra's +key=value adds what no dataclass has
+    if extra:  # Hydra's +key=value adds fields that no dataclass has
         raise UserError(f"there is no setting {min(extra)!r}", "drop it; see --help for what can be set")
     return result
 
 
 def composed(verb: str, overrides: list[str]) -> DictConfig:
-    """``configs/<verb>.yaml`` with overrides, also from inside another verb."""
+    """Compose ``configs/<verb>.yaml`` with overrides, also from inside another verb."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
@@ -143,10 +143,10 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
 
 
 def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
-    """The composed configuration.
+    """Return the composed configuration.
 
     Raises:
-        UserError: an unknown field or choice, or a value of the wrong type: Hydra's several lines as one that names the fix.
+        UserError: A field or choice is unknown, or a value has the wrong type; Hydra's several lines become one that names the fix.
     """
     chosen = {override.partition("=")[0] for override in overrides}
     optional = {f.name for f in fields(schema) if f.default is None}
@@ -166,7 +166,7 @@ def checked(verb: str, overrides: list[str], schema: type) -> DictConfig:
 
 
 def readable(error: Exception, known: list[str]) -> UserError:
-    """An error of Hydra or OmegaConf as one line that names the fix."""
+    """Return an error of Hydra or OmegaConf as one line that names the fix."""
     if isinstance(error, OverrideParseException):
         field, _, value = str(error.override).partition("=")
         text_of = f", or as text {shlex.quote(f'{field}={quoted(value)}')}" if value and value[0] not in "[{" else ""
@@ -195,7 +195,7 @@ def readable(error: Exception, known: list[str]) -> UserError:
 
 
 def keys(value: Any, prefix: str = "") -> Any:
-    """Dotted names of all fields of nested plain values."""
+    """Yield the dotted names of all fields of nested plain values."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Dataclass and configuration groups of every stage of a study. Imports no torch; `c2g train` does not import it, as it knows the data."""
+"""Dataclass and configuration groups of every stage of a study. Imports no torch; `c2g train` does not import it (no access to data)."""
 
 from __future__ import annotations
 

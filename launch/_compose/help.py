@@ -42,7 +42,7 @@ def help_text(verb: str, overrides: Sequence[str] = (), width: int | None = None
 
 
 def _rows(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted name, value and description of every field."""
+    """Yield dotted name, value and description of every field."""
     schema = OmegaConf.get_type(config)
     descriptions = described(schema) if is_dataclass(schema) else {}
     for key in config:
@@ -61,7 +61,7 @@ def _rows(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, str, str]
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Return a value in the syntax of the command line."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
     if value is None or isinstance(value, bool):
@@ -70,7 +70,7 @@ def _shown(value: Any) -> str:
 
 
 def described(schema: type) -> dict[str, str]:
-    """First sentence of each entry under ``Attributes:`` in the docstrings of a dataclass and of those that it extends."""
+    """Return the first sentence of each entry under ``Attributes:`` in the docstrings of a dataclass and of those that it extends."""
     found: dict[str, str] = {}
     for cls in reversed(schema.__mro__):
         if is_dataclass(cls):
@@ -83,19 +83,19 @@ def described(schema: type) -> dict[str, str]:
 
 
 def _docstring(cls: type) -> str:
-    """A docstring of which all lines are indented alike."""
+    """Return a docstring with all lines indented alike."""
     first, _, rest = (cls.__doc__ or "").partition("\n")
     return f"{first}\n{textwrap.dedent(rest)}"
 
 
 def first_sentence(text: str) -> str:
-    """Text up to the first full stop that ends a sentence, in one line and without the marks of inline code."""
+    """Return the text up to the first full stop that ends a sentence, in one line and without the marks of inline code."""
     whole = " ".join(text.split()).replace("``", "")
     return re.split(r"(?<=[\w)]\.)\s+(?=[A-Z0-9])", whole, maxsplit=1)[0].rstrip(".")
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """One field with its description, which is wrapped under a column of its own."""
+    """Return the lines of one field; its description is wrapped in a column of its own."""
     column = 40
     body = textwrap.wrap(text, max(width - column - 2, 30)) or [""]
     head = f"  {name}"

@@ -20,7 +20,7 @@ class StationarityConfig:
     Attributes:
         weight: Weight in the loss; 0 leaves classification alone.
         statistics: Statistics that a BatchNorm takes: ``frozen`` the running ones; ``batch`` those of all samples of a step, which
-            couples them and needs them held at once; ``auto`` is ``batch`` where the classifier has a BatchNorm.
+            couples them and needs them held at once; ``auto`` is ``batch`` if the classifier has a BatchNorm.
     """
 
     weight: float = 1.0

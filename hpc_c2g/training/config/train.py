@@ -1,4 +1,4 @@
-"""Typed settings of a training run; every default was chosen without data of the classifier at hand."""
+"""Typed settings of a training run; every default was chosen without the data of any classifier."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass
 class OptimizerConfig:
-    """Adam, its learning rates with a cosine schedule.
+    """Settings of Adam and its learning rates, which follow a cosine schedule.
 
     Attributes:
         lr: Learning rate of the decoder.
         lr_codes: Learning rate of the codes.
         lr_multipliers: Learning rate of the multipliers.
-        lr_canvases: Learning rate of the canvases. A higher one covers more where alpha stays on the high side, and pulls it down
-            where it does not.
+        lr_canvases: Learning rate of the canvases. A higher one covers more if alpha stays on the high side, and pulls it down
+            if it does not.
         max_grad_norm: Largest norm of the whole gradient; 0 for no clipping.
     """
 
@@ -45,7 +45,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_codes", "lr_multipliers", "lr_canvases"):
-            # beyond, float32 overflows within the optimizer
+            # beyond it, float32 overflows within the optimizer
             require(
                 0 < getattr(self, name) <= 1e30, f"optimizer.{name}", getattr(self, name), "give a rate in (0, 1e30]"
             )
@@ -71,7 +71,7 @@ class CheckpointConfig:
 
 @dataclass
 class DistributedConfig:
-    """How several processes share the work; none of it changes the result beyond rounding, ``comm_dtype: bfloat16`` excepted.
+    """Distribution of the work over processes; no setting changes the result beyond rounding, except ``comm_dtype: bfloat16``.
 
     Attributes:
         groups: Number of groups of processes, each with its own part of the classifiers and solutions; null takes as many as divide
@@ -96,31 +96,31 @@ class DistributedConfig:
 
 @dataclass
 class TrainConfig:
-    """A generator from one classifier bundle or from several.
+    """Settings of the training of a generator from one classifier bundle or several.
 
     Attributes:
-        classifier: folder of the bundle, or a list of folders.
-        run_dir: where everything is written; the same folder resumes.
-        steps: optimizer steps.
-        solutions: independent solutions of each classifier's conditions that the generator holds, each with codes, multipliers, an alpha
+        classifier: Folder of the bundle, or a list of folders.
+        run_dir: Run directory, which holds all results; an existing one is resumed.
+        steps: Number of optimizer steps.
+        solutions: Independent solutions of each classifier's conditions that the generator holds, each with codes, multipliers, an alpha
             and an equal part of the batch of its own; the decoder is shared.
-        global_batch: B, samples of a step over all classifiers, solutions and processes.
-        micro_batch: samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
-        shares: of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
-        seed: of weights, latents and probes.
-        dtype: of the generator's weights; KKT sums are float32 at least.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        kkt_backend: ``auto`` takes the closed form of G and its cotangents where the classifier is a flatten(1), nn.Linear and
+        global_batch: Number of samples B of a step over all classifiers, solutions and processes.
+        micro_batch: Samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
+        shares: Shares of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
+        seed: Seed of weights, latents and probes.
+        dtype: Data type of the generator's weights; KKT sums are float32 at least.
+        device: Device, ``auto``, ``cpu`` or ``cuda``.
+        kkt_backend: Backend of G: ``auto`` takes the closed form of G and its cotangents if the classifier is a flatten(1), nn.Linear and
             (leaky) ReLU (hpc_c2g/kkt/closed_form.py), ``autograd`` always goes through autograd. The result is the same to rounding.
-        matmul_precision: of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds their sides and sums in float32
-            (on the closed form alone).
-        deterministic: the same bits on every number of ranks that divides ``deterministic_shards``: these are the micro-batches
-            then, summed in a fixed tree, and plain Adam stands in for DeepSpeed. Slow, for debugging and proofs; ``micro_batch``,
-            ``deepspeed`` and the rest of ``distributed`` have no say in it.
-        deterministic_shards: a power of two, at most ``global_batch``.
-        zero_stage: what DeepSpeed shares out among the ranks: 0 nothing, 1 Adam's state, 2 gradients too, 3 weights too. The result
+        matmul_precision: Precision of the matrix products in KKT sums: ``float32``, or ``bfloat16``, which rounds inputs and sums in
+            float32 (on the closed form only).
+        deterministic: Same bits on every number of ranks that divides ``deterministic_shards``, which then is the number of micro-batches;
+            they are summed in a fixed tree, and plain Adam replaces DeepSpeed. Slow, for debugging and proofs; ``micro_batch``,
+            ``deepspeed`` and the rest of ``distributed`` are ignored.
+        deterministic_shards: Number of micro-batches, a power of two, at most ``global_batch``.
+        zero_stage: State that DeepSpeed shards over the ranks: 0 nothing, 1 Adam's state, 2 gradients too, 3 weights too. The result
             is the same to rounding.
-        deepspeed: settings laid over those that the engine makes for DeepSpeed.
+        deepspeed: Settings that override those that the engine makes for DeepSpeed.
     """
 
     classifier: Any = "???"
@@ -215,17 +215,17 @@ class TrainConfig:
 
     @property
     def classifiers(self) -> list[str]:
-        """Folders of the bundles."""
+        """Return the folders of the bundles."""
         return list(self.classifier) if isinstance(self.classifier, (list, tuple)) else [self.classifier]
 
     @property
     def members(self) -> list[str]:
-        """The folder of each member of the run: of every solution of every classifier, classifier by classifier."""
+        """Return the folder of each member (one solution of one classifier), classifier by classifier."""
         return [folder for folder in self.classifiers for _ in range(self.solutions)]
 
     @property
     def prefixes(self) -> list[str]:
-        """Prefix of the names of each member's curves; empty where there is only one."""
+        """Return the prefix of the names of each member's curves; empty if there is only one."""
         several, more = len(self.classifiers) > 1, self.solutions > 1
         return [
             (f"classifier{k}/" if several else "") + (f"solution{s}/" if more else "")
@@ -235,9 +235,9 @@ class TrainConfig:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """The typed configuration of plain values, such as a run's ``config.yaml``.
+    """Return the typed configuration of plain values, such as a run's ``config.yaml``.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type or out of range.
+        UserError: A key is unknown, or a value has the wrong type or is out of range.
     """
     return from_plain(TrainConfig, values, {"generator": GENERATORS})

@@ -1,4 +1,4 @@
-"""Capacity: the memory at hand on this rank, the classifiers that it must hold, and the largest micro-batch beside them."""
+"""Available memory of this rank, the memory of its classifiers, and the largest micro-batch that fits beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hpc_c2g.units import GIB
 COPIES = 4
 """float32 tensors of a classifier's size on a rank: theta, the traced graph's copy, the bucket of G, the residual (later direction)."""
 MARGIN = 0.2
-"""Share of the memory that is left alone: kernels' workspaces, fragmentation, the libraries."""
+"""Share of the memory that is kept free for kernels' workspaces, fragmentation and libraries."""
 CGROUP, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_bytes(world: World) -> float:
-    """Memory that this rank may take: free on its GPU, or its part of what is free on the node and in its control group."""
+    """Return the bytes available to this rank: free on its GPU, or its share of the free memory of its node and control group."""
     if world.device.type == "cuda":
         return float(torch.cuda.mem_get_info(world.device)[0])
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -31,7 +31,7 @@ def available_bytes(world: World) -> float:
 
 
 def _left_in_control_groups() -> float:
-    """Bytes that the control groups (version 2) above this process still allow: a container's or a batch system's limit."""
+    """Return the bytes that the control groups (version 2) above this process still allow: a container's or a batch system's limit."""
     try:
         own = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
     except (OSError, StopIteration):
@@ -47,21 +47,21 @@ def _left_in_control_groups() -> float:
             statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except OSError:
             continue
-        if limit != "max":  # cached files give way
+        if limit != "max":  # cached files can be evicted
             left = min(left, float(limit) - used + float(statistics.get("inactive_file", 0)))
     return left
 
 
 def _kkt_bytes(bundles: list[Bundle], mesh: Mesh) -> int:
-    """Bytes that this rank's classifiers take for their KKT sums."""
+    """Return the bytes that this rank's classifiers take for their KKT sums."""
     return COPIES * sum(4 * p.numel() for k in mesh.local_members for p in bundles[k].parameters.values())
 
 
 def check_classifiers(bundles: list[Bundle], mesh: Mesh, free: float) -> None:
-    """Refuse classifiers whose KKT sums alone do not fit on this rank.
+    """Check that the KKT sums of this rank's classifiers fit into its memory.
 
     Raises:
-        UserError: more classifiers than the ranks can hold.
+        UserError: They do not fit.
     """
     needed = _kkt_bytes(bundles, mesh)
     if needed > free * (1 - MARGIN):
@@ -73,16 +73,16 @@ def check_classifiers(bundles: list[Bundle], mesh: Mesh, free: float) -> None:
 
 
 def largest_that_fits(bundles: list[Bundle], config: TrainConfig, mesh: Mesh, free: float) -> int:
-    """``micro_batch=auto``: the largest for which the costliest classifier's micro-batch fits on every rank; collective.
+    """Return the largest micro-batch for which the costliest classifier fits on every rank, for ``micro_batch=auto``; collective.
 
     Raises:
-        UserError: not even one sample fits.
+        UserError: Not even one sample fits.
     """
     share = -(-config.global_batch // mesh.data.size)
     dry = {
         id(bundles[k]): DryRun(bundles[k], config) for k in mesh.local_members
     }  # solutions share a bundle, and cost the same
-    # weights, their gradient and Adam's two moments, as if nothing were shared out; the sums of all of this rank's classifiers
+    # weights, their gradient and Adam's two moments, as if nothing were sharded; the sums of all of this rank's classifiers
     held = 16 * sum(p.numel() for p in generator_without_numbers(config, bundles).parameters())
     room = free * (1 - MARGIN) - held - _kkt_bytes(bundles, mesh)
     fitting = []

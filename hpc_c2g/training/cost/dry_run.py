@@ -1,13 +1,13 @@
-"""Cost of a training step, from the step itself: it runs on the meta device, where nothing is computed and nothing is stored.
+"""Cost of a training step, measured by running the step on the meta device, where nothing is computed and nothing is stored.
 
-The real ``TrainStep`` is called with 2 and with 3 micro-batches. All it does is affine in their number m, so with W(m) the work,
+The real ``TrainStep`` is called with 2 and with 3 micro-batches. Its work W(m) is affine in their number m, so it is
 
     per micro-batch W(3) - W(2),    once per step W(2) - 2 (W(3) - W(2)),
 
-and what a step saves that keeps its last micro-batch is what it takes less than one that does not.
+and the saving of a step that keeps its last micro-batch's graph is the difference of its work to that of a step that does not.
 
-The bytes that live at once do not grow with m; they are (piecewise) affine in the samples of a micro-batch. What the kernels of
-operators allocate for themselves is not seen: up to a fifth more for convolutions of tiny maps, a twentieth on 28 x 28.
+The bytes alive at once do not grow with m; they are (piecewise) affine in the samples of a micro-batch. Workspaces that kernels
+allocate internally are not counted: up to a fifth more for convolutions of tiny maps, a twentieth on 28 x 28.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class MicroBatchCost:
-    """Cost of a rank's step in terms of its micro-batches.
+    """Cost of a rank's step per micro-batch and per step.
 
     Attributes:
-        samples: in a micro-batch.
-        one_pass: the share of a rank is one micro-batch, whose graph is kept from the KKT sum to the cotangents.
-        first: per micro-batch of pass 1, the KKT sum without a graph; nothing where there is one pass.
-        second: per micro-batch of pass 2: generator, KKT sum with graph, cotangents, backward.
-        backward: the part of ``second`` that is the generator's backward.
-        saved: once per step: what need not be done again for the micro-batch whose graph is kept until G is known.
-        residual: once per step: the bucket of the all-reduce, residual and direction.
-        update: once per step: the generator's gradient bucket, its norm, Adam.
-        sums: bytes of the all-reduces in the order of the step, without the generator's gradient.
-        working_bytes: most bytes alive at once, besides the classifier's weights and the generator's weights, gradient and moments.
-        classifier_parameters: P.
-        generator_parameters: P_gen.
-        operators: of a step, and how often it calls each.
+        samples: Samples of a micro-batch.
+        one_pass: True if the share of a rank is one micro-batch, whose graph is kept from the KKT sum to the cotangents.
+        first: Cost per micro-batch of pass 1, the KKT sum without a graph; zero if there is one pass.
+        second: Cost per micro-batch of pass 2: generator, KKT sum with graph, cotangents, backward.
+        backward: Part of ``second`` in the generator's backward.
+        saved: Saving per step by the micro-batch whose graph is kept until G is known.
+        residual: Cost per step of the all-reduce's bucket, the residual and the direction.
+        update: Cost per step of the generator's gradient bucket, its norm, and Adam.
+        sums: Bytes of the all-reduces in the order of the step, without the generator's gradient.
+        working_bytes: Most bytes alive at once, besides the classifier's weights and the generator's weights, gradient and moments.
+        classifier_parameters: Number of classifier parameters P.
+        generator_parameters: Number of generator parameters P_gen.
+        operators: Number of calls of each operator in a step.
     """
 
     samples: int
@@ -77,13 +77,13 @@ class MicroBatchCost:
 
 
 class DryRun:
-    """A run's classifier and generator on the meta device, ready to be costed at any micro-batch.
+    """Classifier and generator of a run on the meta device, whose cost can be computed for any micro-batch.
 
     Products are counted in float32, everything else as configured.
 
     Args:
-        bundle: the classifier.
-        config: of the run; its batch sizes do not matter here, except for the number of free images.
+        bundle: Bundle of the classifier.
+        config: Settings of the run; its batch sizes are ignored, except for the number of free images.
     """
 
     def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
@@ -96,10 +96,10 @@ class DryRun:
         self.build = functools.partial(generator_without_numbers, self.config, [bundle])
 
     def cost(self, samples: int, one_pass: bool = False) -> MicroBatchCost:
-        """The cost of micro-batches of ``samples``, more than one of them unless ``one_pass``.
+        """Return the cost of micro-batches of ``samples``, more than one of them unless ``one_pass``.
 
         Raises:
-            UserError: ``samples`` below 1.
+            UserError: ``samples`` is below 1.
         """
         if samples < 1:
             raise UserError(f"micro_batch={samples} is too small", "give at least one sample")
@@ -109,7 +109,7 @@ class DryRun:
         return self._difference(samples, self._trace(samples, 2), two, three)
 
     def working_bytes(self, samples: int, one_pass: bool = False) -> int:
-        """That entry of ``cost`` alone, in less time."""
+        """Return ``cost(...).working_bytes``, in less time."""
         return self._trace(samples, 1 if one_pass else 2).meter.peak
 
     def _trace(self, samples: int, micro_batches: int, keeps_last: bool = True) -> CostTracer:
@@ -123,7 +123,7 @@ class DryRun:
             return _MarkedSum(run, objective, mesh, comm_stream)
 
         with meter:
-            run.optimizer.step()  # Adam makes its moments in its first step
+            run.optimizer.step()  # Adam allocates its moments in its first step
             run.clear()
             step = TrainStep.build(
                 config,
@@ -145,7 +145,7 @@ class DryRun:
     def _difference(
         self, samples: int, real: CostTracer, two: CostTracer | None = None, three: CostTracer | None = None
     ) -> MicroBatchCost:
-        """Cost from a dry run as it is, with one micro-batch or two, and of two others that keep no micro-batch."""
+        """Return the difference of the cost of a dry run and of two others that keep no micro-batch's graph."""
         sizes = {
             "samples": samples,
             "one_pass": three is None,
@@ -167,15 +167,15 @@ class DryRun:
 
 
 def largest_micro_batch(working_bytes: Callable[[int], float], available_bytes: float, limit: int) -> int:
-    """The largest power of two, or ``limit`` itself, whose working bytes fit; 0 where one sample does not.
+    """Return the largest power of two, or ``limit`` itself, whose working bytes fit; 0 if one sample does not fit.
 
-    Working bytes are convex in the samples b, the maximum of phases f + s b. So a chord between a size that fits and one that does
+    Working bytes are convex in the samples b, as the maximum of phases f + s b. So a chord between a size that fits and one that does
     not lies above them: the size where it crosses ``available_bytes`` fits, and a few chords find the largest.
 
     Args:
-        working_bytes: of a micro-batch of so many samples, such as ``DryRun(bundle, config).working_bytes``.
-        available_bytes: for everything that lives only within a step.
-        limit: no more than this, a rank's share of the batch.
+        working_bytes: Working bytes of a micro-batch by its samples, such as ``DryRun(bundle, config).working_bytes``.
+        available_bytes: Bytes available to everything that lives only within a step.
+        limit: Upper limit of the result: a rank's share of the batch.
     """
     at = functools.cache(working_bytes)
     if at(limit) <= available_bytes:
@@ -195,12 +195,12 @@ def largest_micro_batch(working_bytes: Callable[[int], float], available_bytes: 
 
 
 def _power_of_two(number: float) -> int:
-    """The largest one that is not above ``number``."""
+    """Return the largest power of two that is at most ``number``."""
     return 1 << (int(number).bit_length() - 1)
 
 
 class CostTracer:
-    """An engine that does nothing but what costs: the parts of a step that the meta device cannot play."""
+    """Engine without an effect, which runs the operators of the parts of a step that have no equivalent on the meta device."""
 
     module: nn.Module
 
@@ -215,33 +215,33 @@ class CostTracer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all that was counted."""
+        """Reset all counts."""
         self.phases: list[OpCost] = []
         self.sums: list[int] = []
         self.backward_work = OpCost()
         self.meter.reset()
 
     def mark(self) -> None:
-        """A phase of the step ends here."""
+        """End a phase of the step."""
         done = sum(self.phases, OpCost())
         self.phases.append(self.meter.work - done)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """An all-reduce."""
+        """Count an all-reduce."""
         self.sums.append(sum(t.numel() * t.element_size() for t in tensors))
 
     def gradient_norm(self) -> Tensor:
-        """As the engine's."""
+        """Return the norm of the gradient, as ``Engine.gradient_norm``."""
         return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def backward(self, surrogate: Tensor) -> None:
-        """As the engine's."""
+        """Run the backward of ``surrogate``, as ``Engine.backward``."""
         before = self.meter.work
         (surrogate * 1.0).backward()  # type: ignore[no-untyped-call]
         self.backward_work = self.meter.work - before
 
     def reduce(self) -> None:
-        """DeepSpeed sums the gradient in one flat bucket."""
+        """Count the sum of the gradient in one flat bucket, as in DeepSpeed."""
         self.mark()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         bucket = torch.cat([g.reshape(-1) for g in gradients]).div_(1.0)
@@ -249,52 +249,52 @@ class CostTracer:
             gradient.copy_(part.view_as(gradient))
 
     def step(self, lr_factor: float) -> None:
-        """Adam; the gradients stay, as they are no working memory."""
+        """Count Adam's update; the gradients stay, as they are no working memory."""
         self.optimizer.step()
 
 
 class _MarkedSum(ResidualSum):
-    """The residual's sum over ranks ends the first phase; it is not sent."""
+    """Residual's sum over ranks that ends the first phase without communication."""
 
     def __init__(self, run: CostTracer, objective: Objective, mesh: Mesh, comm_stream: CommStream) -> None:
         super().__init__(objective.theta, mesh, comm_stream, "float32", 2**62)
         self.run = run
 
     def total(self) -> dict[str, Tensor]:
-        """The sum over micro-batches."""
+        """Return the sum over micro-batches."""
         self.run.mark()
         self.run.sum([bucket.flat for bucket in self.buckets])
         return super().total()
 
 
 class _Sum(RunningSum):
-    """A sum of scalars that is not sent."""
+    """Sum of scalars without communication."""
 
     def __init__(self, run: CostTracer) -> None:
         super().__init__(World.single_process(META))
         self.run = run
 
     def total(self) -> dict[str, Tensor]:
-        """The sum over micro-batches."""
+        """Return the sum over micro-batches."""
         self.run.sum(self.sums.values())
         return super().total()
 
 
 class _Latents:
-    """A sampler of latents without numbers."""
+    """Sampler of latents on the meta device."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
 
     def batch(self, step: int, start: int, stop: int) -> Latents:
-        """As ``LatentSampler.batch``."""
+        """Return latents of the shapes of ``LatentSampler.batch``."""
         index = torch.empty(stop - start, dtype=torch.int64, device=META)
         z = torch.empty(stop - start, self.dimensions, dtype=torch.float64, device=META)
         return Latents(z, index, index, index)
 
 
 def generator_without_numbers(config: TrainConfig, bundles: Sequence[Bundle]) -> Generator | FreeImages:
-    """The run's generator of these classifiers on the meta device."""
+    """Return the run's generator of these classifiers on the meta device."""
     lower, upper = boxes(bundles)
     latents, classes = LATENT_DIMENSIONS, class_counts(bundles)
     counts = batch_shares(config, classes) if len(bundles) > 1 else [config.global_batch]

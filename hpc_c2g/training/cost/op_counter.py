@@ -1,4 +1,4 @@
-"""Counts what PyTorch operators would cost, while they run on the meta device and compute nothing."""
+"""Counter of the cost of PyTorch operators, while they run on the meta device and compute nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SCATTERING = {ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_, ATEN.embe
 
 @dataclass(frozen=True)
 class OpCost:
-    """Work that a part of a program asks of a device. Adds up, and scales with a number of repetitions.
+    """Work of a part of a program on a device. Supports sums, differences, and factors for repetitions.
 
     Attributes:
-        flops: floating point operations of matrix products and convolutions (a multiply-add counts as two).
-        matrix_bytes: read and written by those.
-        moved_bytes: read and written by all other operators: these are bound by memory.
-        calls: operators called, views included: each costs the host its overhead.
+        flops: Floating-point operations of matrix products and convolutions (a multiply-add counts as two).
+        matrix_bytes: Bytes read and written by matrix products and convolutions.
+        moved_bytes: Bytes read and written by all other operators, which are bound by memory.
+        calls: Number of operators called, views included: each costs the host its overhead.
     """
 
     flops: float = 0.0
@@ -47,7 +47,7 @@ class OpCost:
 
 @dataclass(frozen=True)
 class TensorShape:
-    """A tensor without its numbers, as an argument of a ``Product``."""
+    """Shape and data type of a tensor that is an argument of an ``Op``."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -59,11 +59,11 @@ class Op:
     """One operator with its arguments: enough to call it again with other numbers.
 
     Attributes:
-        name: below ``torch.ops``, such as ``aten.mm.default``.
-        arguments: tensors as ``TensorShape``, lists as tuples.
-        keywords: (name, argument) pairs.
-        flops: of one call, 0 where it is bound by memory.
-        nbytes: read and written by one call.
+        name: Name below ``torch.ops``, such as ``aten.mm.default``.
+        arguments: Positional arguments, tensors as ``TensorShape``, lists as tuples.
+        keywords: Keyword arguments as (name, argument) pairs.
+        flops: Floating-point operations of one call, 0 if it is bound by memory.
+        nbytes: Bytes read and written by one call.
     """
 
     name: str
@@ -74,15 +74,15 @@ class Op:
 
 
 class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts work and live bytes of all operators called inside ``with meter:``.
+    """Mode that counts work and live bytes of all operators called inside ``with meter:``.
 
-    Tensors on the meta device have no numbers. Where the program asks for one, to log or to scale with it, it gets 1; a boolean
+    Tensors on the meta device have no numbers. If the program reads one, to log or to scale with it, it gets 1; a boolean
     mask selects everything. Programs that branch on values are therefore counted on one of their branches.
 
     Attributes:
-        work: since the last ``reset``.
-        peak: largest sum of bytes that were alive at once, of storages made since the last ``reset``.
-        operators: what was called how often.
+        work: Work since the last ``reset``.
+        peak: Largest sum of bytes alive at once, in storages allocated since the last ``reset``.
+        operators: Number of calls of each operator.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reset()
 
     def reset(self) -> None:
-        """Start afresh; what is alive now counts as there before."""
+        """Reset all counts; storages alive now are not counted."""
         self.work, self.peak, self.live = OpCost(), 0, 0
         self.operators: Counter[Op] = Counter()
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -146,7 +146,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _without_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The answer to a question that only numbers could answer; None where the operator can run."""
+    """Return a substitute for a value that the meta device cannot compute; None if the operator can run."""
     first = args[0] if args and isinstance(args[0], Tensor) else None
     if first is None or not first.is_meta:
         return None
@@ -170,7 +170,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes behind the tensors; an expanded one is read from the few bytes that it has."""
+    """Return the bytes behind the tensors; an expanded one is read from its few stored bytes."""
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 

@@ -1,4 +1,4 @@
-"""Plain Adam for gradients that are sums over samples: the pilot's engine, and the one whose bits do not depend on the ranks."""
+"""Plain Adam for gradients that are sums over samples: engine of the pilot and of deterministic runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BETAS = (0.9, 0.99)
 
 
 def build_optimizer(module: Generator | FreeImages, config: OptimizerConfig) -> torch.optim.Adam:
-    """Adam with a learning rate per group of the generator's parameters."""
+    """Return Adam with a learning rate per group of the generator's parameters."""
     rates = {
         "images": config.lr,
         "codes": config.lr_codes,
@@ -29,7 +29,7 @@ def build_optimizer(module: Generator | FreeImages, config: OptimizerConfig) -> 
 
 
 class OptimizedModule:
-    """Common part of all engines: a module, its optimizer with learning rates that follow a factor, and their state.
+    """Base of all engines: a module, its optimizer with learning rates that follow a factor, and their state.
 
     The methods that read or restore the state, and ``gradient_norm``, are collective: every rank calls them.
     """
@@ -43,35 +43,35 @@ class OptimizedModule:
     gathers_in_forward: bool = False
 
     def set_lrs(self, lr_factor: float) -> None:
-        """Every group's learning rate at ``lr_factor`` times its base."""
+        """Set every group's learning rate to ``lr_factor`` times its base."""
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the summed gradient, float64 scalar, the same on every rank; between ``reduce`` and ``step``. Collective."""
+        """Return the L2 norm of the summed gradient, float64 scalar, the same on all ranks, between ``reduce`` and ``step``. Collective."""
         return self.layout.gradient_norm()
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's ``state_dict`` in full, float32 masters for parameters, on the CPU of every rank. Collective."""
+        """Return the module's full ``state_dict``, float32 masters for parameters, on the CPU of every rank. Collective."""
         return self.full_state.weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """On every rank the layout-free state ``{"weights": {name: tensor}, "moments": {parameter: {"exp_avg": tensor,
-        "exp_avg_sq": tensor}}, "updates": int}``: any engine on any number of ranks goes on from it. Collective.
+        """Return the layout-free state ``{"weights": {name: tensor}, "moments": {parameter: {"exp_avg": tensor,
+        "exp_avg_sq": tensor}}, "updates": int}`` on every rank; any engine on any number of ranks can resume from it. Collective.
         """
         return self.full_state.state_dict(self.updates)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what any engine's ``state_dict`` returned. Collective.
+        """Restore the result of any engine's ``state_dict``. Collective.
 
         Raises:
-            UserError: the state is of another network or format.
+            UserError: The state belongs to another network or format.
         """
         self.updates = self.full_state.load_state_dict(self.module, state)
 
 
 class AdamEngine(OptimizedModule):
-    """Adam on every rank, the gradient summed by ``summation`` and clipped to ``config.max_grad_norm`` (0: not)."""
+    """Adam on every rank; the gradient is summed by ``summation`` and clipped to ``config.max_grad_norm`` (0: not clipped)."""
 
     def __init__(self, module: Generator | FreeImages, config: OptimizerConfig, summation: Summation) -> None:
         self.module = module
@@ -88,7 +88,7 @@ class AdamEngine(OptimizedModule):
         self.summation.add(dict(zip(self.parameters, grads, strict=True)))
 
     def reduce(self) -> None:
-        """Make every parameter's ``grad`` the sum over all micro-batches and ranks."""
+        """Set every parameter's ``grad`` to the sum over all micro-batches and ranks."""
         for name, grad in self.summation.total().items():
             self.parameters[name].grad = grad
 

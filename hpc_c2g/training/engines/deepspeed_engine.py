@@ -1,4 +1,4 @@
-"""The DeepSpeed engine that owns the generator's weights and optimizer, at any ZeRO stage."""
+"""DeepSpeed engine that owns the generator's weights and optimizer, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpc_c2g.training.engines.adam_engine import OptimizedModule, build_optimize
 from hpc_c2g.training.engines.engine_state import EngineState, buffers_of
 from hpc_c2g.training.engines.zero_state import zero_layout
 
-# what the layout-free state does not hold, by section of DeepSpeed's settings
+# settings whose state the layout-free state does not hold, by section of DeepSpeed's settings
 WITHOUT_STATE = {"fp16": ("enabled",), "zero_optimization": ("offload_optimizer", "offload_param", "zenflow")}
 LARGEST_BUCKET = 50_000_000
 
@@ -31,16 +31,16 @@ class DeepSpeedEngine(OptimizedModule):
 
     DeepSpeed divides by the number of ranks; ``backward`` undoes it, because the surrogate's gradient is already the exact sum.
     Stages 0 to 2 keep the parameters whole; at stage 3 ``module`` gathers them while it runs, so that every rank must call it.
-    Between ranks gradients are summed in float32 at every stage and dtype; over micro-batches too, but for stage 0 in bfloat16.
+    Between ranks gradients are summed in float32 at every stage and dtype; over micro-batches too, except at stage 0 in bfloat16.
 
     Args:
-        module: the generator.
-        config: of the run; ``config.deepspeed`` is laid over the settings made here.
-        micro_batches: per step and rank.
-        world: the ranks, and the device where the module lives.
+        module: Generator.
+        config: Settings of the run; ``config.deepspeed`` overrides the settings made here.
+        micro_batches: Number of micro-batches per step and rank.
+        world: All ranks, and the device of the module.
 
     Raises:
-        UserError: ``config.deepspeed`` holds what DeepSpeed refuses, or what a checkpoint could not keep.
+        UserError: ``config.deepspeed`` holds a setting that DeepSpeed refuses, or whose state a checkpoint cannot hold.
     """
 
     def __init__(self, module: Generator | FreeImages, config: TrainConfig, micro_batches: int, world: World) -> None:
@@ -59,15 +59,15 @@ class DeepSpeedEngine(OptimizedModule):
                 self._engine, self.optimizer, _, _ = deepspeed.initialize(
                     model=module.to(world.device), optimizer=adam, config=settings, dist_init_required=False
                 )
-        except Exception as error:  # of any kind: DeepSpeed checks little before it uses a value
+        except Exception as error:  # any exception: DeepSpeed checks little before it uses a value
             if not config.deepspeed:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(
                 f"deepspeed={config.deepspeed} is refused: {reason}", "correct or drop the setting"
             ) from error
-        atexit.unregister(_let_go)
-        atexit.register(_let_go)
+        atexit.unregister(_destroy_process_groups)
+        atexit.register(_destroy_process_groups)
         self.module = self._engine.module
         self.gathers_in_forward = config.zero_stage == 3
         if self.gathers_in_forward:
@@ -79,7 +79,7 @@ class DeepSpeedEngine(OptimizedModule):
     def backward(self, surrogate: Tensor) -> None:
         """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's; at stages 2 and 3 collective."""
         if self._engine.zero_optimization():
-            # the engine's forward, which the step does not use, would do this; without it stage 3 forgets earlier micro-batches
+            # done by the engine's forward, which the step does not use; without it stage 3 drops earlier micro-batches
             self._engine.optimizer.clear_backward_seen_flag()
         scaled = surrogate * self._engine.dp_world_size
         self._guarded(lambda: self._engine.backward(scaled, scale_wrt_gas=False))
@@ -87,7 +87,7 @@ class DeepSpeedEngine(OptimizedModule):
             self._engine.step()
 
     def reduce(self) -> None:
-        """Nothing is left to do: DeepSpeed sums the gradient over ranks within the last backward at the latest."""
+        """Do nothing: DeepSpeed has summed the gradient over ranks by the end of the last backward."""
 
     def step(self, lr_factor: float) -> None:
         """Update with the summed gradient at ``lr_factor`` times the base learning rates."""
@@ -98,10 +98,10 @@ class DeepSpeedEngine(OptimizedModule):
 
 @functools.cache
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet.
+    """Import DeepSpeed without its log messages.
 
-    Import it before the process group is made: it would keep that as a default argument, and its threads beyond the interpreter. So
-    would the compiler that torch.optim imports at its first use.
+    Import it before the process group is initialized: it would keep the group as a default argument, and its threads beyond the
+    interpreter. So would the compiler that torch.optim imports at its first use.
     """
     with _silenced():  # build messages of a first import
         import deepspeed
@@ -112,15 +112,15 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def _let_go() -> None:
-    """Destroy the process groups with what DeepSpeed holds of them; ``World.start`` would leave that."""
+def _destroy_process_groups() -> None:
+    """Destroy the process groups and DeepSpeed's references to them, which ``World.start`` would leave."""
     comm = import_deepspeed().comm
     if comm.is_initialized():
         comm.destroy_process_group()
 
 
 def deepspeed_settings(config: TrainConfig, micro_batches: int, elements: int) -> dict[str, Any]:
-    """DeepSpeed's settings for a run whose generator has ``elements`` weights."""
+    """Return DeepSpeed's settings for a run whose generator has ``elements`` weights."""
     low_precision = config.dtype == "bfloat16"
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts calls of backward; samples are counted by the step
@@ -136,17 +136,17 @@ def deepspeed_settings(config: TrainConfig, micro_batches: int, elements: int) -
             # true would replace torch's own linear function for the whole process, the classifier's too
             "memory_efficient_linear": False,
         },
-        # an update as soon as a gradient is there: without it stage 1 in bfloat16 counts earlier micro-batches again
+        # update as soon as a gradient is available: otherwise stage 1 in bfloat16 counts earlier micro-batches again
         "bf16": {"enabled": low_precision, "immediate_grad_update": low_precision},
         "communication_data_type": "fp32",
-        # stage 0 knows no other dtype than the weights'
+        # stage 0 supports only the dtype of the weights
         "data_types": {"grad_accum_dtype": "fp32"} if config.zero_stage else {},
         "steps_per_print": 10**12,
     }
 
 
 def laid_over(settings: Mapping[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with the values of ``free`` in their place, mappings merged key by key."""
+    """Return ``settings`` overridden by the values of ``free``, mappings merged key by key."""
     result = dict(settings)
     for key, value in free.items():
         old = result.get(key)
@@ -161,7 +161,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _run_with_variables(module: nn.Module, world: World) -> None:
-    """Show DeepSpeed its variables while the module runs: at stage 3 it asks for them when it compares the ranks' order of layers."""
+    """Set DeepSpeed's variables while the module runs: stage 3 reads them when it compares the ranks' order of layers."""
     held = contextlib.ExitStack()
 
     def before(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""An engine's state without its layout: full float32 weights and moments by name, for any number of ranks and any ZeRO stage."""
+"""Layout-free engine state: full float32 weights and moments by name, for any number of ranks and any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Fragment:
 
     Attributes:
         master: float32 leaf of Adam, which may hold other parameters too.
-        start: place of the first element in the flattened master.
-        offset: place of the first element in the flattened parameter.
-        count: number of elements.
+        start: Index of the first element in the flattened master.
+        offset: Index of the first element in the flattened parameter.
+        count: Number of elements.
     """
 
     master: Tensor
@@ -33,15 +33,15 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the engine keeps what Adam updates.
+    """Location of the tensors that Adam updates, in an engine.
 
     Attributes:
-        shapes: of every parameter in full, by name.
-        fragments: by name; a parameter of which this rank keeps nothing is absent.
-        masters: every float32 leaf of this rank's Adam.
-        gradients: the reduced gradient: in full, or where ``sum`` is given this rank's share of it.
-        publish: makes the module compute with changed masters (collective where ``sum`` is given).
-        sum: over ranks, of tensors in place; None where every rank keeps everything.
+        shapes: Full shape of every parameter, by name.
+        fragments: Fragments of this rank, by parameter name; absent if the rank has none of a parameter.
+        masters: float32 leaves of this rank's Adam.
+        gradients: Returns the reduced gradient: the full one, or this rank's part of it if ``sum`` is given.
+        publish: Copies changed masters to the weights of the module (collective if ``sum`` is given).
+        sum: Sums tensors over ranks in place; None if every rank holds everything.
     """
 
     shapes: dict[str, torch.Size]
@@ -52,9 +52,9 @@ class Layout:
     sum: Callable[[list[Tensor]], None] | None = None
 
     def gather(self, part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Full float32 tensors on the CPU, by parameter name, of what ``part`` takes from a master and is shaped like it."""
+        """Return full float32 tensors on the CPU, by parameter name; ``part`` maps a master to a tensor of its shape."""
         device, full = self.masters[0].device, {}
-        for name, shape in self.shapes.items():  # one by one: the device may hold no second generator
+        for name, shape in self.shapes.items():  # one by one: a second generator may not fit on the device
             whole = torch.zeros(shape.numel(), device=device)
             if name in self.fragments:
                 f = self.fragments[name]
@@ -67,13 +67,13 @@ class Layout:
 
     @torch.no_grad()
     def scatter(self, part: Callable[[Tensor], Tensor], full: Mapping[str, Tensor]) -> None:
-        """Write this rank's elements of ``full`` into what ``part`` takes from its masters; communicates nothing."""
+        """Write this rank's elements of ``full`` into the tensors that ``part`` returns for its masters; no communication."""
         for name, f in self.fragments.items():
             kept = full[name].reshape(-1).narrow(0, f.offset, f.count)
             part(f.master).view(-1).narrow(0, f.start, f.count).copy_(kept)
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the whole reduced gradient, float64 scalar, the same on every rank."""
+        """Return the L2 norm of the whole reduced gradient, float64 scalar, the same on every rank."""
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.gradients()]
         squares = torch.stack(norms).square().sum().reshape(1)  # float64: a square of 1e30 is no overflow
         if self.sum is not None:
@@ -82,15 +82,15 @@ class Layout:
 
 
 class EngineState:
-    """Reads and restores weights and Adam's moments in full; every method is collective where the layout is shared out.
+    """Reads and restores weights and Adam's moments in full; every method is collective if the layout is sharded.
 
-    Adam gets its state at once, before its first step, so that it can be filled, and starts alike in every layout.
+    Adam's state is allocated at once, before its first step, so that it can be restored and is the same in every layout.
 
     Args:
-        names: of the module's ``state_dict``, in order.
-        buffers: of the module, before an engine cast them: no network changes them, and so they stay exact in any dtype.
-        layout: of what Adam updates.
-        adam: the innermost optimizer.
+        names: Names in the module's ``state_dict``, in order.
+        buffers: Buffers of the module before an engine cast them: no network changes them, so they stay exact in any dtype.
+        layout: Location of the tensors that Adam updates.
+        adam: Innermost optimizer.
     """
 
     def __init__(self, names: list[str], buffers: dict[str, Tensor], layout: Layout, adam: torch.optim.Adam) -> None:
@@ -101,12 +101,12 @@ class EngineState:
             adam.state[master] = {"step": torch.tensor(0.0), **zeros}
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's full ``state_dict`` with float32 masters, on the CPU of every rank; collective."""
+        """Return the module's full ``state_dict`` with float32 masters, on the CPU of every rank; collective."""
         full = self.buffers | self.layout.gather(lambda master: master)
         return {name: full[name].clone() if name in self.buffers else full[name] for name in self.names}
 
     def state_dict(self, updates: int) -> dict[str, Any]:
-        """Weights, moments and the number of updates so far, on every rank; collective."""
+        """Return weights, moments and the number of updates so far, on every rank; collective."""
         gathered = {key: self.layout.gather(self._moment(key)) for key in MOMENTS}
         moments = {name: {key: gathered[key][name] for key in MOMENTS} for name in self.layout.shapes}
         return {"weights": self.weights(), "moments": moments, "updates": updates}
@@ -119,10 +119,10 @@ class EngineState:
         return part
 
     def load_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> int:
-        """Restore what ``state_dict`` returned in any layout, and return its number of updates; collective.
+        """Restore the result of ``state_dict`` in any layout, and return its number of updates; collective.
 
         Raises:
-            UserError: the state is of another network or format; nothing was changed.
+            UserError: The state belongs to another network or format; nothing was changed.
         """
         check_fit(state, self.shapes, self.layout.shapes)
         weights, moments, updates = state["weights"], state["moments"], int(state["updates"])
@@ -141,7 +141,7 @@ class EngineState:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of the buffers in the module's ``state_dict``."""
+    """Return copies on the CPU of the buffers in the module's ``state_dict``."""
     parameters = {name for name, _ in module.named_parameters()}
     return {n: t.detach().clone().cpu() for n, t in module.state_dict().items() if n not in parameters}
 
@@ -149,15 +149,15 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 def check_fit(
     state: Mapping[str, Any], shapes: Mapping[str, torch.Size], moments: Mapping[str, torch.Size] | None = None
 ) -> None:
-    """Check an engine's state against the network that takes it.
+    """Check an engine's state against the network that it is restored to.
 
     Args:
-        state: of an engine.
-        shapes: of the network's weights and buffers by name.
-        moments: shapes of the parameters whose moments are wanted too; None where only the weights are read.
+        state: State of an engine.
+        shapes: Shapes of the network's weights and buffers, by name.
+        moments: Shapes of the parameters whose moments are required too; None if only the weights are read.
 
     Raises:
-        UserError: what is missing, unexpected or of another shape.
+        UserError: An entry is missing, unexpected or of another shape.
     """
     hint = "choose another run_dir, or the generator and the version of hpc_c2g that the run began with"
     wanted = ["weights"] if moments is None else ["weights", "moments", "updates"]

@@ -1,5 +1,5 @@
-"""Where DeepSpeed keeps masters, moments and reduced gradients at each ZeRO stage (of DeepSpeed 0.19; its own helpers do not
-restore padded ZeRO-3 partitions, and know no moments before the first step)."""
+"""Locations of DeepSpeed's masters, moments and reduced gradients at each ZeRO stage (DeepSpeed 0.19; its own helpers do not
+restore padded ZeRO-3 partitions, and support no moments before the first step)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hpc_c2g.training.engines.engine_state import Fragment, Layout
 
 
 def whole_layout(module: nn.Module, masters: Mapping[str, Tensor]) -> Layout:
-    """Every rank keeps everything.
+    """Return the layout in which every rank holds everything.
 
     Args:
-        module: whose parameters' ``grad`` is the reduced gradient.
-        masters: by parameter name; the parameter itself, or the float32 master of a low-precision one.
+        module: Module whose parameters' ``grad`` is the reduced gradient.
+        masters: Masters by parameter name: the parameter itself, or the float32 master of a low-precision one.
     """
     parameters = dict(module.named_parameters())
 
@@ -38,7 +38,7 @@ def whole_layout(module: nn.Module, masters: Mapping[str, Tensor]) -> Layout:
 
 
 def zero_layout(engine: Any, world: World) -> Layout:
-    """The layout of a DeepSpeed engine, by its stage and by the optimizer that DeepSpeed chose for the dtype."""
+    """Return the layout of a DeepSpeed engine, by its stage and by the optimizer that DeepSpeed chose for the dtype."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         return _partitioned_parameters(engine.module, optimizer, world)
@@ -52,7 +52,7 @@ def zero_layout(engine: Any, world: World) -> Layout:
 
 
 def _partitioned_masters(module: nn.Module, optimizer: Any, world: World) -> Layout:
-    """Stages 1 and 2: one flat master per group, of which each rank has an equal part; the parameters are whole."""
+    """Return the layout of stages 1 and 2: one flat master per group, of which each rank has an equal part; whole parameters."""
     masters = [group["params"][0] for group in optimizer.param_groups]
     fragments = {}
     for name, parameter in module.named_parameters():
@@ -71,7 +71,7 @@ def _partitioned_masters(module: nn.Module, optimizer: Any, world: World) -> Lay
 
 
 def _partitioned_parameters(module: nn.Module, optimizer: Any, world: World) -> Layout:
-    """Stage 3: each rank has an equal, padded part of every parameter, one behind the other in flat masters."""
+    """Return the layout of stage 3: each rank has an equal, padded part of every parameter, one after the other in flat masters."""
     masters = optimizer.fp32_partitioned_groups_flat
     shapes, fragments = {}, {}
     for name, parameter in module.named_parameters():
@@ -85,7 +85,7 @@ def _partitioned_parameters(module: nn.Module, optimizer: Any, world: World) -> 
     def gradients() -> list[Tensor]:
         return [g for group in optimizer.averaged_gradients.values() for g in group]
 
-    def publish() -> None:  # what DeepSpeed does around an update
+    def publish() -> None:  # the same calls as in DeepSpeed's update
         optimizer._partition_all_parameters()
         for index in range(len(masters)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)

@@ -1,4 +1,4 @@
-"""A run's classifier bundles, and what is read off them or off what a checkpoint keeps of them."""
+"""A run's classifier bundles, and quantities computed from them or from their copies in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hpc_c2g.generators.trained import Member
 
 
 def load_bundles(folders: Sequence[str]) -> list[Bundle]:
-    """The classifiers of one generator's members; a folder that is named more than once is read once.
+    """Return the classifiers of one generator's members; a folder that is named more than once is read once.
 
     Raises:
-        UserError: a bundle cannot be read, or they take inputs of different shapes.
+        UserError: A bundle cannot be read, or they take inputs of different shapes.
     """
     read = {folder: load_bundle(folder) for folder in dict.fromkeys(folders)}
     bundles = [read[folder] for folder in folders]
     if len({bundle.input_shape for bundle in bundles}) > 1:
-        told = ", ".join(f"{folder} {list(bundle.input_shape)}" for folder, bundle in read.items())
+        shapes = ", ".join(f"{folder} {list(bundle.input_shape)}" for folder, bundle in read.items())
         raise UserError(
-            f"the classifiers take inputs of different shapes: {told}",
-            "one generator makes one shape: train the others in runs of their own",
+            f"the classifiers take inputs of different shapes: {shapes}",
+            "one generator makes one shape: train the others in separate runs",
         )
     return bundles
 
@@ -35,6 +35,6 @@ def class_counts(classifiers: Sequence[Bundle | Member]) -> list[int]:
 
 
 def boxes(classifiers: Sequence[Bundle | Member]) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of each classifier's normalized inputs, ``[K, *S]`` each."""
+    """Return lower and upper bounds of each classifier's normalized inputs, ``[K, *S]`` each."""
     bounds = [classifier.normalization.box() for classifier in classifiers]
     return torch.stack([b[0].float() for b in bounds]), torch.stack([b[1].float() for b in bounds])

@@ -36,10 +36,10 @@ WEIGHTING = "scale_free"
 
 
 def verified_rates(bundle: Bundle) -> dict[str, float]:
-    """lambda_k of the classifier, read off its graph and checked on random inputs.
+    """Return lambda_k of the classifier, derived from its graph and checked on random inputs.
 
     Raises:
-        UserError: it is not quasi-homogeneous, or it does not compute what its graph says.
+        UserError: It is not quasi-homogeneous, or its outputs do not match its graph.
     """
     rates = find_rates(bundle.model)
     error = verify_rates(bundle.model, rates, bundle.input_shape)
@@ -52,12 +52,12 @@ def verified_rates(bundle: Bundle) -> dict[str, float]:
 
 
 def weights_of(term: LossTerm, config: TrainConfig) -> list[float]:
-    """Value of each of a term's weights."""
+    """Return the value of each of a term's weights."""
     return [operator.attrgetter(weight.setting)(config) for weight in term.weight]
 
 
 def active_terms(config: TrainConfig, bundle: Bundle) -> list[LossTerm]:
-    """Terms of ``LOSS_TERMS`` that apply to a classifier and have a weight."""
+    """Return the terms of ``LOSS_TERMS`` that apply to a classifier and have a weight."""
     there = {INPUT_MOMENTS}
     if len(bundle.input_shape) == 3:
         there.add(IMAGE)
@@ -69,10 +69,10 @@ def active_terms(config: TrainConfig, bundle: Bundle) -> list[LossTerm]:
 
 
 def check_uncoupled(config: TrainConfig) -> None:
-    """Refuse the weight of a term that needs batch statistics, where no classifier of a run has them.
+    """Refuse the weight of a term that needs batch statistics if no classifier of a run has them.
 
     Raises:
-        UserError: such a weight.
+        UserError: Such a weight is set.
     """
     for term in loss_terms.LOSS_TERMS:
         for weight, value in zip(term.weight, weights_of(term, config), strict=True):
@@ -85,23 +85,23 @@ def check_uncoupled(config: TrainConfig) -> None:
 
 
 def kkt_backend_name(bundle: Bundle, config: TrainConfig) -> str:
-    """How a run computes them, in words."""
+    """Return the KKT backend of a run, in words."""
     if config.kkt_backend == "autograd":
-        return "autograd (as asked for)"
+        return "autograd (as configured)"
     fast = _links(GatedClassifier(bundle.model), bundle, config) is not None
     return f"closed form, products in {config.matmul_precision}" if fast else "autograd"
 
 
 def _links(phi: GatedClassifier, bundle: Bundle, config: TrainConfig) -> tuple[Layer, ...] | None:
-    """Layers of the closed form; None where there is none or autograd is asked for."""
+    """Return the layers of the closed form; None if there is none or autograd is requested."""
     wanted = config.kkt_backend == "auto" and not couples(bundle.model, config.stationarity.statistics)
     links = closed_form_layers(phi) if wanted else None
-    # a weight that the bundle knows by another name, which forward does not use
+    # a weight that the bundle has under another name, which forward does not use
     return links if links and all(n in bundle.parameters for k in links for n in (k.weight, k.bias) if n) else None
 
 
 def _classifier_settings(config: TrainConfig) -> dict[str, object]:
-    """Settings that the frozen classifier of an ``Objective`` is computed from, by name."""
+    """Return the settings that the frozen classifier of an ``Objective`` depends on, by name."""
     return {
         "seed": config.seed,
         "kkt_backend": config.kkt_backend,
@@ -112,30 +112,30 @@ def _classifier_settings(config: TrainConfig) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Residual:
-    """The global residual: L_stat per tensor, and the direction v that turns it into cotangents."""
+    """Global residual: L_stat per tensor, and the direction v that turns it into cotangents."""
 
     terms: dict[str, Tensor]
     direction: dict[str, Tensor]
 
 
 class Objective:
-    """The frozen side of training. Knows no data, no engine and no process.
+    """Frozen side of training, without data, engine and processes.
 
     Args:
-        bundle: the classifier.
-        config: of the run.
-        batch: B_k, samples in its KKT sum.
-        device: where the KKT sums are computed.
-        dtype: of the KKT sums, float32 or float64.
+        bundle: Bundle of the classifier.
+        config: Settings of the run.
+        batch: Samples B_k in its KKT sum.
+        device: Device of the KKT sums.
+        dtype: Data type of the KKT sums, float32 or float64.
 
     Attributes:
-        squares: ||theta_k||^2.
-        chain: the closed form; None where the classifier has none, or with ``kkt_backend: autograd``.
-        coupled: the statistics of the whole batch are part of the classifier's function: its KKT sum takes ``BatchStatistics``.
+        squares: Squared norms ||theta_k||^2.
+        chain: Closed form; None if the classifier has none, or with ``kkt_backend: autograd``.
+        coupled: True if the classifier depends on the statistics of the whole batch: its KKT sum takes ``BatchStatistics``.
 
     Raises:
-        UserError: the classifier has no rates (not quasi-homogeneous), no margin on probes, a BatchNorm that cannot take its batch's, or no
-            fast path where ``precision`` needs one.
+        UserError: The classifier has no rates (not quasi-homogeneous), no margin on probes, a BatchNorm that cannot take its batch's, or no
+            closed form although ``matmul_precision`` needs one.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Objective:
         self.bundle, self.terms = bundle, active_terms(config, bundle)
 
     def _chain(self, links: tuple[Layer, ...] | None) -> MLPClosedForm | None:
-        """The closed form, or the refusal of a precision that needs it."""
+        """Return the closed form, or raise if ``matmul_precision`` needs one and there is none."""
         if links is None and self.config.matmul_precision != "float32":
             raise UserError(
                 f"matmul_precision={self.config.matmul_precision} needs the closed form, for a flatten(1) and a chain of"
@@ -170,10 +170,10 @@ class Objective:
         return MLPClosedForm(links, self.theta, self.config.matmul_precision) if links else None
 
     def under(self, config: TrainConfig, batch: int) -> Objective:
-        """The same classifier with another batch, and other weights and schedules of the terms.
+        """Return the objective of the same classifier with another batch, and other weights and schedules of the terms.
 
         Raises:
-            ValueError: a setting differs that the classifier's rates, gates or backend were computed from.
+            ValueError: A setting differs that the classifier's rates, gates or backend depend on.
         """
         changed = [name for name, value in _classifier_settings(config).items() if value != self.fixed[name]]
         if changed:
@@ -183,21 +183,21 @@ class Objective:
         return other
 
     def _probes(self, count: int) -> Tensor:
-        """Inputs ~ N(box center, (half range / 4)^2), ``[count, *S]``."""
+        """Return inputs ~ N(box center, (half range / 4)^2), ``[count, *S]``."""
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(count, *self.lower.shape, generator=generator, dtype=torch.float64).to(self.lower)
         return (self.lower + self.upper) / 2 + (self.upper - self.lower) / 8 * noise
 
     def within_box(self, x: Tensor) -> Tensor:
-        """Samples in 0..1 from the box's lower to its upper end, which is raw images' own range; without a graph."""
+        """Map samples from the box to 0..1, the range of raw images; without a graph."""
         return (x.detach() - self.lower) / (self.upper - self.lower)
 
     def widths(self, gamma: float) -> dict[str, float]:
-        """Gate widths gamma s."""
+        """Return the gate widths gamma s."""
         return {gate: gamma * s for gate, s in self.gate_scales.items()}
 
     def at_gates(self, gamma: float, statistics: BatchStatistics | None = None) -> stationarity.Classifier:
-        """Phi(x; theta) with gates of width gamma s; with the statistics of the batch, or frozen ones."""
+        """Return Phi(x; theta) with gates of width gamma s, under the statistics of the batch, or frozen ones."""
         widths = self.widths(gamma)
 
         def phi(theta: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class Objective:
         return phi
 
     def initial_alpha(self) -> float:
-        """a0 on the high side, from probes of the classifier; under frozen statistics, as probes are no batch of its data."""
+        """Return a0 on the high side, from probes of the classifier; with frozen statistics, as probes are no batch of its data."""
         widths = self.widths(GATE_END)
 
         def classify(x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class Objective:
         return alpha_control.initial_alpha(probe, ascended, self.config.alpha.safety_factor)
 
     def multiplier_scale(self, alpha: float) -> float:
-        """S = <Lambda theta(a), c theta(a)>."""
+        """Return S = <Lambda theta(a), c theta(a)>."""
         return stationarity.multiplier_scale(self.squares, self.rates, self.left_side, alpha)
 
     def kkt_backend(
@@ -227,12 +227,12 @@ class Objective:
         micro_batches: Callable[[], Iterator[MicroBatch]] | None = None,
         reduce: Reduction = no_reduction,
     ) -> KKTBackend:
-        """How the KKT sums of one batch are computed, with gates of width gamma s.
+        """Return the backend that computes the KKT sums of one batch, with gates of width gamma s.
 
         Args:
             gamma: Relative gate width.
-            micro_batches: Yields the micro-batches of a batch that batch statistics couple; None where it is held at once. Unused
-                where samples are not coupled.
+            micro_batches: Yields the micro-batches of a batch that batch statistics couple; None if it is held at once. Unused
+                    if samples are not coupled.
             reduce: Sums batch statistics over ranks; with ``micro_batches`` this call is then collective.
         """
         if self.chain is not None:
@@ -250,11 +250,11 @@ class Objective:
         return CoupledSum(phi, self.theta, micro_batches, reduce)
 
     def weights(self, alpha: float, own_scale: float = 1.0) -> dict[str, float]:
-        """L_stat's weight of each tensor's residual; ``own_scale`` as ``residual_weights`` takes it."""
+        """Return L_stat's weight of each tensor's residual; ``own_scale`` as in ``residual_weights``."""
         return stationarity.residual_weights(self.squares, self.rates, self.left_side, alpha, WEIGHTING, own_scale)
 
     def residual(self, G: Mapping[str, Tensor], alpha: float, own_scale: float = 1.0) -> Residual:
-        """L_stat's terms and direction from the *global* G; ``own_scale`` as ``residual_weights`` takes it."""
+        """Return L_stat's terms and direction for the *global* G; ``own_scale`` as in ``residual_weights``."""
         weights, weight = self.weights(alpha, own_scale), self.config.stationarity.weight
         return Residual(
             *stationarity.terms_and_direction(self.theta, G, weights, self.rates, self.left_side, alpha, weight)
@@ -270,7 +270,7 @@ class Objective:
         layer_moments: Sequence[Moments] = (),
         input_moments: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted losses of one micro-batch by the name of their term; arguments as the attributes of ``LossInputs``."""
+        """Return the weighted losses of one micro-batch by the name of their term; arguments as the attributes of ``LossInputs``."""
         scale = self.multiplier_scale(alpha)
         box = (self.lower, self.upper)
         s = LossInputs(margins, multipliers, x, labels, alpha, scale, self.batch, *box, layer_moments, input_moments)

@@ -1,4 +1,4 @@
-"""Time of each phase of a step: wall time on a CPU, events on the stream of a GPU, which are waited for only when they are read."""
+"""Time of each phase of a step: wall time on a CPU, CUDA events on a GPU, which are synchronized only when they are read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hpc_c2g.distributed.world import World
 PHASES = ("kkt_sum", "all_reduce", "cotangents", "optimizer", "log", "checkpoint")
 """First pass; waiting for G and for the scalars; second pass with the generator's backward and its all-reduce; update; writing."""
 OWN = ("kkt_sum", "cotangents", "optimizer")
-"""Phases without waiting: in a collective a fast rank only waits for a slow one."""
+"""Phases that count as work: in a collective a fast rank only waits for a slow one."""
 
 
 class Phases:
-    """Charges time to the phase that was entered last, and marks it as a range in the trace of ``torch.profiler``.
+    """Timer that adds time to the phase that was entered last, and marks it as a range in the trace of ``torch.profiler``.
 
     Args:
         device: Device whose time is measured.
@@ -40,11 +40,11 @@ class Phases:
         self._open = phase, now, trace_range
 
     def stop(self) -> None:
-        """End the current phase; until the next one is entered, time is charged to none."""
+        """End the current phase; until the next one is entered, no time is counted."""
         self._end()
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, without the phase that is not over."""
+        """Return seconds by phase since the last call, without the current phase."""
         if self._events:
             self._events[-1][2].synchronize()
         for phase, began, ended in self._events:
@@ -54,7 +54,7 @@ class Phases:
         return taken
 
     def _end(self) -> Any:
-        """Charge the current phase; returns the present time."""
+        """Add the time of the current phase; returns the present time."""
         now = self._now()
         if self._open is not None:
             phase, began, trace_range = self._open
@@ -75,7 +75,7 @@ class Phases:
 
 
 def shares(seconds: dict[str, float], world: World) -> dict[str, float]:
-    """Share of each phase in the time of all ranks and, with several ranks, the rank that works longest; collective."""
+    """Return the share of each phase in the time of all ranks and, with several ranks, the rank that works longest; collective."""
     own = torch.tensor([[seconds[phase] for phase in PHASES]], dtype=torch.float64, device=world.device)
     table = world.gather(own).cpu()
     total = max(float(table.sum()), 1e-9)

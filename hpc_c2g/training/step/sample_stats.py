@@ -13,7 +13,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.kkt.margins import other_classes, smallest_margins
 
 ENTRIES = 2**17
-"""Most entries of the samples kept: enough for every logged statistic, little to communicate."""
+"""Largest number of entries of the samples kept: enough for every logged statistic, little to communicate."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class SampleStats:
     """Sample statistics of one member.
 
     Attributes:
-        margins: scaled runner-up margins e^a min_j m_ij, ``[B_k]``.
-        multipliers: mu_ij B_k / S, j != y_i, ``[B_k, C_k - 1]``.
-        labels: y_i, ``[B_k]``.
-        samples: the first of them, in 0..1 within the box, ``[n, *S]``.
+        margins: Scaled runner-up margins e^a min_j m_ij, ``[B_k]``.
+        multipliers: Relative multipliers mu_ij B_k / S, j != y_i, ``[B_k, C_k - 1]``.
+        labels: Labels y_i, ``[B_k]``.
+        samples: First samples, in 0..1 within the box, ``[n, *S]``.
     """
 
     margins: Tensor
@@ -34,18 +34,18 @@ class SampleStats:
 
 
 def samples_kept(batch: int, classes: int, entries: int) -> int:
-    """How many samples of a batch are kept: ``ENTRIES`` at most, but eight of each class, where there are as many."""
+    """Return the number of samples of a batch that are kept: at most ``ENTRIES`` entries, but eight of each class if there are as many."""
     return min(batch, max(8 * classes, ENTRIES // max(1, entries)))
 
 
 class SampleStatsCollector:
-    """Collects one step's statistics of every member; they do not depend on ranks or micro-batches.
+    """Collector of one step's statistics of every member; they do not depend on ranks or micro-batches.
 
     Args:
-        batches: B_k.
-        classes: C_k.
-        shape: of a sample.
-        world: all ranks.
+        batches: Samples B_k of each member.
+        classes: Classes C_k of each member.
+        shape: Shape of a sample.
+        world: All ranks.
     """
 
     def __init__(self, batches: Sequence[int], classes: Sequence[int], shape: torch.Size, world: World) -> None:
@@ -69,16 +69,16 @@ class SampleStatsCollector:
         alpha: float,
         per_scale: float,
     ) -> None:
-        """One micro-batch from sample ``start`` on.
+        """Record one micro-batch that begins at sample ``start``.
 
         Args:
             member: Index of the member.
-            start: index of the first sample.
-            x: samples in 0..1 within the box, ``[b, *S]``.
-            margins: ``[b, C]``.
-            multipliers: ``[b, C]``.
-            alpha: the scale.
-            per_scale: B_k / S.
+            start: Index of the first sample.
+            x: Samples in 0..1 within the box, ``[b, *S]``.
+            margins: Margins ``[b, C]``.
+            multipliers: Multipliers ``[b, C]``.
+            alpha: Scale alpha.
+            per_scale: Factor B_k / S.
         """
         part = slice(start, start + len(margins))
         labels = self.labels[member][part]
@@ -89,7 +89,7 @@ class SampleStatsCollector:
         kept.copy_(x.detach()[: len(kept)])
 
     def gather(self) -> list[SampleStats]:
-        """All samples of all ranks; collective."""
+        """Return all samples of all ranks; collective."""
         self.world.sum([*self.rows, *self.samples])
         found = []
         for rows, labels, samples in zip(self.rows, self.labels, self.samples, strict=True):

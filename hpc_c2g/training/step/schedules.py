@@ -11,7 +11,7 @@ FINAL_LR_FRACTION = 0.05
 
 
 def annealed(fraction: float, step: int, steps: int) -> float:
-    """Share done at ``step`` (counted from 1) of an annealing over the first ``fraction`` of the steps; 1 for a fraction of 0."""
+    """Return the completed share at ``step`` (counted from 1) of an annealing over the first ``fraction`` of the steps; 1 for 0."""
     return min(1.0, (step - 1) / (fraction * steps)) if fraction else 1.0
 
 
@@ -21,14 +21,14 @@ def gate_width(step: int, steps: int) -> float:
 
 
 def own_scale(step: int, steps: int) -> float:
-    """p of ``residual_weights``: linear from 0 (``relative``) to 1 over the first ``OWN_SCALE_ANNEAL_FRACTION`` of the steps.
+    """Return p of ``residual_weights``: linear from 0 (``relative``) to 1 over the first ``OWN_SCALE_ANNEAL_FRACTION`` of the steps.
 
-    From the first step, G of what is before a normalization outweighs all else a hundred times: samples never come to classify.
+    With p = 1 from the first step, the G of tensors before a normalization outweighs all else a hundred times: samples never classify.
     """
     return annealed(OWN_SCALE_ANNEAL_FRACTION, step, steps)
 
 
 def lr_factor(step: int, steps: int) -> float:
-    """Cosine from 1 to ``FINAL_LR_FRACTION``."""
+    """Return the learning-rate factor: a cosine from 1 to ``FINAL_LR_FRACTION``."""
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
     return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * cosine

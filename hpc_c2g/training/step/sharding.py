@@ -1,4 +1,4 @@
-"""Which samples of the global batch belong to which classifier, rank and micro-batch: a function of sample indices alone."""
+"""Assignment of the global batch's samples to classifiers, ranks and micro-batches: a function of sample indices alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SampleRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank's part of the work.
+    """Part of the work on one rank.
 
     Attributes:
-        batches: B_k, samples of the global batch that each classifier gets; they do not depend on the ranks.
-        pieces: this rank's micro-batches of each of its classifiers, as ranges within the classifier's batch.
-        one_pass: the whole part is held at once, so that its graph is kept and nothing is computed twice. The same on every rank.
+        batches: Samples B_k of the global batch for each classifier; they do not depend on the ranks.
+        pieces: Micro-batches of each of this rank's classifiers, as ranges within the classifier's batch.
+        one_pass: True if the whole part is held at once, so that its graph is kept and nothing is recomputed; the same on every rank.
     """
 
     batches: list[int]
@@ -29,15 +29,15 @@ class Sharding:
 
     @property
     def micro_batch_count(self) -> int:
-        """Number of this rank's micro-batches; the same on every rank, because ZeRO communicates within each."""
+        """Return the number of this rank's micro-batches; the same on every rank, because ZeRO communicates within each."""
         return sum(map(len, self.micro_batches.values()))
 
 
 def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
-    """B_k: ``global_batch`` in whole samples in proportion to ``shares``, without them to the classes, the largest remainders rounded up.
+    """Return B_k: ``global_batch`` in whole samples in proportion to ``shares``, or to the classes; largest remainders are rounded up.
 
     Raises:
-        UserError: a classifier would get no sample.
+        UserError: A classifier would get no sample.
     """
     shares: Sequence[float] = [share for share in config.shares for _ in range(config.solutions)] or classes
     global_batch = config.global_batch
@@ -56,16 +56,16 @@ def batch_shares(config: TrainConfig, classes: Sequence[int]) -> list[int]:
 
 
 def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: int | None) -> Sharding:
-    """This rank's part.
+    """Return this rank's part of the work.
 
     Args:
-        config: of the run.
-        classes: C_k; without ``config.shares`` a classifier's share of the batch is in proportion to its classes.
-        mesh: the ranks.
-        micro_batch: samples whose graph is held at once, None for no limit.
+        config: Settings of the run.
+        classes: Classes C_k; without ``config.shares`` a classifier's share of the batch is in proportion to its classes.
+        mesh: Mesh of the ranks.
+        micro_batch: Samples whose graph is held at once, None for no limit.
 
     Raises:
-        UserError: a classifier or a rank would be left without samples.
+        UserError: A classifier or a rank would be left without samples.
     """
     if config.shares and len(config.shares) * config.solutions != len(classes):
         raise UserError(
@@ -85,7 +85,7 @@ def shard(config: TrainConfig, classes: Sequence[int], mesh: Mesh, micro_batch: 
     else:
         size = micro_batch or config.global_batch
         needed = [-(-_largest(batch, data.size) // size) for batch in batches]
-        # where groups have classifiers of their own, each rank must still go through as many micro-batches as any other
+        # groups may have classifiers of their own: each rank must still run as many micro-batches as any other
         counts = {k: min(needed[k], max(1, batches[k] // data.size)) for k in mesh.local_members}
         if mesh.groups > 1:
             counts = dict.fromkeys(mesh.local_members, max(needed))
@@ -102,7 +102,7 @@ def check_coupled(config: TrainConfig, sharding: Sharding) -> None:
     """Refuse settings that batch statistics, which couple the samples of a classifier's batch, do not allow.
 
     Raises:
-        UserError: deterministic sums, or a batch of one sample.
+        UserError: Sums are deterministic, or a batch has one sample.
     """
     chosen = f"stationarity.statistics={config.stationarity.statistics}"
     if config.deterministic:
@@ -118,7 +118,7 @@ def check_coupled(config: TrainConfig, sharding: Sharding) -> None:
 
 
 def _largest(batch: int, ranks: int) -> int:
-    """The largest rank's share of a batch."""
+    """Return the largest rank's share of a batch."""
     return -(-batch // ranks)
 
 
@@ -132,7 +132,7 @@ def _check(classifier: int, batch: int, ranks: int, count: int) -> None:
 
 
 def _slices(batch: int, rank: int, ranks: int, count: int) -> list[SampleRange]:
-    """Rank ``rank``'s ``count`` ranges of ``batch``: the same edges as when one rank had them all, where the numbers divide."""
+    """Return ``count`` ranges of rank ``rank``: the same edges as with one rank, if the numbers divide."""
     whole = ranks * count
     edges = [batch * i // whole for i in range(rank * count, (rank + 1) * count + 1)]
     return list(itertools.pairwise(edges))

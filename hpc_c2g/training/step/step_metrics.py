@@ -1,4 +1,4 @@
-"""The scalars of a step: every member's terms summed over its samples, wherever they were computed, and what is summary of them."""
+"""Scalars of a step: every member's terms, summed over its samples on all ranks, and the summary of several members."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hpc_c2g.kkt import duality
 from hpc_c2g.training.step.objective import Residual
 
 BALANCE = ("sum_mu_m", "sum_mu", "gx", "gmu")
-"""sum mu m / S, sum mu / S, and the squared norms of the cotangents of x and mu."""
+"""Terms sum mu m / S and sum mu / S, and the squared norms of the cotangents of x and mu."""
 
 
 class MetricAccumulator:
-    """Adds up every member's scalars over micro-batches and ranks.
+    """Accumulator of every member's scalars over micro-batches and ranks.
 
     Args:
         tensors: Names of each member's parameters.
         losses: Names of each member's weighted losses over samples.
-        summation: over all ranks.
-        device: of the sums, which are float64.
-        prefixes: of the classifiers' names in what is summary.
+        summation: Sum over all ranks.
+        device: Device of the sums, which are float64.
+        prefixes: Prefixes of the members' names in the summary.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class MetricAccumulator:
         self.empty = torch.zeros(len(slots), dtype=torch.float64, device=device)
 
     def add(self, member: int, values: Mapping[str, Tensor]) -> None:
-        """One micro-batch's scalars of one member, by name."""
+        """Add one micro-batch's scalars of one member, by name."""
         places = torch.tensor([self.slots[member, name] for name in values], device=self.empty.device)
         scalars = torch.stack([v.detach().double() for v in values.values()])
         self.summation.add({"scalars": self.empty.index_put((places,), scalars)})
 
     def reduce(self, step: int, gradient_norm: Tensor) -> tuple[list[dict[str, float]], float]:
-        """The sums per member and the norm of the generator's gradient, brought to the host in one piece.
+        """Return the sums per member and the norm of the generator's gradient, copied to the host in one tensor.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: One of them is not finite.
         """
         sums = self.summation.total()["scalars"]
         *numbers, norm = torch.cat([sums, gradient_norm.detach().to(sums).reshape(1)]).tolist()
@@ -69,13 +69,13 @@ class MetricAccumulator:
     def summarize(
         self, figures: Sequence[Mapping[str, float]], alphas: Sequence[float], norm: float, weight: float
     ) -> dict[str, float]:
-        """Scalars to log: one member's under their own names; of several the means, and each one's under its prefix.
+        """Return the scalars to log: of one member under plain names; of several the means, and each one's under its prefix.
 
         Args:
             figures: Result of ``reduce``.
-            alphas: of the step.
-            norm: of the generator's gradient.
-            weight: of L_stat in the loss.
+            alphas: Alpha of each member.
+            norm: Norm of the generator's gradient.
+            weight: Weight of L_stat in the loss.
         """
         summary = [
             _summary(f, terms, alpha, weight) for f, terms, alpha in zip(figures, self.losses, alphas, strict=True)
@@ -104,7 +104,7 @@ def micro_batch_scalars(
     gx: Tensor,
     gmu: Tensor,
 ) -> dict[str, Tensor]:
-    """Scalars of one micro-batch, for ``MetricAccumulator.add``."""
+    """Return the scalars of one micro-batch, for ``MetricAccumulator.add``."""
     once = residual.terms if micro_batch[0] == 0 else {}  # L_stat is known to every rank, and counts once
     mu_m, mu = duality.weighted_margin_sums(margins, multipliers)
     balance = (mu_m / S, mu / S, gx.square().sum(), gmu.square().sum())
@@ -116,7 +116,7 @@ def micro_batch_scalars(
 
 
 def rho(figures: Mapping[str, float], alpha: float) -> float:
-    """sum mu e^a m / sum mu: 1 at a KKT point."""
+    """Return sum mu e^a m / sum mu: 1 at a KKT point."""
     return math.exp(alpha) * figures["sum_mu_m"] / max(figures["sum_mu"], 1e-300)
 
 

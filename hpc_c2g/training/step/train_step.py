@@ -1,4 +1,4 @@
-"""One training step, as the method reads: sample, KKT sum, reduce, cotangents, step."""
+"""One training step in the order of the method: sample, KKT sum, reduce, cotangents, step."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Measurements of a step, on every rank: its scalars, and each member's sample statistics where they were asked for."""
+    """Measurements of a step, on every rank: its scalars, and each member's sample statistics if they were requested."""
 
     scalars: dict[str, float]
     sample_stats: list[SampleStats]
@@ -104,14 +104,14 @@ class StepResult:
 def residual_sum(
     config: TrainConfig, mesh: Mesh, objective: Objective, comm_stream: CommStream
 ) -> ResidualSum | TreeSum:
-    """The sum of one member's G over micro-batches and ranks, as a run asks for it."""
+    """Return the sum of one member's G over micro-batches and ranks, as configured."""
     if config.deterministic:
         return TreeSum(mesh.world)
     return ResidualSum(objective.theta, mesh, comm_stream, config.distributed.comm_dtype, BUCKET_BYTES)
 
 
 def scalar_sum(config: TrainConfig, mesh: Mesh) -> Summation:
-    """A small sum over micro-batches and all ranks, as a run asks for it."""
+    """Return a small sum over micro-batches and all ranks, as configured."""
     return TreeSum(mesh.world, mesh.members) if config.deterministic else RunningSum(mesh.world)
 
 
@@ -130,7 +130,7 @@ class TrainStep:
         classes: C_k of every member.
         alpha0: Start of each member's alpha.
         comm_stream: Stream of the collectives that run beside the computation.
-        keep_last_graph: Keep the last micro-batch's graph until G is known, where that is possible.
+        keep_last_graph: Keep the last micro-batch's graph until G is known, if that is possible.
 
     Attributes:
         phases: Time spent in each phase.
@@ -154,7 +154,7 @@ class TrainStep:
         self.one_pass, self.batches, self.classes = sharding.one_pass, sharding.batches, list(classes)
         self.comm_stream, self.phases = comm_stream, Phases(mesh.world.device)
         self.coupled = any(share.objective.coupled for share in shares)
-        # the last micro-batch's graph is at hand when G is known: no need to compute it again. Of several members the others' G would
+        # the last micro-batch's graph is kept until G is known, so that it is not recomputed. Of several members the others' G would
         # come first, beside it; a proof of equal bits must do the same with every micro-batch
         self.keeps_last = keep_last_graph and not (
             self.coupled or config.deterministic or engine.gathers_in_forward or len(shares) > 1
@@ -193,10 +193,10 @@ class TrainStep:
             sampler: Latents of a member, by its index; None draws those of the run.
             residual_sum: Sum of one member's G.
             scalar_sum: Sum of the scalars.
-            keep_last_graph: As the constructor's.
+            keep_last_graph: Argument of the constructor.
 
         Raises:
-            UserError: a classifier that the objective refuses, or samples that cannot be shared out; on every rank.
+            UserError: The objective refuses a classifier, or the samples cannot be sharded; on every rank.
         """
         world, classes = mesh.world, class_counts(bundles)
         sharding = shard(config, classes, mesh, micro_batch)
@@ -232,13 +232,13 @@ class TrainStep:
         return cls(config, shares, accumulator, engine, mesh, sharding, classes, alpha0, comm_stream, keep_last_graph)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every alpha and where it started, and what each rank's wire carries from step to step; collective."""
+        """Return every alpha and its start, and the error feedback of each rank's wire; collective."""
         errors = [t.cpu() for t in self._wire_errors()]
         carried = self.mesh.world.gather_to_rank0(errors) if self.config.distributed.comm_dtype != "float32" else []
         return {"alpha": list(self.alpha), "alpha0": list(self.alpha0), "wire": carried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; on other ranks, groups or buckets the wire starts without errors."""
+        """Restore the result of ``state_dict``; on other ranks, groups or buckets the wire starts without errors."""
         self.alpha, self.alpha0 = list(state["alpha"]), list(state["alpha0"])
         carried, errors = state.get("wire", []), self._wire_errors()
         if len(carried) == self.mesh.world.size:
@@ -251,10 +251,10 @@ class TrainStep:
         return [error for share in self.shares for error in share.G.state()]
 
     def __call__(self, step: int, watch: bool = False, lr_scale: float = 1.0) -> StepResult:
-        """Train on the global batch of ``step`` (counted from 1); ``watch`` collects bands too, ``lr_scale`` is a factor on the rates.
+        """Train on the global batch of ``step`` (counted from 1); ``watch`` collects sample statistics, ``lr_scale`` scales the rates.
 
         Raises:
-            UserError: a term is not finite; on every rank, before the update.
+            UserError: A term is not finite; on every rank, before the update.
         """
         config, phases = self.config, self.phases
         phases.enter("kkt_sum")
@@ -326,7 +326,7 @@ class TrainStep:
         return StepResult({**scalars, **self._wire()}, sample_stats.gather() if sample_stats else [])
 
     def _draw(self, share: MemberShard, step: int, micro_batch: SampleRange, S: float, keep_graph: bool) -> Samples:
-        """The samples of one micro-batch and their multipliers."""
+        """Return the samples of one micro-batch and their multipliers."""
         objective = share.objective
         if self.engine.gathers_in_forward:  # two collectives at once could meet in another order on another rank
             self.mesh.world.with_rank_check(self.comm_stream.wait)
@@ -338,7 +338,7 @@ class TrainStep:
         return Samples(latents, x, mu, x.detach().requires_grad_(), mu.detach().requires_grad_())
 
     def _kkt_backend(self, share: MemberShard, step: int, S: float, gamma: float) -> KKTBackend:
-        """How a member's KKT sums of this step are computed; collective where batch statistics couple its samples."""
+        """Return the backend of a member's KKT sums of this step; collective if batch statistics couple its samples."""
 
         def micro_batches() -> Iterator[MicroBatch]:
             for micro_batch in share.micro_batches:
@@ -357,7 +357,7 @@ class TrainStep:
         x: Tensor,
         labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Weighted losses of a micro-batch that ``backend`` has just evaluated."""
+        """Return the weighted losses of a micro-batch that ``backend`` has just evaluated."""
         alpha = self.alpha[share.member]
         return share.objective.sample_losses(margins, multipliers, x, labels, alpha, backend.moments, input_moments)
 
@@ -367,7 +367,7 @@ class TrainStep:
         return InputMoments(self.batches, shape, summation, world.device)
 
     def _moments_of_all(self) -> Tensor | None:
-        """E x and E x^2 of every classifier's samples ``[K, 2, *S]``, None where no prior asks for them; collective."""
+        """Return E x and E x^2 of every classifier's samples ``[K, 2, *S]``, None if no prior needs them; collective."""
         if self.moments is None:
             return None
         self.mesh.world.with_rank_check(
@@ -380,14 +380,14 @@ class TrainStep:
         return SampleStatsCollector(self.batches, self.classes, shape, self.mesh.world)
 
     def _follow(self, figures: list[dict[str, float]]) -> None:
-        """Every alpha follows its rho, on every rank."""
+        """Update every alpha by its rho, on every rank."""
         self.alpha = [
             alpha_control.feedback(alpha, start, rho(own, alpha), self.config.alpha.max_change)
             for alpha, start, own in zip(self.alpha, self.alpha0, figures, strict=True)
         ]
 
     def _wire(self) -> dict[str, float]:
-        """Bytes and seconds of this rank's residual all-reduce, and the share of its time that hid behind the computation."""
+        """Return bytes and seconds of this rank's residual all-reduce, and the share of its time that overlaps with computation."""
         busy, exposed = self.comm_stream.seconds()
         sent = sum(share.G.take_bytes() for share in self.shares)
         return {"wire/bytes": float(sent), "wire/seconds": busy, "wire/hidden": 1 - exposed / busy if busy else 0.0}
