@@ -80,7 +80,7 @@ def assert_one_line(result: tuple[int, str, str], verb: str, *fragments: str) ->
     code, _, err = result
     assert code == 2, err
     (line,) = (
-        line for line in err.splitlines() if " INFO [rank " not in line
+        line for line in err.splitlines() if "[rank 0 " not in line
     )  # what was logged before the mistake showed
     assert line.startswith(f"c2g {verb}: error: ")
     for fragment in fragments:
