@@ -46,18 +46,22 @@ def pictures(source: FigureSource) -> list[Picture]:
     """Draw all figures, in as many processes as there are cores if there are many."""
     drawn = {label: {tag: one[tag] for tag in LEARNING_CURVES if tag in one} for label, one in source.averages.items()}
     source = FigureSource(source.groups, source.sampling, drawn, source.prediction)
-    found, processes = source.figures(), len(os.sched_getaffinity(0))
-    return [Picture(one.name, one.alt, png) for one, png in zip(found, _draw(source, found, processes), strict=True)]
+    found = source.figures()
+    pngs = _pngs(source, found, len(os.sched_getaffinity(0)))
+    return [Picture(one.name, one.alt, png) for one, png in zip(found, pngs, strict=True)]
 
 
-def _draw(source: FigureSource, found: Sequence[Figure], processes: int) -> list[bytes]:
-    if len(found) > FEW and processes > 1:
-        try:
-            with ProcessPoolExecutor(min(processes, len(found)), get_context("spawn")) as pool:
-                return list(pool.map(_png, repeat(source, len(found)), range(len(found))))
-        except BrokenProcessPool:
-            pass  # a process was killed: all are drawn here
-    return [one.png for one in found]
+def _pngs(source: FigureSource, found: Sequence[Figure], processes: int) -> list[bytes]:
+    """Draw the first figures here, and their equal shares in other processes at the same time."""
+    if len(found) <= FEW or processes < 2:
+        return [one.png for one in found]
+    own = len(found) // processes
+    try:
+        with ProcessPoolExecutor(processes - 1, get_context("spawn")) as pool:
+            others = pool.map(_png, repeat(source), range(own, len(found)))
+            return [*[one.png for one in found[:own]], *others]
+    except BrokenProcessPool:  # a process was killed: all are drawn here
+        return [one.png for one in found]
 
 
 def _png(source: FigureSource, number: int) -> bytes:
