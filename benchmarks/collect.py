@@ -1,4 +1,7 @@
-"""``python -m benchmarks.collect [--quick]``: seconds and memory of ``c2g collect``, first and again: 500 runs, 50 scalars, 200 steps."""
+"""``python -m benchmarks.collect [--quick]``: seconds and memory of ``c2g collect``, first and again: 500 runs, 50 scalars, 200 steps.
+
+CPU seconds are those of the process and of all its workers: unlike wall seconds they hardly depend on what else the machine does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import show, write_result
@@ -61,20 +65,37 @@ def write_run(folder: Path, chance: random.Random) -> None:
     (folder / "evaluation.json").write_text(json.dumps({metric.name: chance.random() for metric in METRICS}))
 
 
-def collected(folder: Path) -> tuple[float, float]:
-    """(wall seconds, peak GiB) of ``c2g collect`` in a process of its own, and its helpers."""
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one ``c2g collect``.
+
+    Attributes:
+        wall: Wall seconds.
+        cpu: CPU seconds, user and system, of the process and its workers.
+        peak: Peak memory of the largest process in GiB.
+    """
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def measured(folder: Path) -> Cost:
+    """Run ``c2g collect`` in a process of its own."""
     script = (
         "import resource, sys\nfrom launch.__main__ import main\n"
         "try:\n    main()\nfinally:\n"
-        "    peak = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
-        "    print('peak', max(peak), file=sys.stderr)\n"
+        "    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "    cpu = sum(u.ru_utime + u.ru_stime for u in used)\n"
+        "    print('used', cpu, max(u.ru_maxrss for u in used), file=sys.stderr)\n"
     )
     began = time.perf_counter()
     words = [sys.executable, "-c", script, "collect", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
-    took = time.perf_counter() - began
-    return took, int(done.stderr.rsplit("peak", 1)[1].split()[0]) / 2**20
+    wall = time.perf_counter() - began
+    cpu, peak = done.stderr.rsplit("used", 1)[1].split()[:2]
+    return Cost(wall, float(cpu), int(peak) / 2**20)
 
 
 def main() -> None:
@@ -85,12 +106,12 @@ def main() -> None:
     runs = 20 if quick else 500
     with tempfile.TemporaryDirectory() as scratch:
         folder = study(Path(scratch) / "study", runs)
-        first, peak = collected(folder)
-        again, peak_again = collected(folder)
+        costs = {"first": measured(folder), "again": measured(folder)}
         (folder / f"runs/{0:012x}" / "evaluation.json").write_text('{"coverage": 0.5}')
-        one, _ = collected(folder)
-    peak = max(peak, peak_again)
-    rows = [{"first s": first, "again s": again, "after one change s": one, "peak GiB": peak}]
+        costs["after one change"] = measured(folder)
+    rows = [
+        {"collect": name, "wall s": cost.wall, "CPU s": cost.cpu, "peak GiB": cost.peak} for name, cost in costs.items()
+    ]
     show(f"c2g collect, {runs} runs x {TAGS} scalars x {STEPS} steps", rows)
     if not quick:
         settings = {"runs": runs, "tags": TAGS, "steps": STEPS, "seeds": SEEDS}

@@ -41,7 +41,7 @@ class BoardConfig:
 
 def board(config: BoardConfig) -> None:
     """Update the board, print its addresses, and replace this process by TensorBoard."""
-    from hpc_c2g.monitoring.run_log import BOARD  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.monitoring.event_file import BOARD
     from hpc_c2g.reporting.board import FOLDER
 
     folder = Path(config.study_dir)

@@ -38,9 +38,7 @@ class CollectConfig:
 
 def collected(folder: Path) -> Collected:
     """Update the study's tables and board."""
-    from hpc_c2g.reporting.collect import (
-        collect as bring_together,
-    )  # torch takes seconds to import: after the settings are checked
+    from hpc_c2g.reporting.collect import collect as bring_together  # slow to import: after the settings are checked
 
     study = read_study(folder)
     return bring_together(folder, study.study.name, read_statuses(folder, None))

@@ -30,8 +30,7 @@ class PublishConfig:
 
 def publish(config: PublishConfig) -> None:
     """Collect the results, and write the folder."""
-    # torch takes seconds to import: after the settings are checked
-    from hpc_c2g.reporting.collect import collect, drawn
+    from hpc_c2g.reporting.collect import collect, figure_source
     from hpc_c2g.reporting.publication import content
     from hpc_c2g.reporting.publication import publish as write
 
@@ -43,7 +42,7 @@ def publish(config: PublishConfig) -> None:
     folders = {key: view.task.folder for key, view in runs.items()}
     specs = {task.id: task for task in find_specs(folder)}
     data = {key: specs[specs[key].upstream[0]].config["data"]["name"] for key in runs if key in specs}
-    figures = drawn(found, collected.curves, collected.prediction)
+    figures = figure_source(found, collected.curves, collected.prediction).figures()
     whole = content(folder, study.study.name, study.study.about, found, folders)
     write(
         folder, Path(config.out), whole, commands(study.study.name, study.grids[-1], config.out), figures, folders, data

@@ -44,8 +44,7 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Collect the results, and write the page."""
-    # torch takes seconds to import: after the settings are checked
-    from hpc_c2g.reporting.collect import collect, drawn, mosaics
+    from hpc_c2g.reporting.collect import collect, figure_source, mosaics
     from hpc_c2g.reporting.page import Page, render
 
     folder = Path(config.study_dir)
@@ -65,7 +64,7 @@ def report(config: ReportConfig) -> None:
         states=counts(views),
         notes=notes,
         tables=tables(found.results),
-        figures=drawn(found.results, found.curves, found.prediction),
+        figures=figure_source(found.results, found.curves, found.prediction).figures(),
         mosaics=pictures[:MOSAICS],
         alarms=alarms(found.curves.read(runs), runs),
         recipes=recipes(folder),

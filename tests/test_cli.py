@@ -79,9 +79,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 def assert_one_line(result: tuple[int, str, str], verb: str, *fragments: str) -> None:
     code, _, err = result
     assert code == 2, err
-    (line,) = (
-        line for line in err.splitlines() if "[rank 0 " not in line
-    )  # what was logged before the mistake showed
+    (line,) = (line for line in err.splitlines() if "[rank 0 " not in line)  # what was logged before the mistake showed
     assert line.startswith(f"c2g {verb}: error: ")
     for fragment in fragments:
         assert fragment in line

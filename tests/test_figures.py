@@ -94,7 +94,7 @@ def look(drawn):
 
 @pytest.fixture
 def words(monkeypatch):
-    """Figures are told but not drawn, which takes most of a second each; gives the words of the only one."""
+    """Figures are described but not drawn, which takes most of a second each; returns the words of the only one."""
     for module in (quality_figures, law_figures):
         monkeypatch.setattr(
             module, "figure", lambda name, title, alt, *_: Figure(safe(name), title, plain(alt), lambda kind: b"")
@@ -228,10 +228,13 @@ def test_all_figures_of_a_study():
 def test_the_same_data_give_the_same_bytes_whatever_the_users_settings(monkeypatch):
     import matplotlib
 
-    first = [*batch_law(BATCHES), *sampling(SAMPLED[:6])]
+    def draw() -> list[tuple[str, bytes]]:
+        return [(one.svg, one.png) for one in (*batch_law(BATCHES), *sampling(SAMPLED[:6]))]
+
+    first = draw()
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)
     monkeypatch.setitem(matplotlib.rcParams, "svg.hashsalt", None)
-    assert [*batch_law(BATCHES), *sampling(SAMPLED[:6])] == first
+    assert draw() == first
     assert matplotlib.rcParams["font.size"] == 30
 
 

@@ -168,12 +168,12 @@ def test_a_run_that_did_not_change_is_reported_without_being_read(tmp_path, monk
 def test_the_average_of_a_run_that_shrank_forgets_what_was_cut(tmp_path):
     for i in range(4):
         written(tmp_path / str(i), range(1, 5), stationarity=float, other=float)
-    assert study(tmp_path).averages("odd")["stationarity"].steps.tolist() == [1, 2, 3, 4]
+    assert study(tmp_path).averages(["odd"])["odd"]["stationarity"].steps.tolist() == [1, 2, 3, 4]
     before = study(tmp_path).stamps_of("odd")
     for i in (1, 3):
         text = (tmp_path / str(i) / FILE).read_text().splitlines(keepends=True)
         (tmp_path / str(i) / FILE).write_text("".join(text[:2]))
     assert study(tmp_path).stamps_of("odd") != before
-    found = study(tmp_path).averages("odd")
+    found = study(tmp_path).averages(["odd"])["odd"]
     assert found["stationarity"].steps.tolist() == [1, 2]
     assert set(found) == {"stationarity"}  # a study averages what the list of curves says

@@ -8,10 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hpc_c2g.files import writing
+from hpc_c2g.monitoring.event_file import EVALUATION
 from hpc_c2g.monitoring.run_log import add_scalars
-
-FOLDER = "evaluation"
-"""Folder of the evaluation's TensorBoard run, in the run directory."""
 
 
 def log_evaluation(
@@ -31,7 +29,7 @@ def log_evaluation(
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    with writing(run_dir / FOLDER), SummaryWriter(str(run_dir / FOLDER), purge_step=0) as board:
+    with writing(run_dir / EVALUATION), SummaryWriter(str(run_dir / EVALUATION), purge_step=0) as board:
         add_scalars(board, {f"uses_real_data/{name}": value for name, value in scalars.items()}, step)
         for name, picture in pictures.items():
             board.add_image(f"uses_real_data/{name}", picture, step)

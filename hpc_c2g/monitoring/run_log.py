@@ -19,7 +19,9 @@ from torch import Tensor
 
 from hpc_c2g.errors import UserError
 from hpc_c2g.files import write_atomically, writing
+from hpc_c2g.monitoring import summaries
 from hpc_c2g.monitoring.config import LogConfig
+from hpc_c2g.monitoring.event_file import BOARD, SESSION
 from hpc_c2g.monitoring.images import bounded, grid
 from hpc_c2g.monitoring.layout import layout
 from hpc_c2g.monitoring.signatures import BY_NAME
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-BOARD, SESSION = "tensorboard", "hparams"
-"""Folders of a run's curves, and of its hyper-parameters with its final metrics; separate, because a study writes its own sessions."""
 HEADLINES = ("stationarity", "loss", "diversity", "unsupported")
 """Metrics that the HParams page shows beside the hyper-parameters."""
 
@@ -141,7 +141,9 @@ class RunLog:
                 self.board.add_text(name, text, self.newly_firing)
             self.board.add_custom_scalars(layout(prefixes, losses))
             self.board.flush()
-            write_session(self.session, hyperparameters)
+            # no experiment summary: TensorBoard would take its columns from one run, and hide settings that only others have
+            for summary in summaries.session(hyperparameters):
+                writer_of(self.session).add_summary(summary)
             self.session.flush()
 
     def step(self, step: int, scalars: Mapping[str, float], alarms: Sequence[str] = ()) -> None:
@@ -177,22 +179,8 @@ class RunLog:
 
 
 def add_scalars(board: SummaryWriter, scalars: Mapping[str, float], step: int) -> None:
-    """Write all scalars of a step as one event: a tenth of the time and half the bytes of one event per scalar."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-    writer_of(board).add_summary(Summary(value=values), step)
-
-
-def write_session(board: SummaryWriter, hyperparameters: Mapping[str, Any]) -> None:
-    """Write one session of TensorBoard's HParams page; its metrics are the scalars of the same folder.
-
-    No experiment summary is written: TensorBoard would take its columns from one run, and hide settings that only others have.
-    """
-    from torch.utils.tensorboard.summary import hparams
-
-    for summary in hparams(dict(hyperparameters), {})[1:]:  # type: ignore[no-untyped-call]
-        writer_of(board).add_summary(summary)
+    """Write all scalars of a step as one event."""
+    writer_of(board).add_summary(summaries.scalars(scalars), step)
 
 
 def writer_of(board: SummaryWriter) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,16 @@ class Average:
     runs: Array
 
 
-def average(curves: Sequence[Curves]) -> dict[str, Average]:
-    """Every scalar's average, at the steps that at least half of the runs that have it wrote it at."""
+def average(curves: Sequence[Curves], tags: Iterable[str] | None = None) -> dict[str, Average]:
+    """Average scalars over runs, at the steps at which at least half of the runs that have the scalar wrote it.
+
+    Args:
+        curves: Curves of the runs.
+        tags: Names of the scalars, in this order; those that no run has are left out. All if None.
+    """
     found = {}
-    for tag in dict.fromkeys(tag for one in curves for tag in one.tags):
+    there = dict.fromkeys(tag for one in curves for tag in one.tags)
+    for tag in there if tags is None else [tag for tag in tags if tag in there]:
         parts = [one.points(tag) for one in curves if tag in one.tags]
         steps = np.unique(np.concatenate([s for s, _ in parts]))
         table = np.full((len(parts), len(steps)), np.nan)
@@ -75,10 +81,12 @@ def average(curves: Sequence[Curves]) -> dict[str, Average]:
 
 def interval(table: Array) -> tuple[Array, Array]:
     """Mean and half width of Student's confidence interval over the rows of ``table`` ``[k, n]``; NaN counts as absent, no column is."""
-    from scipy.stats import t as student  # takes a second
+    from scipy.special import (
+        stdtrit,
+    )  # the quantile of Student's t, as scipy.stats has it, which takes a second to import
 
     runs = (~np.isnan(table)).sum(0)
     mean = np.nansum(table, 0) / runs
     deviation = np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(runs - 1, 1))
-    factor = np.where(runs > 1, student.ppf(0.5 + CONFIDENCE / 2, np.maximum(runs - 1, 1)), 0.0)
+    factor = np.where(runs > 1, stdtrit(np.maximum(runs - 1, 1), 0.5 + CONFIDENCE / 2), 0.0)
     return mean, factor * deviation / np.sqrt(runs)

@@ -1,4 +1,4 @@
-"""A study in TensorBoard: a folder of event files beside links to its runs' own, of which only what has changed is written again."""
+"""A study in TensorBoard: event files of its own beside links to its runs'; only the parts that changed are written again."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpc_c2g.evaluation.metric_registry import COLUMNS as METRIC_COLUMNS
 from hpc_c2g.files import write_atomically, writing
+from hpc_c2g.monitoring import summaries
+from hpc_c2g.monitoring.event_file import EventFile
 from hpc_c2g.monitoring.layout import AVERAGED
-from hpc_c2g.monitoring.run_log import add_scalars, write_session, writer_of
 from hpc_c2g.reporting.averages import Average
-from hpc_c2g.reporting.drawing import Figure
 from hpc_c2g.reporting.page import Picture
 from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIERS, SEEDS, Row
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-FORMAT = 2  # raise it when parts are written differently: what was written before is then written again
+FORMAT = 2
+"""Version of how parts are written; raised when that changes, so that all of them are written again."""
 FOLDER, STUDY, RUNS = "board", "0-study", "runs"
 COLUMNS = (MEASURED[0], *METRIC_COLUMNS, *MEASURED[1:], *OF_CLASSIFIERS)
 """Measures in the order of the HParams page, which shows the first five."""
-Write = Callable[["SummaryWriter"], None]
+Write = Callable[[EventFile], None]
 
 
 class Board:
-    """A study's folder for TensorBoard, made of parts that each know what they were made from.
+    """A study's folder for TensorBoard, made of parts; a manifest keeps a digest of what each was made from.
 
     Args:
-        study: its folder.
+        study: Folder of the study.
     """
 
     def __init__(self, study: Path) -> None:
@@ -44,15 +42,15 @@ class Board:
         self.written: list[str] = []
 
     def part(self, name: str, source: Any, write: Write) -> None:
-        """Have a part there: as it is where its source has not changed, else written again.
+        """Keep a part as it is if its source has not changed, else write it again.
 
         Args:
-            name: its folder below ``STUDY``.
-            source: plain values that it is made from.
-            write: writes it.
+            name: Name of its folder below ``STUDY``.
+            source: Plain values that it is made from.
+            write: Function that writes its events.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The part cannot be written.
         """
         unchanged = self.is_current(name, source)
         name = f"{STUDY}/{name}"
@@ -64,33 +62,44 @@ class Board:
         with writing(self.folder):
             fresh = place.with_name(f".{place.name}.{os.getpid()}")
             shutil.rmtree(fresh, ignore_errors=True)
-            from torch.utils.tensorboard import SummaryWriter  # seconds
-
-            with SummaryWriter(str(fresh)) as board:
-                write(board)
+            with EventFile(fresh) as events:
+                write(events)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(fresh, place)
 
     def is_current(self, name: str, source: Any) -> bool:
-        """True if a part is there and was made from this source."""
+        """Return True if a part is there and was made from this source."""
         name = f"{STUDY}/{name}"
         return self.kept.get(name) == _digest(source) and (self.folder / name).is_dir()
 
     def link(self, runs: Mapping[str, Path]) -> None:
-        """Show the runs' own event folders under names that people know; those that have none yet are left out."""
+        """Link the runs' own event folders.
+
+        Args:
+            runs: Event folders by the name of their link; those that do not exist yet are left out.
+
+        Raises:
+            UserError: A link cannot be written.
+        """
         wanted = {name: path for name, path in runs.items() if path.is_dir()}
         with writing(self.folder):
             place = self.folder / RUNS
             place.mkdir(parents=True, exist_ok=True)
             for old in place.iterdir():
-                if old.is_symlink() and (old.name not in wanted or os.readlink(old) != _way(place, wanted[old.name])):
+                if old.is_symlink() and (
+                    old.name not in wanted or os.readlink(old) != _relative(place, wanted[old.name])
+                ):
                     old.unlink()
             for name, path in wanted.items():
                 if not (place / name).is_symlink():
-                    os.symlink(_way(place, path), place / name)
+                    os.symlink(_relative(place, path), place / name)
 
     def close(self) -> None:
-        """Drop parts that are no longer there, and remember what the others were made from."""
+        """Remove the parts that this collection did not have, and write the manifest of the others.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
         with writing(self.folder):
             for name in self.kept.keys() - self.parts.keys():
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -99,7 +108,7 @@ class Board:
             write_atomically(self.folder / "manifest.json", content)
 
 
-def _way(place: Path, path: Path) -> str:
+def _relative(place: Path, path: Path) -> str:
     return os.path.relpath(path.absolute(), place.absolute())
 
 
@@ -116,102 +125,87 @@ def _digest(source: Any) -> str:
 
 
 def named(label: str) -> str:
-    """A label as the name of one folder."""
+    """Return a label as the name of one folder."""
     return re.sub(r"[^\w.=+,\[\]()@-]+", " ", label).strip(" .")[:100] or "all"
 
 
 def write_averages(averages: Mapping[str, Average]) -> Write:
-    """Means as scalars of the runs' own names, the ends of their bands beside them, and charts that draw the bands."""
+    """Return the writer of means as scalars of the runs' own names, of the ends of their bands, and of charts that draw the bands."""
 
-    def write(board: SummaryWriter) -> None:
-        by_step: dict[int, dict[str, float]] = {}
+    def write(events: EventFile) -> None:
+        by_steps: dict[tuple[int, ...], dict[str, list[float]]] = {}
         for tag, one in averages.items():
-            for step, mean, low, high in zip(one.steps, one.mean, one.low, one.high, strict=True):
-                told = by_step.setdefault(int(step), {})
-                told |= {tag: mean, f"{tag}/low": low, f"{tag}/high": high}
-        for step, scalars in sorted(by_step.items()):
-            add_scalars(board, scalars, step)
+            curves = by_steps.setdefault(tuple(one.steps.tolist()), {})
+            curves |= {tag: one.mean.tolist(), f"{tag}/low": one.low.tolist(), f"{tag}/high": one.high.tolist()}
+        for steps, curves in by_steps.items():
+            events.add_curves(steps, curves)
         # TensorBoard shows charts of this kind in reverse
-        charts = {tag: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for tag in reversed(AVERAGED) if tag in averages}
-        board.add_custom_scalars({"Mean over seeds, 95 % interval": charts})
+        charts = {tag: (tag, f"{tag}/low", f"{tag}/high") for tag in reversed(AVERAGED) if tag in averages}
+        events.add(summaries.margin_charts("Mean over seeds, 95 % interval", charts))
 
     return write
 
 
 def write_against(variable: str, rows: Sequence[Row]) -> Write:
-    """Final metrics of groups, the swept variable as the step."""
+    """Return the writer of the groups' final metrics, the swept variable as the step."""
 
-    def write(board: SummaryWriter) -> None:
+    def write(events: EventFile) -> None:
         for row in rows:
-            told = {f"final/{_labeled(name)}": row[name] for name in MEASURES if isinstance(row.get(name), float)}
-            add_scalars(board, told, int(row[variable]))
+            final = {f"final/{_labeled(name)}": row[name] for name in MEASURES if isinstance(row.get(name), float)}
+            events.add(summaries.scalars(final), int(row[variable]))
 
     return write
 
 
 def write_hyperparameters(point: Row, row: Row) -> Write:
-    """One run as a session of the HParams page: its point of the grid, and all its metrics."""
+    """Return the writer of one run as a session of the HParams page: its point of the grid, and all its metrics."""
 
-    def write(board: SummaryWriter) -> None:
+    def write(events: EventFile) -> None:
         metrics = {_labeled(name): float(row[name]) for name in MEASURES if isinstance(row.get(name), (int, float))}
-        write_session(board, {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in point.items()})
-        add_scalars(board, metrics, int(row.get("steps") or 0))
+        for summary in summaries.session(_plain(point)):
+            events.add(summary)
+        events.add(summaries.scalars(metrics), int(row.get("steps") or 0))
 
     return write
 
 
 def write_columns(rows: Sequence[Row]) -> Write:
-    """What the HParams page shows of all sessions, and in which order."""
+    """Return the writer of the columns of the HParams page, in their order."""
 
-    def write(board: SummaryWriter) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
-        points: dict[str, Any] = {}
-        for row in rows:
-            points |= {
-                k: v if isinstance(v, (int, float, str)) else str(v) for k, v in row.items() if k not in NO_POINT
-            }
-        metrics = {_labeled(name): 0.0 for name in COLUMNS if any(name in row for row in rows)}
-        writer_of(board).add_summary(hparams(points, metrics)[0])  # type: ignore[no-untyped-call]
+    def write(events: EventFile) -> None:
+        points = {name: value for row in rows for name, value in row.items() if name not in NO_POINT}
+        metrics = [_labeled(name) for name in COLUMNS if any(name in row for row in rows)]
+        events.add(summaries.experiment(_plain(points), metrics))
 
     return write
 
 
-def write_pictures(figures: Sequence[Figure], mosaics: Sequence[Picture], tables: Mapping[str, str]) -> Write:
-    """Figures and mosaics as images, what they show in words beside them, and tables as text."""
+def write_pictures(figures: Sequence[Picture], mosaics: Sequence[Picture], tables: Mapping[str, str]) -> Write:
+    """Return the writer of figures and mosaics as images, of their descriptions beside them, and of tables as text."""
 
-    def write(board: SummaryWriter) -> None:
+    def write(events: EventFile) -> None:
         for name, text in tables.items():
-            board.add_text(name, text)
-        for figure in figures:
-            _add_png(board, f"figures/{figure.name}", figure.png)
-            board.add_text(f"figures/{figure.name}", figure.alt)
-        for picture in mosaics:
-            _add_png(board, f"samples/{named(picture.title)}", picture.png)
-            board.add_text(f"samples/{named(picture.title)}", picture.alt)
+            events.add(summaries.text(name, text))
+        for folder, pictures in (("figures", figures), ("samples", mosaics)):
+            for picture in pictures:
+                name = f"{folder}/{named(picture.title)}"
+                events.add(summaries.png(name, picture.png))
+                events.add(summaries.text(name, picture.alt))
 
     return write
+
+
+def _plain(point: Row) -> dict[str, bool | int | float | str]:
+    """The values of a point as the HParams page knows them."""
+    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in point.items()}
 
 
 def _labeled(name: str) -> str:
     return f"{name} (uses real data)" if name in METRIC_COLUMNS else name
 
 
-def _add_png(board: SummaryWriter, tag: str, png: bytes) -> None:
-    """A picture as it is: TensorBoard's own way goes through an array and compresses it again."""
-    import io
-
-    from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    with Image.open(io.BytesIO(png)) as file:
-        width, height = file.size
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-    writer_of(board).add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), 0)
-
-
 def numeric_variables(groups: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Swept fields with several whole numbers -> label of the other fields -> groups in rising order."""
+    """Return the groups in rising order of each swept field of several whole numbers: by that field, by the label of the others."""
     fields = {k for row in groups for k in row} - {
         "runs",
         "alarmed",

@@ -1,4 +1,4 @@
-"""Brings a study's runs together: tables, and a folder for TensorBoard; what has not changed since the last time is left as it is."""
+"""Collection of a study's runs: tables, and a folder for TensorBoard; what did not change since the last time is left as it is."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpc_c2g.errors import UserError
-from hpc_c2g.monitoring.evaluation_log import FOLDER as EVALUATION
-from hpc_c2g.monitoring.run_log import BOARD
+from hpc_c2g.monitoring.event_file import BOARD, EVALUATION, EventFile
 from hpc_c2g.reporting.board import (
     FOLDER,
     Board,
@@ -24,10 +22,9 @@ from hpc_c2g.reporting.board import (
     write_hyperparameters,
     write_pictures,
 )
-from hpc_c2g.reporting.drawing import Figure
-from hpc_c2g.reporting.figures import figures
 from hpc_c2g.reporting.mosaics import mosaic, ranked
 from hpc_c2g.reporting.page import Picture
+from hpc_c2g.reporting.pictures import FigureSource, pictures
 from hpc_c2g.reporting.results import (
     NO_POINT,
     Results,
@@ -45,24 +42,21 @@ from hpc_c2g.reporting.tables import as_markdown, write_tables
 from hpc_c2g.studies.task_status import TaskStatus
 from hpc_c2g.studies.tasks import read_spec, spec_name
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 NOTES, PLAN = "skipped.json", "plan.json"
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What there is now.
+    """A study's results and curves, with what was written of them.
 
     Attributes:
-        results: tables.
-        runs: training runs that have begun, by id.
+        results: Tables of the study.
+        runs: Training runs that have begun, by id.
         curves: Curves of those runs.
-        files: names of the tables' files in the study's folder.
-        changed: parts of the board that were written again.
-        skipped: What was left out of the runs' metrics and why, by run.
-        prediction: of the study's plan, see ``predicted``.
+        files: Names of the tables' files in the study's folder.
+        changed: Parts of the board that were written again.
+        skipped: Lines and values left out of the runs' metrics and why, by run.
+        prediction: Predicted samples per second by number of nodes, see ``predicted``.
     """
 
     results: Results
@@ -78,27 +72,27 @@ def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
     """Write the tables and the board.
 
     Args:
-        study: its folder.
-        name: of the study.
-        views: of all its tasks.
+        study: Folder of the study.
+        name: Name of the study.
+        views: Statuses of all its tasks.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: A file cannot be written.
     """
     found = results(study, views)
     runs = {v.task.id: v for v in training_runs(views) if v.state != "new"}
     prediction = None
     try:
         prediction = predicted(study, runs)
-    except UserError as error:  # one file beside the study must not hold up all that is told of it
+    except UserError as error:  # a damaged plan costs its prediction alone
         found.left_out.append(str(error))
     files = write_tables(study, name, found)
-    folders, groups = {key: study / v.task.folder for key, v in runs.items()}, grouped(runs)
-    curves = StudyCurves(folders, groups, study / FOLDER / NOTES)
-    board = Board(study)
-    sources = {label: curves.stamps_of(label) for label in groups}
+    folders = {key: study / v.task.folder for key, v in runs.items()}
+    curves = StudyCurves(folders, grouped(runs), study / FOLDER / NOTES)
     skipped = curves.skipped()
-    for label, own in sources.items():
+    board = Board(study)
+    stamps = {label: curves.stamps_of(label) for label in curves.groups}
+    for label, own in stamps.items():
         board.part(f"mean/{named(label)}", own, functools.partial(_write_means, curves, label))
     for variable, lines in numeric_variables(found.groups).items():
         for rest, rows in lines.items():
@@ -110,59 +104,58 @@ def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
     for row in found.rows:
         point = {k: v for k, v in row.items() if k not in NO_POINT}
         board.part(f"hparams/{row['id']}", row, write_hyperparameters(point, row))
-    pictures = {
-        row["id"]: stamp_of(study / runs[row["id"]].task.folder / "samples.png")
-        for row in found.rows
-        if row["id"] in runs
-    }
-    source = [found.rows, found.sampling, found.left_out, sources, pictures, prediction]
-    board.part(
-        "pictures",
-        source,
-        lambda writer: write_pictures(
-            drawn(found, curves, prediction),
-            mosaics(study, found, runs),
-            {"results": as_markdown(name, found)},
-        )(writer),
-    )
+    samples = {row["id"]: stamp_of(folders[row["id"]] / "samples.png") for row in found.rows if row["id"] in runs}
+    sources = [found.rows, found.sampling, found.left_out, stamps, samples, prediction]
+    board.part("pictures", sources, functools.partial(_write_pictures, study, name, found, runs, curves, prediction))
     board.link(links(study, runs))
     board.close()
     return Collected(found, runs, curves, files, board.written, skipped, prediction)
 
 
-def _write_means(curves: StudyCurves, label: str, writer: SummaryWriter) -> None:
-    write_averages(curves.averages(label))(writer)
+def _write_means(curves: StudyCurves, label: str, events: EventFile) -> None:
+    write_averages(curves.averages([label])[label])(events)
+
+
+def _write_pictures(
+    study: Path,
+    name: str,
+    found: Results,
+    runs: Mapping[str, TaskStatus],
+    curves: StudyCurves,
+    prediction: Mapping[int, float] | None,
+    events: EventFile,
+) -> None:
+    drawn = pictures(figure_source(found, curves, prediction))
+    write_pictures(drawn, mosaics(study, found, runs), {"results": as_markdown(name, found)})(events)
 
 
 def grouped(runs: Mapping[str, TaskStatus]) -> dict[str, list[str]]:
-    """Ids of the runs of each group, those at work too, by its label."""
+    """Return the ids of each group's runs, including those that are running, by the group's label."""
     found: dict[str, list[str]] = {}
     for key, view in runs.items():
         found.setdefault(label_of(without_seeds(point_of(view.task.label))), []).append(key)
     return found
 
 
-def drawn(found: Results, curves: StudyCurves, prediction: Mapping[int, float] | None) -> list[Figure]:
-    """The study's figures."""
-    curves.read(curves.folders)  # all at once, in several processes
-    averages = {label: curves.averages(label) for label in curves.groups}
-    return figures(found.groups, bound_groups(found.sampling), averages, prediction)
+def figure_source(found: Results, curves: StudyCurves, prediction: Mapping[int, float] | None) -> FigureSource:
+    """Return the numbers that the study's figures show."""
+    return FigureSource(found.groups, bound_groups(found.sampling), curves.averages(curves.groups), prediction)
 
 
 def mosaics(study: Path, found: Results, runs: Mapping[str, TaskStatus]) -> list[Picture]:
-    """A picture per group: its best, median and worst run."""
+    """Return a picture per group of its best, median and worst run."""
     folders = {key: study / view.task.folder for key, view in runs.items()}
     made = [mosaic(label, ranked(rows), folders) for label, rows in members(found.rows).items()]
     return [picture for picture in made if picture is not None]
 
 
 def predicted(study: Path, runs: Mapping[str, TaskStatus]) -> dict[int, float] | None:
-    """Samples per second by nodes of the study's ``plan.json`` (`c2g plan ... out=`); None where there is none.
+    """Return the samples per second by number of nodes of the study's ``plan.json`` (`c2g plan ... out=`); None if it has none.
 
-    Weak scaling where the runs' batch grows with their nodes, else strong.
+    The plan's weak scaling counts if the runs differ in their global batch, else its strong scaling.
 
     Raises:
-        UserError: the plan, or the description of a run, cannot be read.
+        UserError: The plan, or the description of a run, cannot be read.
     """
     file = study / PLAN
     if not file.exists():
@@ -174,14 +167,14 @@ def predicted(study: Path, runs: Mapping[str, TaskStatus]) -> dict[int, float] |
             for kind in ("strong", "weak")
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
-        hint = "make it anew with `c2g plan ... out=`, or remove it"
+        hint = "write it again with `c2g plan ... out=`, or remove it"
         raise UserError(f"{PLAN} of the study cannot be read: {error!r}", hint) from error
     batches = {v.task.nodes: read_spec(study / spec_name(v.task)).config.get("global_batch") for v in runs.values()}
     return rows["weak" if len(set(batches.values())) > 1 else "strong"]
 
 
 def links(study: Path, runs: Mapping[str, TaskStatus]) -> dict[str, Path]:
-    """Event folders of every run, and of its evaluation, by names that people know."""
+    """Return the event folders of every run and of its evaluation by readable names."""
     labels = {key: named(view.task.label) for key, view in runs.items()}
     times, found = Counter(labels.values()), {}
     for key, view in runs.items():

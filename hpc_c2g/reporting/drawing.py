@@ -139,8 +139,8 @@ def _compose(title: str, panels: Sequence[Panel], height: float) -> Canvas:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _legend(canvas)
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # both pictures have the layout that this drawing found
+    canvas.get_layout_engine().execute(canvas)  # type: ignore[union-attr]
+    canvas.set_layout_engine("none")  # the SVG and the PNG share the layout found here
     return canvas
 
 

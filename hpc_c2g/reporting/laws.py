@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from hpc_c2g.evaluation.metric_registry import METRICS, USES_REAL_DATA, Measure
 from hpc_c2g.reporting.averages import CONFIDENCE
@@ -62,6 +61,8 @@ def inverse_law(batches: Sequence[float], residuals: Sequence[float]) -> Law:
         batches: Batch sizes B > 0, at least two different ones.
         residuals: Residuals r > 0.
     """
+    from scipy.optimize import nnls  # slow to import, and only this figure needs it
+
     B, r = np.asarray(batches, float), np.asarray(residuals, float)
     unit = B.min()  # both columns of one size, whatever B is counted in
     (limit, slope), _ = nnls(np.stack([1 / r, unit / (B * r)], 1), np.ones(len(r)))
@@ -93,7 +94,7 @@ def half_width(row: Row, name: str) -> float:
     deviation, runs = value(row, f"{name}_sd"), value(row, "runs")
     if not (math.isfinite(deviation) and runs > 1):
         return math.nan
-    return float(student.ppf(0.5 + CONFIDENCE / 2, runs - 1) * deviation / math.sqrt(runs))
+    return float(stdtrit(runs - 1, 0.5 + CONFIDENCE / 2) * deviation / math.sqrt(runs))
 
 
 def swept(groups: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Curves of a run, read from its metrics.jsonl: a line per logged step, which a resumed run cuts at its checkpoint."""
+"""Curves of a run, read from its metrics.jsonl: a line per logged step; a resumed run drops the lines after its checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -106,9 +106,9 @@ def read_runs(folders: Mapping[str, Path], wanted: re.Pattern[str], processes: i
 
 
 def _parse(text: bytes) -> Mapping[str, Any] | None:
-    """A line's scalars; None if it is no object with a whole number as its step."""
+    """Return a line's scalars, fractions as text; None if it is no object with a whole number as its step."""
     try:
-        line = json.loads(text)
+        line = json.loads(text, parse_float=str)  # only the wanted scalars are converted: half of the time
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
@@ -121,11 +121,8 @@ def _tags(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> li
 
 def _curves(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> Curves:
     steps, tags = sorted(lines), _tags(lines, wanted)
-    rows: Iterable[list[Any]] = ([lines[step].get(tag) for tag in tags] for step in steps)
-    try:
-        values = np.array(list(rows), dtype=float).reshape(len(steps), len(tags))
-    except (TypeError, ValueError):  # something else than numbers
-        values = np.array([[_number(lines[step].get(tag)) for tag in tags] for step in steps], dtype=float)
+    rows = [[_number(lines[step].get(tag)) for tag in tags] for step in steps]
+    values = np.array(rows, dtype=float).reshape(len(steps), len(tags))
     values[~np.isfinite(values)] = math.nan
     there = ~np.isnan(values)
     used, known = there.any(1), there.any(0)
@@ -134,4 +131,8 @@ def _curves(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> 
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """Convert a number that ``_parse`` left as text; NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

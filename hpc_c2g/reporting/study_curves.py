@@ -31,6 +31,7 @@ class StudyCurves:
         self.stamps = {key: stamp_of(folder / FILE) for key, folder in folders.items()}
         self._known = _load_notes(notes)
         self._curves: dict[str, Curves] = {}
+        self._averages: dict[str, dict[str, Average]] = {}
 
     def stamps_of(self, label: str) -> dict[str, Stamp]:
         """Stamps of a group's files, by which a change is noticed."""
@@ -44,10 +45,15 @@ class StudyCurves:
             self._curves[key], self._known[key] = reading.curves, (self.stamps[key], reading.skipped)
         return {key: self._curves[key] for key in keys}
 
-    def averages(self, label: str) -> dict[str, Average]:
-        """Mean and interval of each averaged scalar over a group's runs."""
-        found = average(list(self.read(self.groups[label]).values()))
-        return {tag: found[tag] for tag in AVERAGED if tag in found}
+    def averages(self, labels: Iterable[str]) -> Mapping[str, Mapping[str, Average]]:
+        """Mean and interval of each averaged scalar over the runs of these groups, by the group's label."""
+        labels = list(labels)
+        missing = [label for label in labels if label not in self._averages]
+        self.read([key for label in missing for key in self.groups[label]])
+        for label in missing:
+            found = average([self._curves[key] for key in self.groups[label]], AVERAGED)
+            self._averages[label] = found
+        return {label: self._averages[label] for label in labels}
 
     def skipped(self) -> dict[str, tuple[str, ...]]:
         """What was left out of the runs' files and why, by run.
