@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from hpc_c2g.monitoring import summaries
-from hpc_c2g.monitoring.crc32c import masked_crc32c
 from hpc_c2g.monitoring.summaries import Summary
 
 BOARD, SESSION, EVALUATION = "tensorboard", "hparams", "evaluation"
@@ -29,11 +27,12 @@ class EventFile:
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event, now = Event, time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._file = open(folder / name, "wb")  # noqa: SIM115 -- closed by __exit__
+        self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 -- closed by __exit__
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def __enter__(self) -> EventFile:
@@ -42,7 +41,7 @@ class EventFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._records.close()
 
     def add(self, summary: Summary, step: int = 0) -> None:
         """Write one event.
@@ -69,11 +68,4 @@ class EventFile:
             self._write(event)
 
     def _write(self, event: Any) -> None:
-        """Write a record: its length, the length's checksum, the event, the event's checksum."""
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        self._file.write(b"".join((length, _checksum(length), data, _checksum(data))))
-
-
-def _checksum(data: bytes) -> bytes:
-    return struct.pack("<I", masked_crc32c(data))
+        self._records.write(event.SerializeToString())
