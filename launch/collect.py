@@ -25,11 +25,11 @@ SHOWN = 20
 
 @dataclass
 class CollectConfig:
-    """Of which study.
+    """Settings of ``c2g collect``.
 
     Attributes:
-        study_dir: its folder.
-        all: tell of everything that was left out or skipped.
+        study_dir: Folder of the study.
+        all: True prints every line about what was left out or skipped.
     """
 
     study_dir: str = "???"
@@ -37,7 +37,7 @@ class CollectConfig:
 
 
 def collected(folder: Path) -> Collected:
-    """The study's tables and board, up to date."""
+    """Bring the study's tables and board up to date."""
     from hpc_c2g.reporting.collect import collect as bring_together  # slow to import: after the settings are checked
 
     study = read_study(folder)
@@ -45,7 +45,7 @@ def collected(folder: Path) -> Collected:
 
 
 def collect(config: CollectConfig) -> None:
-    """Bring together, and show the means."""
+    """Collect the study, and print its means."""
     from hpc_c2g.reporting.board import FOLDER
 
     folder = Path(config.study_dir)
@@ -58,11 +58,11 @@ def collect(config: CollectConfig) -> None:
         out.add_row(*line)
     Console(width=180).print(out)
     notes = [f"left out: {text}" for text in found.results.left_out]
-    notes += [f"run {key}: {text}" for key, told in found.skipped.items() for text in told]
+    notes += [f"run {key}: {text}" for key, texts in found.skipped.items() for text in texts]
     for text in notes if config.all else notes[:SHOWN]:
         print(text, file=sys.stderr)
     if len(notes) > SHOWN and not config.all:
-        print(f"{len(notes) - SHOWN} more: --all tells them", file=sys.stderr)
+        print(f"{len(notes) - SHOWN} more: --all prints them", file=sys.stderr)
     board = f"{len(found.changed)} parts of {folder / FOLDER}" if found.changed else "nothing new for the board"
     print(f"written: {folder}/{', '.join(found.files)}; {board} (c2g board {folder} shows it)")
 
