@@ -33,7 +33,8 @@ from hpc_c2g.planning.predict import memory, step_time
 from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
-from hpc_c2g.training.step.train_step import StepResult, TrainStep
+from hpc_c2g.training.step.step_parts import StepResult
+from hpc_c2g.training.step.train_step import TrainStep
 from hpc_c2g.units import GIB
 
 NETS = {

@@ -17,7 +17,8 @@ from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.run_log import due
 from hpc_c2g.training.config.train import CheckpointConfig, TrainConfig
 from hpc_c2g.training.loop import train
-from hpc_c2g.training.step.train_step import StepResult, TrainStep
+from hpc_c2g.training.step.step_parts import StepResult
+from hpc_c2g.training.step.train_step import TrainStep
 
 SETTLED = 50
 """Steps that are left out: the first ones warm up."""

@@ -27,7 +27,8 @@ from hpc_c2g.training.config.objective import AlphaConfig
 from hpc_c2g.training.config.train import CheckpointConfig, DistributedConfig, TrainConfig
 from hpc_c2g.training.loop import train
 from hpc_c2g.training.results import load_run
-from hpc_c2g.training.step.train_step import StepResult, TrainStep
+from hpc_c2g.training.step.step_parts import StepResult
+from hpc_c2g.training.step.train_step import TrainStep
 
 COLLECTIVES = (
     "all_reduce",

@@ -1,4 +1,4 @@
-"""Laws of a study brought together: means of its runs and no others, only what is new is read and written, damage costs its run alone."""
+"""Laws of collecting a study: means of its runs and no others, only what is new is read and written, damage costs its run alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import io
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,17 @@ def test_collecting_again_writes_nothing_and_reads_no_run(study, monkeypatch):
     assert "nothing new for the board" in c2g("collect", study)
 
 
+def test_a_study_is_collected_without_torch(study):
+    code = """
+import sys
+from pathlib import Path
+from launch.collect import collected
+assert collected(Path(sys.argv[1])).changed
+assert "tensorboard" in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(study)], check=True)
+
+
 def test_only_what_a_change_touches_is_written_again(study):
     collected(study)
     row = next(r for r in rows(study, "train") if r.label == "global_batch=8 seed=0")
@@ -216,7 +229,7 @@ def test_a_half_written_file_counts_as_far_as_it_is_whole_and_is_read_again_when
     assert f"0-study/mean/{row.label.split()[0]}" in collected(study).changed
 
 
-def test_a_run_without_evaluation_or_of_a_damaged_one_is_told_and_kept(study):
+def test_a_run_without_evaluation_or_of_a_damaged_one_is_reported_and_kept(study):
     first, second = rows(study, "train")[:2]
     (study / first.folder / "evaluation.json").unlink()
     (study / second.folder / "evaluation.json").write_text('{"coverage": 0.')
@@ -235,7 +248,7 @@ def test_steps_written_twice_by_a_requeued_run_count_once(study):
     assert len(found.results.rows) == 4
 
 
-def test_versions_that_differ_between_runs_are_told(study):
+def test_versions_that_differ_between_runs_are_reported(study):
     row = rows(study, "train")[0]
     file = study / row.folder / "train.report.json"
     content = json.loads(file.read_text())
@@ -336,7 +349,7 @@ def _views(study: Path):
     return read_statuses(study, None)
 
 
-def test_the_report_tells_all_and_its_recipes_repeat_the_runs_bit_for_bit(study, tmp_path, monkeypatch):
+def test_the_report_has_all_and_its_recipes_repeat_the_runs_bit_for_bit(study, tmp_path, monkeypatch):
     c2g("report", study)
     page = (study / "report.html").read_text()
     for row in rows(study, "train"):
@@ -383,7 +396,7 @@ def test_a_recipe_of_several_processes_starts_them(study):
     assert command(spec).startswith("srun --nodes=2 --ntasks-per-node=4 c2g train ")
 
 
-def test_alarms_of_runs_are_told_with_their_first_step(study):
+def test_alarms_of_runs_are_reported_with_their_first_step(study):
     row = rows(study, "train")[0]
     with open(study / row.folder / "metrics.jsonl", "a") as file:
         for step, fired in ((13, 0.0), (14, 1.0), (15, 1.0)):
@@ -422,15 +435,15 @@ def test_board_says_how_to_get_there_and_shows_a_study_or_a_run_on_this_machine_
     monkeypatch.setattr("os.execv", lambda program, words: became.append(words))
     row = rows(study, "train")[0]
     for folder, shown in ((study, study / "board"), (study / row.folder, study / row.folder)):
-        told = c2g("board", folder, "port=0")
+        printed = c2g("board", folder, "port=0")
         words = became[-1]
         assert words[words.index("--host") + 1] == "127.0.0.1"
         assert words[words.index("--logdir") + 1] == str(shown)
         port = words[words.index("--port") + 1]
-        assert f"ssh -N -L {port}:localhost:{port} " in told
+        assert f"ssh -N -L {port}:localhost:{port} " in printed
 
 
-def test_board_tells_what_it_cannot_show(tmp_path, study):
+def test_board_reports_what_it_cannot_show(tmp_path, study):
     import socket
 
     assert "is neither a study nor a run" in c2g("board", tmp_path, code=2)

@@ -6,33 +6,14 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as bytewise
 from torch.utils.tensorboard import summary as reference
 
 from hpc_c2g.monitoring import summaries
-from hpc_c2g.monitoring.crc32c import BLOCK, crc32c, masked_crc32c
 from hpc_c2g.monitoring.event_file import EventFile
 
 POINT = {"global_batch": 50, "rate": 0.5, "variant": "two", "flag": True, "absent": None}
-
-
-@example(bytes(range(256)) * (2 * BLOCK // 256) + b"\1")
-@example(b"\xff" * (BLOCK + 4))
-@example(b"\0" * (BLOCK + 1))
-@given(st.binary(min_size=4, max_size=40))
-def test_the_checksum_is_that_of_tensorboards_loop_over_bytes(data):
-    assert masked_crc32c(data) == bytewise(data)
-
-
-def test_the_checksum_is_the_published_one_and_needs_four_bytes():
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(b"\0" * 32) == 0x8A9136AA  # RFC 3720, appendix B.4
-    with pytest.raises(ValueError, match="at least 4"):
-        crc32c(b"123")
 
 
 def test_summaries_are_those_of_torchs_writer():

@@ -18,7 +18,7 @@ from hpc_c2g.distributed.reduction import ResidualSum
 from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.training.config.train import DistributedConfig, TrainConfig
-from hpc_c2g.training.step import train_step
+from hpc_c2g.training.step import step_parts
 
 STEPS, BATCH = 3, 24
 # classifiers, ranks, micro-batch, distributed settings
@@ -41,9 +41,9 @@ def measured(world: World | None, classifiers: int, micro_batch: int | None, set
     bundles = three_bundles()[:classifiers]
     # free images: the generator's gradients are the cotangents themselves
     settings = dict(settings)
-    bucket_bytes = settings.pop("bucket_bytes", train_step.BUCKET_BYTES)
+    bucket_bytes = settings.pop("bucket_bytes", step_parts.BUCKET_BYTES)
     run = config(micro_batch, "free", global_batch=BATCH, distributed=DistributedConfig(**settings))
-    with mock.patch.object(train_step, "BUCKET_BYTES", bucket_bytes):
+    with mock.patch.object(step_parts, "BUCKET_BYTES", bucket_bytes):
         step = trainer(bundles, run, world)
     told = []
     for number in range(1, STEPS + 1):

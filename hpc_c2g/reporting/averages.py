@@ -18,9 +18,9 @@ class Curves:
     """All scalars of one run.
 
     Attributes:
-        steps: in rising order, each once, ``[n]`` int64.
-        tags: names of the scalars, ``T`` of them.
-        values: ``[n, T]`` float64, NaN where a scalar was not written at a step.
+        steps: Steps in rising order, each once, ``[n]`` int64.
+        tags: Names of the scalars, ``T`` of them.
+        values: Values, ``[n, T]`` float64, NaN where a scalar was not written at a step.
     """
 
     steps: Array
@@ -28,7 +28,7 @@ class Curves:
     values: Array
 
     def points(self, tag: str) -> tuple[Array, Array]:
-        """Steps and values of one scalar, where it was written; empty where it never was."""
+        """Return the steps and the values of one scalar where it was written; empty if it never was."""
         if tag not in self.tags:
             return self.steps[:0], np.empty(0)
         column = self.values[:, self.tags.index(tag)]
@@ -41,11 +41,11 @@ class Average:
     """One scalar over several runs.
 
     Attributes:
-        steps: ``[n]``.
-        mean: over the runs that have a value there, ``[n]``.
-        low: mean - t s / sqrt(k), the lower end of Student's 95 % confidence interval for k runs; the mean where k = 1.
-        high: the upper end.
-        runs: k, ``[n]``.
+        steps: Steps, ``[n]``.
+        mean: Mean over the runs that have a value at the step, ``[n]``.
+        low: Lower end of Student's 95 % confidence interval for k runs, mean - t s / sqrt(k), ``[n]``; the mean where k = 1.
+        high: Upper end of the interval, ``[n]``.
+        runs: Number k of runs that have a value at the step, ``[n]``.
     """
 
     steps: Array
@@ -80,7 +80,13 @@ def average(curves: Sequence[Curves], tags: Iterable[str] | None = None) -> dict
 
 
 def interval(table: Array) -> tuple[Array, Array]:
-    """Mean and half width of Student's confidence interval over the rows of ``table`` ``[k, n]``; NaN counts as absent, no column is."""
+    """Return the mean and the half width of Student's confidence interval over the rows, ``[n]`` each.
+
+    mean +- t(k - 1) s / sqrt(k) for the k values of a column, s their sample standard deviation; the width is 0 where k = 1.
+
+    Args:
+        table: Values, ``[rows, n]``; NaN counts as absent, and each column has at least one value.
+    """
     from scipy.special import (
         stdtrit,
     )  # the quantile of Student's t, as scipy.stats has it, which takes a second to import

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc_c2g.evaluation.metric_registry import COLUMNS as METRIC_COLUMNS
 from hpc_c2g.files import write_atomically, writing
 from hpc_c2g.monitoring import summaries
@@ -20,8 +22,10 @@ from hpc_c2g.reporting.averages import Average
 from hpc_c2g.reporting.page import Picture
 from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIERS, SEEDS, Row
 
-FORMAT = 2
+FORMAT = 3
 """Version of how parts are written; raised when that changes, so that all of them are written again."""
+MEAN_POINTS = 100
+"""Largest number of steps of a curve of means: TensorBoard's checksums cost more than the means themselves."""
 FOLDER, STUDY, RUNS = "board", "0-study", "runs"
 COLUMNS = (MEASURED[0], *METRIC_COLUMNS, *MEASURED[1:], *OF_CLASSIFIERS)
 """Measures in the order of the HParams page, which shows the first five."""
@@ -135,8 +139,10 @@ def write_averages(averages: Mapping[str, Average]) -> Write:
     def write(events: EventFile) -> None:
         by_steps: dict[tuple[int, ...], dict[str, list[float]]] = {}
         for tag, one in averages.items():
-            curves = by_steps.setdefault(tuple(one.steps.tolist()), {})
-            curves |= {tag: one.mean.tolist(), f"{tag}/low": one.low.tolist(), f"{tag}/high": one.high.tolist()}
+            kept = np.unique(np.linspace(0, len(one.steps) - 1, min(len(one.steps), MEAN_POINTS)).round().astype(int))
+            curves = by_steps.setdefault(tuple(one.steps[kept].tolist()), {})
+            ends = {tag: one.mean, f"{tag}/low": one.low, f"{tag}/high": one.high}
+            curves |= {name: values[kept].tolist() for name, values in ends.items()}
         for steps, curves in by_steps.items():
             events.add_curves(steps, curves)
         # TensorBoard shows charts of this kind in reverse

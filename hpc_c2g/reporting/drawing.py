@@ -1,4 +1,4 @@
-"""How figures look, and how they become SVG and PNG: the same data give the same bytes. matplotlib is imported when one is drawn."""
+"""Style of the figures, and drawing them as SVG and PNG: the same data give the same bytes. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-"""Of Okabe and Ito (2008), gray for their yellow, which white paper swallows."""
+"""Palette of Okabe and Ito (2008), with gray for their yellow, which is hard to see on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (9, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4))
@@ -86,7 +86,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a bold title, a note beneath, and what draws into it."""
+    """One pair of axes.
+
+    Attributes:
+        title: Bold title.
+        note: Note below the title.
+        paint: Function that draws into the axes.
+    """
 
     title: str
     note: str
@@ -94,14 +100,14 @@ class Panel:
 
 
 def figure(name: str, title: str, alt: str, panels: Sequence[Panel], height: float = 2.5) -> Figure:
-    """A figure of panels in rows of three at most, a legend of all labels beneath.
+    """Return a figure of panels in rows of three at most, with one legend of all labels below.
 
     Args:
-        name: any text.
-        title: one line.
-        alt: see ``Figure``.
-        panels: one at least.
-        height: of a row of panels in inches.
+        name: Any text; made safe for a file.
+        title: Title in one line.
+        alt: Description in words with the numbers.
+        panels: Panels, at least one.
+        height: Height of a row of panels in inches.
     """
     title = plain(title)
 
@@ -170,12 +176,12 @@ def _png(canvas: Canvas) -> bytes:
 
 
 def safe(name: str) -> str:
-    """Letters, digits, dot, dash and underscore alone, 80 at most."""
+    """Return a name of letters, digits, dots, dashes and underscores alone, 80 characters at most."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80].strip("._") or "figure"
 
 
 def short(text: Any, longest: int = LONGEST) -> str:
-    """The text on one line, its middle left out where it is too long."""
+    """Return the text on one line, its middle left out if it is too long."""
     line = plain(text)
     if len(line) <= longest:
         return line
@@ -184,7 +190,7 @@ def short(text: Any, longest: int = LONGEST) -> str:
 
 
 def marks(k: int) -> dict[str, Any]:
-    """Color, marker and dashes of the k-th line: each tells it apart alone. From the ninth on all are faint."""
+    """Return color, marker and dashes of the k-th line, each of which alone identifies it; from the ninth on all lines are faint."""
     if k >= len(COLORS):
         return {"color": FAINT, "marker": ".", "linestyle": "-", "linewidth": 0.6, "markersize": 3, "zorder": 1}
     face = COLORS[k] if k % 2 == 0 else "white"
@@ -192,12 +198,12 @@ def marks(k: int) -> dict[str, Any]:
 
 
 def logarithmic(values: Sequence[float], least: float) -> bool:
-    """Whether positive values span more than a factor ``least``."""
+    """Return True if the values are positive and span more than a factor ``least``."""
     return min(values) > 0 and max(values) > least * min(values)
 
 
 def ticks(axes: Axes, values: Sequence[float], log: bool) -> None:
-    """Marks of the x-axis at the values themselves, those left out that would run into another."""
+    """Put the marks of the x-axis at the values themselves, without those whose labels would overlap."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if log:
@@ -220,7 +226,7 @@ def ticks(axes: Axes, values: Sequence[float], log: bool) -> None:
 
 
 def decades(axes: Axes, which: str = "y") -> None:
-    """A logarithmic axis with plain numbers, at 2 and 5 as well where it spans little."""
+    """Make an axis logarithmic with plain numbers, also at 2 and 5 if it spans little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     (axes.set_yscale if which == "y" else axes.set_xscale)("log", nonpositive="clip")
@@ -241,7 +247,7 @@ def decades(axes: Axes, which: str = "y") -> None:
 
 
 def tick(x: float) -> str:
-    """A number as an axis tells it: 0.002, 1600, 2×10⁻⁵."""
+    """Return a number as an axis shows it: 0.002, 1600, 2×10⁻⁵."""
     if x == 0 or 1e-4 <= abs(x) < 1e6:
         return f"{x:.6g}"
     mantissa, power = f"{x:.2g}".partition("e")[::2] if "e" in f"{x:.2g}" else f"{x:.2e}".partition("e")[::2]

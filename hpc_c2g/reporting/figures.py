@@ -1,4 +1,4 @@
-"""The figures of a study, drawn from its tables: quality, laws, speed, curves. Pure functions of plain rows; no file is read."""
+"""Figures of a study from its tables: quality, laws, speed, curves. Pure functions of plain rows; no file is read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,14 @@ def figures(
     averages: Mapping[str, Mapping[str, Average]],
     prediction: Mapping[int, float] | None = None,
 ) -> list[Figure]:
-    """All figures that the tables allow, each under a name of its own."""
+    """Return all figures that the tables allow, each under a name of its own.
+
+    Args:
+        groups: Means of each group of runs that only their seed sets apart.
+        sampling_rows: Means of the sampling errors.
+        averages: Mean curves by the group's label and the scalar's name.
+        prediction: Predicted samples per second by number of nodes.
+    """
     found = [
         *against_number(groups),
         *against_category(groups),
@@ -59,12 +66,13 @@ def figures(
 
 
 def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequence[str]) -> list[Figure]:
-    """Mean curves with their intervals as bands, a panel per tag, a line per group; eight groups at most in a figure, and
-    ``CURVE_PAGES`` figures.
+    """Return figures of mean curves with their intervals as bands, a panel per tag, a line per group.
+
+    A figure has eight groups at most, and there are ``CURVE_PAGES`` figures at most.
 
     Args:
-        averages: group's label -> tag -> its average over seeds.
-        tags: which to draw, in this order; those that no group has are left out.
+        averages: Averages over seeds by the group's label and the tag.
+        tags: Tags to draw, in this order; those that no group has are left out.
     """
     found: list[Figure] = []
     kept = {label: cut for label, one in averages.items() if (cut := {t: _finite(one[t]) for t in tags if t in one})}
@@ -75,15 +83,15 @@ def learning_curves(averages: Mapping[str, Mapping[str, Average]], tags: Sequenc
         here = dict(list(kept.items())[page * LINES : (page + 1) * LINES])
         present = [t for t in tags if any(t in one for one in here.values())]
         of = f" ({page + 1} of {pages})" if pages > 1 else ""
-        told = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
+        words = [f"Curves over training steps{of}: means over seeds, bands are Student's 95 % intervals."]
         if groups > pages * LINES:
-            told.append(f"The first {pages * LINES} of {groups} settings are drawn; TensorBoard has the means of all.")
-        told += [_summary(t, here) for t in present]
+            words.append(f"The first {pages * LINES} of {groups} settings are drawn; TensorBoard has the means of all.")
+        words += [_summary(t, here) for t in present]
         panels = [
             Panel(t, LEARNING_CURVES[t].note if t in LEARNING_CURVES else "no data", _curves(t, here)) for t in present
         ]
         name = "learning_curves" if page == 0 else f"learning_curves-{page + 1}"
-        found.append(figure(name, f"Learning curves{of}", " ".join(told), panels))
+        found.append(figure(name, f"Learning curves{of}", " ".join(words), panels))
     return found
 
 
@@ -97,11 +105,11 @@ def _finite(a: Average) -> Average:
 def _summary(tag: str, here: Mapping[str, Mapping[str, Average]]) -> str:
     ends = [(label, one[tag]) for label, one in here.items() if tag in one]
     ends.sort(key=lambda pair: float(pair[1].mean[-1]))
-    told = [
+    parts = [
         f"{f'{label}: ' if label else ''}from {number(a.mean[0])} to {number(a.mean[-1])} at step {a.steps[-1]}"
         for label, a in (ends if len(ends) < 3 else (ends[0], ends[-1]))
     ]
-    return f"{tag}{', lowest and highest end' if len(ends) > 2 else ''}: {'; '.join(told)}."
+    return f"{tag}{', lowest and highest end' if len(ends) > 2 else ''}: {'; '.join(parts)}."
 
 
 def _curves(tag: str, here: Mapping[str, Mapping[str, Average]]) -> Callable[[Axes], None]:

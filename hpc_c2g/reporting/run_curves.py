@@ -32,7 +32,7 @@ class Reading:
 
     Attributes:
         curves: Finite values of the scalars, tags in the order of their names.
-        skipped: What was left out and why, one line each.
+        skipped: Notes on what was left out and why, one line each.
     """
 
     curves: Curves
@@ -51,8 +51,7 @@ def stamp_of(path: Path) -> Stamp:
 def read_run(folder: Path, wanted: re.Pattern[str]) -> Reading:
     """Read the scalars of a run; damage raises nothing and is reported in ``skipped``.
 
-    A last line without its end is what a run that is writing, or was killed, leaves: it is left out silently. Of a step that is there
-    twice the last line counts.
+    A last line without its end is left out silently: the run is writing it, or was killed. If a step is there twice, its last line counts.
 
     Args:
         folder: Folder of the run.

@@ -56,7 +56,7 @@ class StudyCurves:
         return {label: self._averages[label] for label in labels}
 
     def skipped(self) -> dict[str, tuple[str, ...]]:
-        """What was left out of the runs' files and why, by run.
+        """Notes on what was left out of the runs' files and why, by run.
 
         Raises:
             UserError: The notes cannot be written.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_c2g.classifiers.bundle import Bundle
 from hpc_c2g.distributed.adjoint import adjoint_sum
@@ -16,7 +15,7 @@ from hpc_c2g.distributed.comm_stream import CommStream
 from hpc_c2g.distributed.mesh import Mesh
 from hpc_c2g.distributed.reduction import ResidualSum, RunningSum, Summation, TreeSum
 from hpc_c2g.generators.config import LATENT_DIMENSIONS
-from hpc_c2g.generators.latents import Latents, LatentSampler
+from hpc_c2g.generators.latents import LatentSampler
 from hpc_c2g.kkt import alpha_control, duality
 from hpc_c2g.kkt.backends import KKTBackend
 from hpc_c2g.kkt.coupled import MicroBatch
@@ -27,92 +26,19 @@ from hpc_c2g.training.step.bundles import class_counts
 from hpc_c2g.training.step.input_moments import InputMoments
 from hpc_c2g.training.step.objective import Objective, active_terms
 from hpc_c2g.training.step.phases import Phases
-from hpc_c2g.training.step.sample_stats import SampleStats, SampleStatsCollector
+from hpc_c2g.training.step.sample_stats import SampleStatsCollector
 from hpc_c2g.training.step.schedules import gate_width, lr_factor, own_scale
 from hpc_c2g.training.step.sharding import SampleRange, Sharding, shard
 from hpc_c2g.training.step.step_metrics import MetricAccumulator, micro_batch_scalars, rho
-
-BUCKET_BYTES = 4 * 2**20
-"""Size at which a bucket of G is sent, while the backward continues."""
-
-
-class Engine(Protocol):
-    """Interface of the engine that owns the generator."""
-
-    module: nn.Module
-    gathers_in_forward: bool
-    """True if the module's forward is collective."""
-
-    def backward(self, surrogate: Tensor) -> None:
-        """Add the gradient of ``surrogate``, a plain sum over samples, to the generator's."""
-
-    def reduce(self) -> None:
-        """Make the generator's gradient the sum over all micro-batches and ranks."""
-
-    def gradient_norm(self) -> Tensor:
-        """Norm of the reduced gradient, before it is used; the same on every rank."""
-
-    def step(self, lr_factor: float) -> None:
-        """Update the generator with the summed gradient and clear it."""
-
-
-class Sampler(Protocol):
-    """Draws latents of one member's part of the global batch."""
-
-    def batch(self, step: int, start: int, stop: int) -> Latents:
-        """Samples ``start`` to ``stop`` of the part at ``step`` (counted from 1)."""
-
-
-@dataclass(frozen=True)
-class MemberShard:
-    """This rank's part of the work on one member.
-
-    Attributes:
-        member: Index of the member, one solution of one classifier.
-        objective: Frozen classifier and loss of samples.
-        sampler: Latents of its part of the global batch.
-        micro_batches: Ranges within that part.
-        G: Its KKT sum over this rank's data group.
-    """
-
-    member: int
-    objective: Objective
-    sampler: Sampler
-    micro_batches: list[SampleRange]
-    G: ResidualSum | TreeSum
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A micro-batch of the generator. The leaves carry the cotangents of x and mu back to it."""
-
-    latents: Latents
-    x: Tensor
-    multipliers: Tensor
-    x_leaf: Tensor
-    multipliers_leaf: Tensor
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Measurements of a step, on every rank: its scalars, and each member's sample statistics if they were requested."""
-
-    scalars: dict[str, float]
-    sample_stats: list[SampleStats]
-
-
-def residual_sum(
-    config: TrainConfig, mesh: Mesh, objective: Objective, comm_stream: CommStream
-) -> ResidualSum | TreeSum:
-    """Return the sum of one member's G over micro-batches and ranks, as configured."""
-    if config.deterministic:
-        return TreeSum(mesh.world)
-    return ResidualSum(objective.theta, mesh, comm_stream, config.distributed.comm_dtype, BUCKET_BYTES)
-
-
-def scalar_sum(config: TrainConfig, mesh: Mesh) -> Summation:
-    """Return a small sum over micro-batches and all ranks, as configured."""
-    return TreeSum(mesh.world, mesh.members) if config.deterministic else RunningSum(mesh.world)
+from hpc_c2g.training.step.step_parts import (
+    Engine,
+    MemberShard,
+    Sampler,
+    Samples,
+    StepResult,
+    residual_sum,
+    scalar_sum,
+)
 
 
 class TrainStep:
