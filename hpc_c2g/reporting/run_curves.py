@@ -23,6 +23,8 @@ FILE = "metrics.jsonl"
 FEW = 40
 """Number of runs that are read faster by one process than by several that must be started first."""
 Stamp = tuple[int, int, int]
+_DECODER = json.JSONDecoder(parse_float=str)
+"""Decoder that leaves fractions as text: to convert only those of the wanted scalars takes half of the time."""
 NO_FILE: Stamp = (-1, 0, 0)
 
 
@@ -107,7 +109,7 @@ def read_runs(folders: Mapping[str, Path], wanted: re.Pattern[str], processes: i
 def _parse(text: bytes) -> Mapping[str, Any] | None:
     """Return a line's scalars, fractions as text; None if it is no object with a whole number as its step."""
     try:
-        line = json.loads(text, parse_float=str)  # only the wanted scalars are converted: half of the time
+        line = _DECODER.decode(text.decode())
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
