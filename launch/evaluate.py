@@ -49,6 +49,15 @@ def memory(result: dict[str, Any]) -> Table | str:
     return out
 
 
+def evidence(result: dict[str, Any]) -> str:
+    """Return what the samples recover, in a sentence for the generator and one for the peers' free images."""
+    from hpc_c2g.evaluation.recovery import sentence  # after the settings are checked
+
+    text = sentence(result["recovery"])
+    peers = result["baselines"].get("free_images", {}).get("recovery")
+    return f"{text}; by the free images of the peers: {sentence(peers)}" if peers else text
+
+
 @run_logging("warning", rank=0)  # its baselines are training runs
 def evaluate(config: EvaluateConfig) -> None:
     """Evaluate, and print the table and the paths."""
@@ -62,8 +71,10 @@ def evaluate(config: EvaluateConfig) -> None:
         Console(width=130).print(recovered) if isinstance(recovered, Table) else console.print(
             recovered, soft_wrap=True
         )
+        print(evidence(result))
     print(
-        f"written: {config.run_dir}/evaluation.json, {config.run_dir}/nearest.png (training images above, nearest samples below)"
+        f"written: {config.run_dir}/evaluation.json, {config.run_dir}/recovered.csv (each training sample's rank among held-out ones),"
+        f" {config.run_dir}/nearest.png (training images above, nearest samples below)"
     )
 
 

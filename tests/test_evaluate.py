@@ -31,9 +31,10 @@ from hpc_c2g.training.results import load_run
 KEYS = {
     *("proximity", "coverage", "oracle_accuracy", "transfer_accuracy", "diversity"),
     *("ssim_sample_to_train", "ssim_train_to_sample"),
+    *("coverage_chance", "recovered", "recovered_relative"),
 }
 OF_ROWS = {"marginal_distance", "correlation_distance"}
-DATA = DataConfig(train_size=30, classes=[0, 1, 2], held_out_size=200)
+DATA = DataConfig(train_size=30, classes=[0, 1, 2], held_out_size=420)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def result(config) -> dict:
 def test_the_file_holds_exactly_the_promised_table(result, run_dir):
     written = json.loads((run_dir / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(result))
-    assert written.keys() == KEYS | OF_ROWS | {"uses_real_data", "classifier", "nearness", "settings", "baselines"}
+    assert written.keys() == KEYS | OF_ROWS | {
+        *("uses_real_data", "classifier", "recovery", "nearness", "settings", "baselines")
+    }
     assert written["uses_real_data"] is True
     assert {"real", "noise", "classification_only", "free_images"} <= written["baselines"].keys()
     for row in (written, *written["baselines"].values()):
@@ -71,8 +74,10 @@ def test_the_file_holds_exactly_the_promised_table(result, run_dir):
         for key in KEYS:
             values = row[key].values() if key.startswith("ssim") else [row[key]]
             assert all(math.isfinite(value) for value in values)
-    for row in written["baselines"].values():
-        assert row.keys() == KEYS | OF_ROWS
+    for name, row in written["baselines"].items():
+        assert row.keys() == KEYS | OF_ROWS | ({"recovery"} if name != "real" else set())
+    assert written["recovery"]["distance"]["rates"][0]["share"] == written["recovered"]
+    assert (run_dir / "recovered.csv").read_text().count("\n") == 1 + DATA.train_size
     assert len(written["nearness"]) == DATA.train_size
     assert sum(near < 1 for near in written["nearness"]) / DATA.train_size == written["coverage"]
     assert written["settings"]["count"] == 60

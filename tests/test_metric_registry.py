@@ -24,7 +24,7 @@ def random_set(count: int, shape: tuple[int, ...], seed: int) -> Dataset:
 
 
 def evaluation(shape: tuple[int, ...]) -> dict:
-    generated, split = random_set(12, shape, 2), Split(random_set(9, shape, 0), random_set(30, shape, 1))
+    generated, split = random_set(12, shape, 2), Split(random_set(9, shape, 0), random_set(240, shape, 1))
     return judge(generated.samples, generated.labels, split)
 
 

@@ -67,6 +67,11 @@ class Comparison:
         return nearest(flat_rows(self.real.samples), self._train_points)[0]
 
     @cached_property
+    def real_to_sample(self) -> tuple[Tensor, Tensor]:
+        """Distance of each held-out image to its nearest sample, and indices of its nearest ones."""
+        return nearest(flat_rows(self.real.samples), self._points, CANDIDATES)
+
+    @cached_property
     def _points(self) -> Tensor:
         return flat_rows(self.generated.samples)
 

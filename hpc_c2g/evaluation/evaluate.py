@@ -17,10 +17,19 @@ from hpc_c2g.data.config import DataConfig
 from hpc_c2g.data.dataset import Split
 from hpc_c2g.data.load import load_split
 from hpc_c2g.errors import UserError
+from hpc_c2g.evaluation import recovery
 from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.evaluation.landscape import picture, support
 from hpc_c2g.evaluation.metric_registry import METRICS, numbers
-from hpc_c2g.evaluation.metrics import judge, nearest_pairs, nearness, noise_samples, real_baseline, split_oracle
+from hpc_c2g.evaluation.metrics import (
+    compare,
+    measure_all,
+    nearest_pairs,
+    nearness,
+    noise_samples,
+    real_baseline,
+    split_oracle,
+)
 from hpc_c2g.evaluation.oracle import Oracle
 from hpc_c2g.files import write_atomically
 from hpc_c2g.fitting.record import fitted_data
@@ -102,10 +111,13 @@ def _evaluate(
     oracle = split_oracle(split, config.seed)
     log_fn(f"evaluating the generator{f' as that of {folder}' if suffix else ''}")
     samples, labels = generator.sample(config.count, config.seed, config.drawing)
+    comparison = compare(samples, labels, split, config.seed, oracle)
+    write_atomically(Path(config.run_dir) / f"recovered{suffix}.csv", recovery.as_csv(comparison).encode())
     result: dict[str, Any] = {
         "uses_real_data": True,
         "classifier": folder,
-        **judge(samples, labels, split, config.seed, oracle),
+        **measure_all(comparison),
+        "recovery": recovery.report(comparison),
         "nearness": nearness(samples, split),
         "settings": {"count": config.count, "drawing": config.drawing, "seed": config.seed, "data": asdict(data)},
         "baselines": _baselines(config, run, k, suffix, split, oracle, log_fn) if config.baselines else {},
@@ -149,7 +161,8 @@ def _baselines(
     folder = Path(config.run_dir) / "baselines"
 
     def metrics_of(samples: Tensor, labels: Tensor) -> dict[str, Any]:
-        return judge(samples, labels, split, config.seed, oracle)
+        comparison = compare(samples, labels, split, config.seed, oracle)
+        return {**measure_all(comparison), "recovery": recovery.report(comparison)}
 
     log_fn("baseline: held-out real images and noise")
     shape, classes = tuple(split.train.samples.shape[1:]), len(split.train.classes)

@@ -10,6 +10,9 @@ Every metric *uses real data*. All samples are in raw units (pixels in 0..1); di
 |---|---|---|---|
 | ``proximity`` | median distance to the nearest training image, over the same for held-out images | 1 | 0 |
 | ``coverage`` | share of training images with a sample nearer than their nearest held-out image | by chance | 1 |
+| ``coverage_chance`` | chance level of ``coverage``: number of samples over that of samples and held-out images | | |
+| ``recovered`` | share of training images whose nearest sample is nearer than for 99 % of held-out images | 0.01 | 1 |
+| ``recovered_relative`` | the same by that distance over the one to the nearest image of a second held-out set | 0.01 | 1 |
 | ``oracle_accuracy`` | share of samples whose label an oracle fitted to half of the held-out data agrees with | best | high |
 | ``transfer_accuracy`` | accuracy of an SVC fitted to samples on the other held-out half | best | of n images |
 | ``diversity`` | median distance of pairs within a class, over the same for held-out images | 1 | about 1 |
@@ -18,8 +21,8 @@ Every metric *uses real data*. All samples are in raw units (pixels in 0..1); di
 | ``marginal_distance`` | rows: Kolmogorov-Smirnov distance of a column to that of the training rows, mean over columns | by chance | 0 |
 | ``correlation_distance`` | rows: difference of two columns' correlation from that in the training rows, mean over pairs | by chance | 0 |
 
-The chance level of coverage, reached by N samples that are as good as real and independent of the training images, is
-N / (N + number of held-out images).
+The chance level of ``coverage`` is reached by samples that are as good as real and know nothing of the training images. That of
+``recovered`` is 0.01 whatever the number of samples (see ``recovery``).
 """
 
 from __future__ import annotations
@@ -98,6 +101,25 @@ def coverage(c: Comparison) -> float:
     return float((c.to_sample[0] < c.train_to_real).double().mean())
 
 
+def coverage_chance(c: Comparison) -> float:
+    """Coverage by samples that are as good as real and know nothing of the training images."""
+    return len(c.generated) / (len(c.generated) + len(c.real))
+
+
+def recovered(c: Comparison) -> float | None:
+    """Share of training images that pass, by distance, a threshold that 1 % of held-out images pass; None of fewer than 100."""
+    from hpc_c2g.evaluation.recovery import share_recovered
+
+    return share_recovered(c, "distance")
+
+
+def recovered_relative(c: Comparison) -> float | None:
+    """The same by relative distance; None of fewer than 200 held-out images."""
+    from hpc_c2g.evaluation.recovery import share_recovered
+
+    return share_recovered(c, "relative")
+
+
 def oracle_accuracy(c: Comparison) -> float:
     """Share of samples whose label the oracle agrees with."""
     from hpc_c2g.evaluation.comparison import agreement
@@ -152,6 +174,9 @@ SSIM = ("mean", "best10")
 METRICS = (
     Metric("proximity", "proximity", "low", USES_REAL_DATA, proximity),
     Metric("coverage", "coverage", "high", USES_REAL_DATA, coverage),
+    Metric("coverage_chance", "coverage by chance", "low", USES_REAL_DATA, coverage_chance),
+    Metric("recovered", "recovered, 1 % false", "high", USES_REAL_DATA, recovered),
+    Metric("recovered_relative", "recovered, relative", "high", USES_REAL_DATA, recovered_relative),
     Metric("oracle_accuracy", "oracle accuracy", "high", USES_REAL_DATA, oracle_accuracy),
     Metric("transfer_accuracy", "transfer accuracy", "high", USES_REAL_DATA, transfer_accuracy),
     Metric("diversity", "diversity", "one", USES_REAL_DATA, diversity),

@@ -36,9 +36,14 @@ def judge(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: 
     Raises:
         UserError: Shapes or labels do not match the data, values are not finite, or there is too little held-out data.
     """
+    return measure_all(compare(samples, labels, split, seed, oracle))
+
+
+def compare(samples: Tensor, labels: Tensor, split: Split, seed: int = 0, oracle: Oracle | None = None) -> Comparison:
+    """Return generated samples beside all that they are compared with; arguments and errors as those of ``judge``."""
     _check(samples, labels, split.train)
     test_half = halves(split.held_out, seed)[1]
-    return _judge(samples, labels, split.train, oracle or split_oracle(split, seed), test_half, split.held_out, seed)
+    return _compare(samples, labels, split.train, oracle or split_oracle(split, seed), test_half, split.held_out, seed)
 
 
 def nearness(samples: Tensor, split: Split) -> list[float | None]:
@@ -111,9 +116,19 @@ def halves(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 def _judge(
     samples: Tensor, labels: Tensor, train: Dataset, oracle: Oracle, test_half: Dataset, real: Dataset, seed: int
 ) -> dict[str, Any]:
-    """Return all metrics by name, with ``real`` as the data that distances are compared with."""
+    """Return all metrics, with ``real`` as the data that distances are compared with."""
+    return measure_all(_compare(samples, labels, train, oracle, test_half, real, seed))
+
+
+def _compare(
+    samples: Tensor, labels: Tensor, train: Dataset, oracle: Oracle, test_half: Dataset, real: Dataset, seed: int
+) -> Comparison:
     generated = Dataset(samples.detach().cpu(), labels.detach().cpu(), train.classes, train.value_range)
-    comparison = Comparison(generated, train, oracle, test_half, real, seed)
+    return Comparison(generated, train, oracle, test_half, real, seed)
+
+
+def measure_all(comparison: Comparison) -> dict[str, Any]:
+    """Return every registered metric by name."""
     return {metric.name: metric.function(comparison) for metric in METRICS}
 
 

@@ -36,11 +36,17 @@ def ssim(
     """
     if queries.ndim != 4:
         return None
-    from torchmetrics.functional.image import structural_similarity_index_measure  # takes more than a second
-
     if len(queries) > SSIM_QUERIES:
         chosen = torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(queries))[:SSIM_QUERIES])
         queries, candidates = queries[chosen], candidates[chosen]
+    values = best_ssim(queries, references, candidates, value_range)
+    return {"mean": float(values.mean()), f"best{BEST}": float(values.topk(min(BEST, len(values))).values.mean())}
+
+
+def best_ssim(queries: Tensor, references: Tensor, candidates: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Return the SSIM of each query to the most similar of its candidates, ``[n]``; arguments as those of ``ssim``."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes more than a second
+
     low, high = value_range
     best = []
     for rows in blocks(len(queries), max(1, SSIM_PIXELS // (candidates.shape[1] * queries[0].numel()))):
@@ -53,5 +59,4 @@ def ssim(
             data_range=(0.0, high - low),
         )
         best.append(similarity.reshape(choice.shape).amax(dim=1))
-    values = torch.cat(best).double()
-    return {"mean": float(values.mean()), f"best{BEST}": float(values.topk(min(BEST, len(values))).values.mean())}
+    return torch.cat(best).double()
