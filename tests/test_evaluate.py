@@ -170,7 +170,7 @@ def test_data_against_the_record_are_refused(config, asked, message):
 def test_data_that_agree_with_the_record_take_the_rest_from_it(config, run_dir, tmp_path, asked):
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("baselines"))
     settings = replace(config, run_dir=str(tmp_path / "run"), baselines=False, data=asked)
-    assert evaluate(settings)[0]["settings"]["data"]["held_out_size"] == 200
+    assert evaluate(settings)[0]["settings"]["data"]["held_out_size"] == DATA.held_out_size
 
 
 def test_without_a_record_the_data_must_be_named_and_must_fit(config, run_dir, tmp_path):
