@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -67,31 +68,36 @@ def programs(folder: Path, **bodies: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_script_is_the_golden_one(name):
+def test_the_script_is_the_golden_one(subtests):
     """With REGENERATE_GOLDEN=1 the files are rewritten: read the difference before it is committed."""
-    file = GOLDEN / f"{name}.sbatch"
-    text = text_of(**CASES[name])
-    if os.environ.get("REGENERATE_GOLDEN"):
-        file.write_text(text)
-    assert text == file.read_text()
-    subprocess.run(["bash", "-n", str(file)], check=True)
+    for name in CASES:
+        with subtests.test(name):
+            file = GOLDEN / f"{name}.sbatch"
+            text = text_of(**CASES[name])
+            if os.environ.get("REGENERATE_GOLDEN"):
+                file.write_text(text)
+            assert text == file.read_text()
+            subprocess.run(["bash", "-n", str(file)], check=True)
 
 
-@pytest.mark.parametrize("elements", [1, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_it_is_what_submitit_submits(name, elements, tmp_path, monkeypatch):
-    case = CASES[name] | {"elements": elements}
-    bin = programs(tmp_path / "bin", srun="", sbatch=f'cat "$1" > "{tmp_path}/seen"; echo Submitted batch job 7')
-    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
-    folder = tmp_path / "a b"
-    executor = submitit.SlurmExecutor(folder, python=python_command(case["profile"]))
-    keys = ("profile", "shape", "after", "epilog")
-    executor.update_parameters(**submitit_parameters(job_name="study", **{k: case[k] for k in keys if k in case}))
-    with executor.batch():
-        for _ in range(elements):
-            executor.submit(print)
-    assert (tmp_path / "seen").read_text() == text_of(folder=folder, **case)
+def test_it_is_what_submitit_submits(subtests, tmp_path, monkeypatch):
+    def check(name, elements, root, patch):
+        root.mkdir()
+        case = CASES[name] | {"elements": elements}
+        bin = programs(root / "bin", srun="", sbatch=f'cat "$1" > "{root}/seen"; echo Submitted batch job 7')
+        patch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+        folder = root / "a b"
+        executor = submitit.SlurmExecutor(folder, python=python_command(case["profile"]))
+        keys = ("profile", "shape", "after", "epilog")
+        executor.update_parameters(**submitit_parameters(job_name="study", **{k: case[k] for k in keys if k in case}))
+        with executor.batch():
+            for _ in range(elements):
+                executor.submit(print)
+        assert (root / "seen").read_text() == text_of(folder=folder, **case)
+
+    for elements, name in product([1, 3], CASES):
+        with subtests.test(f"{name} {elements=}"), monkeypatch.context() as patch:
+            check(name, elements, tmp_path / f"{name}_{elements}", patch)
 
 
 def test_only_the_signal_of_the_toolkit_is_sent(monkeypatch):
@@ -119,22 +125,22 @@ def test_every_script_survives_requeueing_and_keeps_the_log():
         assert " --open-mode=append " in next(line for line in lines if line.startswith("srun --unbuffered"))
 
 
-@pytest.mark.parametrize("values", [(0, 1), (1, 0), (1.5, 1), (True, 1), ("2", 1)])
-def test_an_impossible_shape_is_refused(values):
-    with pytest.raises(UserError, match="whole number"):
-        Shape(*values)
+def test_an_impossible_shape_is_refused(subtests):
+    for values in [(0, 1), (1, 0), (1.5, 1), (True, 1), ("2", 1)]:
+        with subtests.test(str(values)), pytest.raises(UserError, match="whole number"):
+            Shape(*values)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a\n", "a,b", "$(x)", "-a", "ä"])
-def test_a_job_name_has_one_meaning_everywhere(name):
-    with pytest.raises(UserError, match="job name"):
-        submitit_parameters(SlurmProfile(), Shape(), name)
+def test_a_job_name_has_one_meaning_everywhere(subtests):
+    for name in ["", "a b", "a\n", "a,b", "$(x)", "-a", "ä"]:
+        with subtests.test(repr(name)), pytest.raises(UserError, match="job name"):
+            submitit_parameters(SlurmProfile(), Shape(), name)
 
 
-@pytest.mark.parametrize("job", ["", "1 2", "1:2", "1_", "x", "1\n", "٣"])
-def test_only_ids_are_waited_for(job):
-    with pytest.raises(UserError, match="id"):
-        text_of(SlurmProfile(), after=[job])
+def test_only_ids_are_waited_for(subtests):
+    for job in ["", "1 2", "1:2", "1_", "x", "1\n", "٣"]:
+        with subtests.test(repr(job)), pytest.raises(UserError, match="id"):
+            text_of(SlurmProfile(), after=[job])
 
 
 def test_no_element_is_no_array():
@@ -147,14 +153,13 @@ def test_the_epilog_is_one_line():
         text_of(SlurmProfile(), epilog="a\nb")
 
 
-@pytest.mark.parametrize(
-    "path", ["/a%b", "/a\nb", "/a'b", '/a"b', "/a\\b", "/a$b", "/a`b", "-a", "~/a", "/a\u2028", "/\ud800"]
-)
-def test_a_folder_that_slurm_would_interpret_is_refused(path):
-    with pytest.raises(UserError, match="folder") as caught:
-        check_folder(path)
-    character = next(c for c in path if c not in "/ab")
-    assert repr(character) in caught.value.problem
+def test_a_folder_that_slurm_would_interpret_is_refused(subtests):
+    for path in ["/a%b", "/a\nb", "/a'b", '/a"b', "/a\\b", "/a$b", "/a`b", "-a", "~/a", "/a\u2028", "/\ud800"]:
+        with subtests.test(repr(path)):
+            with pytest.raises(UserError, match="folder") as caught:
+                check_folder(path)
+            character = next(c for c in path if c not in "/ab")
+            assert repr(character) in caught.value.problem
 
 
 def test_a_folder_is_absolute(tmp_path, monkeypatch):

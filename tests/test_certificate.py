@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -82,10 +83,10 @@ NETS = {
 }
 
 
-@pytest.fixture(params=NETS)
-def setup(request: pytest.FixtureRequest) -> tuple[Bundle, Tensor, Tensor]:
+def setup(name: str) -> tuple[Bundle, Tensor, Tensor]:
+    """A random net in float64, twelve samples and their labels; the same in every call."""
     torch.manual_seed(3)
-    make, shape = NETS[request.param]
+    make, shape = NETS[name]
     return bundle_of(make(), shape, 3), *data(12, shape, 3)
 
 
@@ -124,10 +125,10 @@ def test_constructed_kkt_point_of_a_two_layer_net() -> None:
     assert float(result.multipliers.sum()) == pytest.approx(norm, rel=1e-6)
 
 
-def test_equals_brute_force(subtests: pytest.Subtests, setup: tuple[Bundle, Tensor, Tensor]) -> None:
-    for form in ["identity", "rates", "top_rate"]:
-        with subtests.test(form):
-            bundle, x, y = setup
+def test_equals_brute_force(subtests: pytest.Subtests) -> None:
+    for name, form in product(NETS, ["identity", "rates", "top_rate"]):
+        with subtests.test(f"{name} {form}"):
+            bundle, x, y = setup(name)
             rates = {k: 0.3 + 0.1 * (i % 3) for i, k in enumerate(bundle.parameters)}
             for a in (0.0, -1.3):
                 result = certify(bundle, x, y, rates, form, alpha=a, statistics="frozen")
@@ -165,43 +166,54 @@ def test_with_batch_statistics_equals_brute_force_in_training_mode(kind: str, mo
         assert result.statistics == "batch"
 
 
-def test_per_tensor_parts_add_up(setup: tuple[Bundle, Tensor, Tensor]) -> None:
-    bundle, x, y = setup
-    rates = {k: 0.3 + 0.1 * (i % 3) for i, k in enumerate(bundle.parameters)}
-    result = certify(bundle, x, y, rates, "top_rate", alpha=-0.7)
-    c = left_side(rates, "top_rate")
-    own = {k: c[k] ** 2 * math.exp(-1.4 * rates[k]) * float(t.square().sum()) for k, t in bundle.parameters.items()}
-    total = sum(own.values())
-    assert 0.0 in own.values()
-    parts = [v * (own[k] / total if own[k] > 0 else 1) for k, v in result.per_tensor.items()]
-    assert sum(parts) == pytest.approx(result.relative_residual, rel=1e-9)
+def test_per_tensor_parts_add_up(subtests: pytest.Subtests) -> None:
+    for name in NETS:
+        with subtests.test(name):
+            bundle, x, y = setup(name)
+            rates = {k: 0.3 + 0.1 * (i % 3) for i, k in enumerate(bundle.parameters)}
+            result = certify(bundle, x, y, rates, "top_rate", alpha=-0.7)
+            c = left_side(rates, "top_rate")
+            own = {
+                k: c[k] ** 2 * math.exp(-1.4 * rates[k]) * float(t.square().sum()) for k, t in bundle.parameters.items()
+            }
+            total = sum(own.values())
+            assert 0.0 in own.values()
+            parts = [v * (own[k] / total if own[k] > 0 else 1) for k, v in result.per_tensor.items()]
+            assert sum(parts) == pytest.approx(result.relative_residual, rel=1e-9)
 
 
-def test_gram_in_blocks(setup: tuple[Bundle, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, x, y = setup
-    names, rows = jacobian(bundle.model, x, y)
-    scales = {k: 1 + 0.1 * i for i, k in enumerate(names)}
-    J = torch.stack([torch.cat([scales[k] * g.flatten() for k, g in zip(names, r, strict=True)]) for r in rows])
-    whole = margin_gram(bundle.model, scales, x, y)
-    torch.testing.assert_close(whole, J @ J.T, rtol=1e-10, atol=1e-12)
-    size = 4 * 8 * sum(p.numel() for p in bundle.model.parameters())
-    monkeypatch.setattr(module, "CHUNK", 5)
-    for memory in (1, 3 * size, 7 * size):
-        torch.testing.assert_close(margin_gram(bundle.model, scales, x, y, memory), whole, rtol=1e-10, atol=1e-12)
+def test_gram_in_blocks(subtests: pytest.Subtests, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NETS:
+        with subtests.test(name), monkeypatch.context() as patch:
+            bundle, x, y = setup(name)
+            names, rows = jacobian(bundle.model, x, y)
+            scales = {k: 1 + 0.1 * i for i, k in enumerate(names)}
+            J = torch.stack([torch.cat([scales[k] * g.flatten() for k, g in zip(names, r, strict=True)]) for r in rows])
+            whole = margin_gram(bundle.model, scales, x, y)
+            torch.testing.assert_close(whole, J @ J.T, rtol=1e-10, atol=1e-12)
+            size = 4 * 8 * sum(p.numel() for p in bundle.model.parameters())
+            patch.setattr(module, "CHUNK", 5)
+            for memory in (1, 3 * size, 7 * size):
+                torch.testing.assert_close(
+                    margin_gram(bundle.model, scales, x, y, memory), whole, rtol=1e-10, atol=1e-12
+                )
 
 
-@pytest.mark.parametrize("length", [1.0, 1e2, 1e4])
-@pytest.mark.parametrize("known", [True, False])
-def test_rows_much_longer_than_along_the_left_side_do_not_end_the_search(length: float, known: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    J = torch.zeros(30, 40, dtype=torch.float64)
-    J[:, 0] = torch.rand(30, generator=generator).double() + 0.5
-    J[:, 1:4] = length * (torch.randn(30, 3, generator=generator).double() + 0.3)
-    b = torch.eye(40, dtype=torch.float64)[0]
-    mu = module._solve(lambda v: J @ (J.T @ v), J @ b, 1.0, J.square().sum(1) if known else None)
-    assert bool((mu >= 0).all())
-    _, norm = nnls(J.T.numpy(), b.numpy(), maxiter=10**5)
-    assert float((b - J.T @ mu).square().sum()) == pytest.approx(norm**2, abs=1e-4 if not known else 1e-8)
+def test_rows_much_longer_than_along_the_left_side_do_not_end_the_search(subtests: pytest.Subtests) -> None:
+    def check(length: float, known: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        J = torch.zeros(30, 40, dtype=torch.float64)
+        J[:, 0] = torch.rand(30, generator=generator).double() + 0.5
+        J[:, 1:4] = length * (torch.randn(30, 3, generator=generator).double() + 0.3)
+        b = torch.eye(40, dtype=torch.float64)[0]
+        mu = module._solve(lambda v: J @ (J.T @ v), J @ b, 1.0, J.square().sum(1) if known else None)
+        assert bool((mu >= 0).all())
+        _, norm = nnls(J.T.numpy(), b.numpy(), maxiter=10**5)
+        assert float((b - J.T @ mu).square().sum()) == pytest.approx(norm**2, abs=1e-4 if not known else 1e-8)
+
+    for length, known in product([1.0, 1e2, 1e4], [True, False]):
+        with subtests.test(f"{length=} {known=}"):
+            check(length, known)
 
 
 def test_a_search_that_ends_too_soon_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:

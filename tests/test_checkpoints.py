@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,16 @@ def state(step: int, size: int = 100) -> dict:
     return {"engine": {"w": weights, "half": weights.bfloat16()}, "scale": {"alpha": 0.1 * step}, "names": ["a", "b"]}
 
 
-@pytest.fixture
-def checkpoints(tmp_path) -> Checkpoints:
-    """With step 1 published."""
-    made = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=10, keep=3))
+def new_checkpoints(folder: Path) -> Checkpoints:
+    """Checkpoints in a new folder, with step 1 published."""
+    made = Checkpoints(folder / "checkpoints", CheckpointConfig(every=10, keep=3))
     made.publish(1, state(1))
     return made
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return new_checkpoints(tmp_path)
 
 
 def assert_newest(checkpoints: Checkpoints, step: int) -> None:
@@ -75,13 +80,14 @@ def test_due_every_so_many_steps_and_after_the_last():
     assert [step for step in range(1, 11) if checkpoints.due(step, 10)] == [4, 8, 10]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_last_few_are_kept(tmp_path, keep):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=keep))
-    for step in range(8, 13):  # across a change in the number of digits
-        checkpoints.publish(step, state(step))
-    assert checkpoints.steps() == list(range(8, 13))[-keep:]
-    assert_newest(checkpoints, 12)
+def test_the_last_few_are_kept(subtests, tmp_path):
+    for keep in [1, 2, 5]:
+        with subtests.test(f"{keep=}"):
+            checkpoints = Checkpoints(tmp_path / str(keep), CheckpointConfig(keep=keep))
+            for step in range(8, 13):  # across a change in the number of digits
+                checkpoints.publish(step, state(step))
+            assert checkpoints.steps() == list(range(8, 13))[-keep:]
+            assert_newest(checkpoints, 12)
 
 
 def test_a_step_published_again_replaces_the_old_one(checkpoints):
@@ -90,42 +96,51 @@ def test_a_step_published_again_replaces_the_old_one(checkpoints):
     assert_newest(checkpoints, 2)
 
 
-@pytest.mark.parametrize("failing", ["replace", "fsync"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_refusing_file_system_leaves_the_earlier_checkpoint_and_nothing_else(checkpoints, monkeypatch, failing, code):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, failing, refuse)
-    with pytest.raises(UserError) as caught:
-        checkpoints.publish(2, state(2))
-    assert str(checkpoints.folder / "step_00000002") in caught.value.problem
-    assert os.strerror(code) in caught.value.problem
-    assert names(checkpoints) == ["step_00000001"]
-    assert_newest(checkpoints, 1)
+REFUSALS = list(product(["replace", "fsync"], [errno.ENOSPC, errno.EROFS]))
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-@pytest.mark.parametrize("at", [1, 2], ids=["in the state", "in the checksum"])
-def test_killed_while_writing_the_earlier_checkpoint_stays_and_the_rest_is_swept_up_later(
-    tmp_path, monkeypatch, at, keep
-):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=keep))
-    checkpoints.publish(1, state(1))
-    calls = iter(range(1, 100))
+def test_a_refusing_file_system_leaves_the_earlier_checkpoint_and_nothing_else(subtests, monkeypatch, tmp_path):
+    def check(checkpoints, patch, failing, code):
+        def refuse(*_):
+            raise OSError(code, os.strerror(code))
 
-    def kill(_):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", kill)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, failing, refuse)
+        with pytest.raises(UserError) as caught:
             checkpoints.publish(2, state(2))
-    assert checkpoints.steps() == [1]
-    assert_newest(checkpoints, 1)
-    checkpoints.publish(3, state(3))
-    assert names(checkpoints) == ["step_00000001", "step_00000003"][-keep:]
+        assert str(checkpoints.folder / "step_00000002") in caught.value.problem
+        assert os.strerror(code) in caught.value.problem
+        assert names(checkpoints) == ["step_00000001"]
+        assert_newest(checkpoints, 1)
+
+    for i, (failing, code) in enumerate(REFUSALS):
+        with subtests.test(f"{failing} {errno.errorcode[code]}"), monkeypatch.context() as patch:
+            check(new_checkpoints(tmp_path / str(i)), patch, failing, code)
+
+
+def test_killed_while_writing_the_earlier_checkpoint_stays_and_the_rest_is_swept_up_later(
+    subtests, tmp_path, monkeypatch
+):
+    def check(folder, at, keep):
+        checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep))
+        checkpoints.publish(1, state(1))
+        calls = iter(range(1, 100))
+
+        def kill(_):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", kill)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.publish(2, state(2))
+        assert checkpoints.steps() == [1]
+        assert_newest(checkpoints, 1)
+        checkpoints.publish(3, state(3))
+        assert names(checkpoints) == ["step_00000001", "step_00000003"][-keep:]
+
+    for (place, at), keep in product({"in the state": 1, "in the checksum": 2}.items(), [1, 3]):
+        with subtests.test(f"{place} {keep=}"):
+            check(tmp_path / f"{at}_{keep}", at, keep)
 
 
 CHILD = """
@@ -186,12 +201,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(checkpoints, kind):
-    checkpoints.publish(2, state(2))
-    DAMAGE[kind](checkpoints.folder / "step_00000002")
-    with warnings_logged("step_00000002 is damaged"):
-        assert_newest(checkpoints, 1)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(subtests, tmp_path):
+    for i, (kind, damage) in enumerate(DAMAGE.items()):
+        with subtests.test(kind):
+            checkpoints = new_checkpoints(tmp_path / str(i))
+            checkpoints.publish(2, state(2))
+            damage(checkpoints.folder / "step_00000002")
+            with warnings_logged("step_00000002 is damaged"):
+                assert_newest(checkpoints, 1)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -58,43 +59,50 @@ class Subject:
         return self.gated(parameters, self.widths, inputs)
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("keep_graph", [False, True])
-def test_margins_and_g_are_those_of_autograd(name: str, keep_graph: bool) -> None:
-    s = Subject(name)
-    margins, G = s.chain.kkt_sum(s.widths, s.x, s.labels, s.mu, keep_graph)
-    expected_margins, expected = kkt_sum(s.phi, s.theta, s.x, s.labels, s.mu)
-    torch.testing.assert_close(margins, expected_margins, rtol=1e-12, atol=1e-13)
-    assert list(G) == list(s.theta)
-    torch.testing.assert_close(G, expected, rtol=1e-12, atol=1e-13)
-    assert all(t.requires_grad == keep_graph for t in (margins, *G.values()))
+def test_margins_and_g_are_those_of_autograd(subtests: pytest.Subtests) -> None:
+    for name, keep_graph in product(NETS, [False, True]):
+        with subtests.test(f"{name} {keep_graph=}"):
+            s = Subject(name)
+            margins, G = s.chain.kkt_sum(s.widths, s.x, s.labels, s.mu, keep_graph)
+            expected_margins, expected = kkt_sum(s.phi, s.theta, s.x, s.labels, s.mu)
+            torch.testing.assert_close(margins, expected_margins, rtol=1e-12, atol=1e-13)
+            assert list(G) == list(s.theta)
+            torch.testing.assert_close(G, expected, rtol=1e-12, atol=1e-13)
+            assert all(t.requires_grad == keep_graph for t in (margins, *G.values()))
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_cotangents_are_those_of_autograd(name: str) -> None:
-    s = Subject(name)
+def test_cotangents_are_those_of_autograd(subtests: pytest.Subtests) -> None:
+    def check(name: str) -> None:
+        s = Subject(name)
 
-    def all_of(margins: Tensor, G: dict[str, Tensor]) -> list[Tensor]:
-        return cotangents(G, s.v, [s.x, s.mu], (margins - 1).relu().square().sum() + s.x.square().sum())
+        def all_of(margins: Tensor, G: dict[str, Tensor]) -> list[Tensor]:
+            return cotangents(G, s.v, [s.x, s.mu], (margins - 1).relu().square().sum() + s.x.square().sum())
 
-    got = all_of(*s.chain.kkt_sum(s.widths, s.x, s.labels, s.mu, keep_graph=True))
-    torch.testing.assert_close(
-        got, all_of(*kkt_sum(s.phi, s.theta, s.x, s.labels, s.mu, keep_graph=True)), rtol=1e-11, atol=1e-12
-    )
+        got = all_of(*s.chain.kkt_sum(s.widths, s.x, s.labels, s.mu, keep_graph=True))
+        torch.testing.assert_close(
+            got, all_of(*kkt_sum(s.phi, s.theta, s.x, s.labels, s.mu, keep_graph=True)), rtol=1e-11, atol=1e-12
+        )
+
+    for name in NETS:
+        with subtests.test(name):
+            check(name)
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
-def test_the_product_with_a_direction_and_its_cotangents_are_those_of_autograd(name: str, factor: float) -> None:
-    s = Subject(name)
+def test_the_product_with_a_direction_and_its_cotangents_are_those_of_autograd(subtests: pytest.Subtests) -> None:
+    def check(name: str, factor: float) -> None:
+        s = Subject(name)
 
-    def value_and_cotangents(margins: Tensor, product: Tensor) -> list[Tensor]:
-        total = factor * product + margins.square().sum()
-        return [product.detach(), *torch.autograd.grad(total, [s.x, s.mu])]
+        def value_and_cotangents(margins: Tensor, product: Tensor) -> list[Tensor]:
+            total = factor * product + margins.square().sum()
+            return [product.detach(), *torch.autograd.grad(total, [s.x, s.mu])]
 
-    got = value_and_cotangents(*s.chain.directional_sum(s.widths, s.v, s.x, s.labels, s.mu))
-    expected = value_and_cotangents(*directional_sum(s.phi, s.theta, s.v, s.x, s.labels, s.mu))
-    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+        got = value_and_cotangents(*s.chain.directional_sum(s.widths, s.v, s.x, s.labels, s.mu))
+        expected = value_and_cotangents(*directional_sum(s.phi, s.theta, s.v, s.x, s.labels, s.mu))
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+    for name, factor in product(NETS, [1.0, -2.5, 0.0]):
+        with subtests.test(f"{name} {factor=}"):
+            check(name, factor)
 
 
 def test_a_result_that_is_left_out_has_no_cotangents() -> None:
@@ -184,9 +192,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_nothing_else_is_taken_for_a_chain(name: str) -> None:
-    assert closed_form_layers(GatedClassifier(OTHERS[name]())) is None
+def test_nothing_else_is_taken_for_a_chain(subtests: pytest.Subtests) -> None:
+    for name, make in OTHERS.items():
+        with subtests.test(name):
+            assert closed_form_layers(GatedClassifier(make())) is None
 
 
 def test_what_does_nothing_is_no_link() -> None:
@@ -207,17 +216,18 @@ class Flattened(nn.Module):
         return self.head(self.flatten(x))
 
 
-@pytest.mark.parametrize(
-    "flatten",
-    [
-        lambda x: x.flatten(1),
-        lambda x: x.flatten(start_dim=1),
-        lambda x: torch.flatten(x, 1, -1),
-        lambda x: torch.flatten(x, start_dim=1, end_dim=-1),
-    ],
-)
-def test_every_way_to_flatten_samples_is_one(flatten) -> None:
-    assert closed_form_layers(GatedClassifier(Flattened(flatten))) is not None
+FLATTENINGS = [
+    lambda x: x.flatten(1),
+    lambda x: x.flatten(start_dim=1),
+    lambda x: torch.flatten(x, 1, -1),
+    lambda x: torch.flatten(x, start_dim=1, end_dim=-1),
+]
+
+
+def test_every_way_to_flatten_samples_is_one(subtests: pytest.Subtests) -> None:
+    for i, flatten in enumerate(FLATTENINGS):
+        with subtests.test(f"way {i}"):
+            assert closed_form_layers(GatedClassifier(Flattened(flatten))) is not None
 
 
 def test_nothing_but_samples_is_flattened() -> None:
@@ -279,18 +289,19 @@ def test_bfloat16_rounds_the_sides_of_products_and_sums_in_float32() -> None:
     assert G["head.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_bfloat16_is_near_float32(name: str) -> None:
-    s = Subject(name)
-    theta = {k: t.float() for k, t in s.theta.items()}
-    v = {k: t.float() for k, t in s.v.items()}
-    x, mu = (t.detach().float().requires_grad_() for t in (s.x, s.mu))
-    got, expected = (
-        cotangents(chain.kkt_sum(s.widths, x, s.labels, mu, keep_graph=True)[1], v, [x, mu])
-        for chain in (MLPClosedForm(s.links, theta, "bfloat16"), MLPClosedForm(s.links, theta))
-    )
-    for a, b in zip(got, expected, strict=True):
-        assert 0 < float((a - b).norm() / b.norm()) < 0.03
+def test_bfloat16_is_near_float32(subtests: pytest.Subtests) -> None:
+    for name in NETS:
+        with subtests.test(name):
+            s = Subject(name)
+            theta = {k: t.float() for k, t in s.theta.items()}
+            v = {k: t.float() for k, t in s.v.items()}
+            x, mu = (t.detach().float().requires_grad_() for t in (s.x, s.mu))
+            got, expected = (
+                cotangents(chain.kkt_sum(s.widths, x, s.labels, mu, keep_graph=True)[1], v, [x, mu])
+                for chain in (MLPClosedForm(s.links, theta, "bfloat16"), MLPClosedForm(s.links, theta))
+            )
+            for a, b in zip(got, expected, strict=True):
+                assert 0 < float((a - b).norm() / b.norm()) < 0.03
 
 
 def objective_of(net: nn.Module, **settings: str) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -68,17 +69,18 @@ def test_the_kkt_sum_is_counted_like_any_program():
     assert meter.work.flops == 4 * 2 * 8 * 16 * 4
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_bytes_and_calls_of_an_element_wise_operator(size):
-    x = torch.empty(size, device="meta")
-    with OpCounter() as meter:
-        y = x * x
-        z = y.view(1, -1)
-        w = z.expand(5, size)
-    assert meter.work == OpCost(0, 0, 3 * 4 * size, 3)  # x is read twice, views move nothing
-    assert meter.live == meter.peak == 4 * size
-    del y, z, w
-    assert (meter.live, meter.peak) == (0, 4 * size)
+def test_bytes_and_calls_of_an_element_wise_operator(subtests):
+    for size in [1, 7, 1000]:
+        with subtests.test(f"{size=}"):
+            x = torch.empty(size, device="meta")
+            with OpCounter() as meter:
+                y = x * x
+                z = y.view(1, -1)
+                w = z.expand(5, size)
+            assert meter.work == OpCost(0, 0, 3 * 4 * size, 3)  # x is read twice, views move nothing
+            assert meter.live == meter.peak == 4 * size
+            del y, z, w
+            assert (meter.live, meter.peak) == (0, 4 * size)
 
 
 def test_what_an_operator_writes_into_is_not_read():
@@ -154,34 +156,38 @@ def real_peak(bundle: Bundle, config: TrainConfig) -> int:
     return peak
 
 
-@pytest.mark.parametrize("micro_batch", [250, 1000])
-@pytest.mark.parametrize(("classifier", "generator"), [("mlp", "mlp"), ("cnn", "conv"), ("residual_cnn", "mlp")])
-def test_working_bytes_are_those_of_a_real_step(classifier, generator, micro_batch):
-    target, shape, arguments = BUNDLES[classifier]
-    bundle = made(target, shape, **arguments)
-    config = TrainConfig(global_batch=1000, micro_batch=micro_batch, generator=GENERATORS[generator])
-    cost = DryRun(bundle, config).cost(micro_batch, one_pass=micro_batch == 1000)
-    ours = cost.working_bytes + 4 * cost.generator_parameters  # the engine here makes its gradients within the step
-    # kernels of convolutions allocate a workspace that no operator shows, a fifth of the whole on maps as small as these
-    lowest = 0.95 if classifier == "mlp" else 0.75
-    assert lowest < ours / real_peak(bundle, config) < 1.1
+def test_working_bytes_are_those_of_a_real_step(subtests):
+    for micro_batch, (classifier, generator) in product(
+        [250, 1000], [("mlp", "mlp"), ("cnn", "conv"), ("residual_cnn", "mlp")]
+    ):
+        with subtests.test(f"{classifier} {generator} {micro_batch=}"):
+            target, shape, arguments = BUNDLES[classifier]
+            bundle = made(target, shape, **arguments)
+            config = TrainConfig(global_batch=1000, micro_batch=micro_batch, generator=GENERATORS[generator])
+            cost = DryRun(bundle, config).cost(micro_batch, one_pass=micro_batch == 1000)
+            ours = (
+                cost.working_bytes + 4 * cost.generator_parameters
+            )  # the engine here makes its gradients within the step
+            # kernels of convolutions allocate a workspace that no operator shows, a fifth of the whole on maps as small as these
+            lowest = 0.95 if classifier == "mlp" else 0.75
+            assert lowest < ours / real_peak(bundle, config) < 1.1
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
-@pytest.mark.parametrize("classifier", BUNDLES)
-def test_every_net_and_every_generator_can_be_costed(classifier, generator):
-    target, shape, arguments = BUNDLES[classifier]
-    bundle = made(target, shape, **arguments)
-    config = TrainConfig(
-        global_batch=64,
-        generator=GENERATORS[generator],
-        duality=DualityConfig(slackness=0.1),
-        prior=PriorConfig(total_variation=0.1),
-    )
-    cost = DryRun(bundle, config).cost(16)
-    assert cost.classifier_parameters == sum(p.numel() for p in bundle.model.parameters())
-    assert cost.second.flops >= 2 * cost.first.flops > 0
-    assert cost.working_bytes > 0
+def test_every_net_and_every_generator_can_be_costed(subtests):
+    for generator, classifier in product(GENERATORS, BUNDLES):
+        with subtests.test(f"{classifier} {generator}"):
+            target, shape, arguments = BUNDLES[classifier]
+            bundle = made(target, shape, **arguments)
+            config = TrainConfig(
+                global_batch=64,
+                generator=GENERATORS[generator],
+                duality=DualityConfig(slackness=0.1),
+                prior=PriorConfig(total_variation=0.1),
+            )
+            cost = DryRun(bundle, config).cost(16)
+            assert cost.classifier_parameters == sum(p.numel() for p in bundle.model.parameters())
+            assert cost.second.flops >= 2 * cost.first.flops > 0
+            assert cost.working_bytes > 0
 
 
 def test_dry_runs_leave_no_trace(linear):
@@ -198,9 +204,18 @@ def test_a_batch_of_nothing_is_refused(linear):
         DryRun(linear, TrainConfig(global_batch=64)).cost(0)
 
 
-@pytest.mark.parametrize(
-    ("available", "limit", "wanted"),
-    [
+def test_the_largest_micro_batch_fits_and_the_next_does_not(subtests):
+    def check(available, limit, wanted):
+        calls = []
+
+        def working_bytes(samples: int) -> float:
+            calls.append(samples)
+            return max(100 + 10 * samples, 110)
+
+        assert largest_micro_batch(working_bytes, available, limit) == wanted
+        assert len(calls) <= 6
+
+    for available, limit, wanted in [
         (99, 64, 0),
         (110, 64, 1),
         (120, 64, 2),
@@ -209,17 +224,9 @@ def test_a_batch_of_nothing_is_refused(linear):
         (10**9, 48, 48),
         (740, 64, 64),
         (739, 64, 32),
-    ],
-)
-def test_the_largest_micro_batch_fits_and_the_next_does_not(available, limit, wanted):
-    calls = []
-
-    def working_bytes(samples: int) -> float:
-        calls.append(samples)
-        return max(100 + 10 * samples, 110)
-
-    assert largest_micro_batch(working_bytes, available, limit) == wanted
-    assert len(calls) <= 6
+    ]:
+        with subtests.test(f"{available=} {limit=}"):
+            check(available, limit, wanted)
 
 
 def test_the_largest_micro_batch_of_piecewise_bytes_is_found():

@@ -231,19 +231,24 @@ def test_a_holder_on_another_host_is_respected_while_it_renews_and_replaced_afte
     assert world.now > last[0] + 10
 
 
-@pytest.mark.parametrize("skew", [-7200.0, 7200.0])
-def test_clocks_of_hosts_that_differ_by_hours_change_no_decision(tmp_path, world, skew):
+def test_clocks_of_hosts_that_differ_by_hours_change_no_decision(subtests, tmp_path, monkeypatch):
     """As on Lustre, where a touch may carry the time of the host that made it."""
-    file = by_hand(tmp_path)
-    world.touch(file, skew=skew)
-    world.while_asleep = lambda: world.touch(file, skew=skew)
-    for wait in (0, 60):
-        with pytest.raises(UserError, match="is in use"):
-            Lease(tmp_path).acquire(wait)
-    world.while_asleep = lambda: None
-    before = world.now
-    assert Lease(tmp_path).acquire(wait=0).epoch == 2
-    assert world.now >= before + 10 * MARGIN
+
+    def check(world: World, folder: Path, skew: float):
+        file = by_hand(folder)
+        world.touch(file, skew=skew)
+        world.while_asleep = lambda: world.touch(file, skew=skew)
+        for wait in (0, 60):
+            with pytest.raises(UserError, match="is in use"):
+                Lease(folder).acquire(wait)
+        world.while_asleep = lambda: None
+        before = world.now
+        assert Lease(folder).acquire(wait=0).epoch == 2
+        assert world.now >= before + 10 * MARGIN
+
+    for i, skew in enumerate([-7200.0, 7200.0]):
+        with subtests.test(f"{skew=}"), monkeypatch.context() as patch:
+            check(World(patch), tmp_path / str(i), skew)
 
 
 def test_who_has_been_silent_for_long_is_watched_even_by_those_who_do_not_wait(tmp_path, world):
@@ -293,19 +298,16 @@ def test_a_read_only_folder_tells_its_holder_by_the_local_clock(tmp_path, monkey
     assert live_holder(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"text": "job 7 on f',
-        b"\xff\xfe\x00",
-        b"[" * 70000,
-        b"null",
-        b"[1]",
-        b'{"text": 1}',
-        json.dumps({"text": "x", "job": None, "host": HOST, "boot": BOOT, "namespace": NAMESPACE}).encode(),
-    ]
-    + [
+UNREADABLE = [
+    b"",
+    b'{"text": "job 7 on f',
+    b"\xff\xfe\x00",
+    b"[" * 70000,
+    b"null",
+    b"[1]",
+    b'{"text": 1}',
+    json.dumps({"text": "x", "job": None, "host": HOST, "boot": BOOT, "namespace": NAMESPACE}).encode(),
+    *(
         json.dumps(
             {"text": "x", "job": None, "host": HOST, "boot": BOOT, "namespace": NAMESPACE, "token": ""} | bad
         ).encode()
@@ -315,17 +317,21 @@ def test_a_read_only_folder_tells_its_holder_by_the_local_clock(tmp_path, monkey
             {"pid": float("inf"), "started": 1, "expires": 1},
             {"pid": [], "started": 1, "expires": 1},
         )
-    ],
-    ids=lambda content: repr(content[:20]),
-)
-def test_a_lease_that_cannot_be_read_is_respected_until_it_was_silent(tmp_path, world, content):
-    file = by_hand(tmp_path, 3)
-    file.write_bytes(content)
-    world.touch(file)
-    assert live_holder(tmp_path) == Holder(3)
-    with pytest.raises(UserError, match="is in use by an unknown process"):
-        Lease(tmp_path, expires=10.0).acquire()
-    assert Lease(tmp_path, expires=10.0).acquire(wait=20).epoch == 4
+    ),
+]
+
+
+def test_a_lease_that_cannot_be_read_is_respected_until_it_was_silent(subtests, tmp_path, monkeypatch):
+    for i, content in enumerate(UNREADABLE):
+        with subtests.test(repr(content[:20])), monkeypatch.context() as patch:
+            world, folder = World(patch), tmp_path / str(i)
+            file = by_hand(folder, 3)
+            file.write_bytes(content)
+            world.touch(file)
+            assert live_holder(folder) == Holder(3)
+            with pytest.raises(UserError, match="is in use by an unknown process"):
+                Lease(folder, expires=10.0).acquire()
+            assert Lease(folder, expires=10.0).acquire(wait=20).epoch == 4
 
 
 def test_foreign_files_and_missing_folders_are_nobody(tmp_path):
@@ -346,31 +352,32 @@ def test_foreign_files_and_missing_folders_are_nobody(tmp_path):
             Lease(tmp_path).acquire()
 
 
-@pytest.mark.parametrize(
-    ("changes", "known_dead"),
-    [
-        ({}, False),
-        ({"started": 1}, True),
-        ({"pid": 2**22 + 1}, True),
-        ({"pid": 2**70}, False),
-        ({"pid": 2**22 + 1, "namespace": "pid:[1]"}, False),
-        ({"started": 1, "namespace": "pid:[1]"}, False),
-        ({"pid": 2**22 + 1, "boot": "before"}, False),
-        ({"pid": 2**22 + 1, "host": "far"}, False),
-    ],
-    ids=str,
-)
+HOLDERS = [
+    ({}, False),
+    ({"started": 1}, True),
+    ({"pid": 2**22 + 1}, True),
+    ({"pid": 2**70}, False),
+    ({"pid": 2**22 + 1, "namespace": "pid:[1]"}, False),
+    ({"started": 1, "namespace": "pid:[1]"}, False),
+    ({"pid": 2**22 + 1, "boot": "before"}, False),
+    ({"pid": 2**22 + 1, "host": "far"}, False),
+]
+
+
 def test_only_the_same_process_of_the_same_host_boot_and_namespace_is_known_to_live_or_not(
-    tmp_path, world, monkeypatch, changes, known_dead
+    subtests, tmp_path, monkeypatch
 ):
-    here = {"host": HOST, "boot": BOOT, "namespace": NAMESPACE, "pid": os.getpid()}
-    world.touch(by_hand(tmp_path, **(here | {"started": module._started(os.getpid())} | changes)))
-    assert (live_holder(tmp_path) is None) == known_dead
-    if known_dead:
-        assert Lease(tmp_path).acquire().epoch == 2
-        return
-    with pytest.raises(UserError, match="is in use"):
-        Lease(tmp_path).acquire()
+    for i, (changes, known_dead) in enumerate(HOLDERS):
+        with subtests.test(str(changes)), monkeypatch.context() as patch:
+            world, folder = World(patch), tmp_path / str(i)
+            here = {"host": HOST, "boot": BOOT, "namespace": NAMESPACE, "pid": os.getpid()}
+            world.touch(by_hand(folder, **(here | {"started": module._started(os.getpid())} | changes)))
+            assert (live_holder(folder) is None) == known_dead
+            if known_dead:
+                assert Lease(folder).acquire().epoch == 2
+            else:
+                with pytest.raises(UserError, match="is in use"):
+                    Lease(folder).acquire()
 
 
 def test_where_proc_tells_nothing_no_process_is_known_to_be_dead(tmp_path, world, monkeypatch):
@@ -486,18 +493,30 @@ def test_a_change_of_directory_moves_no_lease(tmp_path, monkeypatch):
     assert live_holder(tmp_path / "run") is None
 
 
-@pytest.mark.parametrize(("owner", "call"), [(Path, "mkdir"), (Path, "write_text"), (os, "link"), (os, "utime")])
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, owner, call, number):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
+REFUSALS = list(
+    itertools.product(
+        [(Path, "mkdir"), (Path, "write_text"), (os, "link"), (os, "utime")], [errno.EACCES, errno.ENOSPC, errno.EROFS]
+    )
+)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, call, refuse)
-        with pytest.raises(UserError) as caught:
-            Lease(tmp_path).acquire()
-    assert caught.value.problem == f"cannot write {tmp_path / 'leases'}: {os.strerror(number)}"
-    assert live_holder(tmp_path) is None
+
+def test_a_folder_that_cannot_be_written_is_named(subtests, tmp_path, monkeypatch):
+    def check(folder: Path, owner: object, call: str, number: int):
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, refuse)
+            with pytest.raises(UserError) as caught:
+                Lease(folder).acquire()
+        assert caught.value.problem == f"cannot write {folder / 'leases'}: {os.strerror(number)}"
+        assert live_holder(folder) is None
+
+    for i, ((owner, call), number) in enumerate(REFUSALS):
+        with subtests.test(f"{call} {errno.errorcode[number]}"):
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            check(folder, owner, call, number)
 
 
 def test_what_killed_claimants_left_is_removed_and_what_live_ones_need_is_not(tmp_path):
@@ -511,10 +530,10 @@ def test_what_killed_claimants_left_is_removed_and_what_live_ones_need_is_not(tm
         assert sorted(os.listdir(leases)) == [".new.tmp", "000000000001", "README"]
 
 
-@pytest.mark.parametrize(("every", "expires"), [(0, 1), (1, 1.5), (5, float("inf")), (-1, 30), (float("nan"), 30)])
-def test_times_that_make_no_sense_are_named(tmp_path, every, expires):
-    with pytest.raises(UserError, match="every="):
-        Lease(tmp_path, every=every, expires=expires)
+def test_times_that_make_no_sense_are_named(subtests, tmp_path):
+    for every, expires in [(0, 1), (1, 1.5), (5, float("inf")), (-1, 30), (float("nan"), 30)]:
+        with subtests.test(f"{every=} {expires=}"), pytest.raises(UserError, match="every="):
+            Lease(tmp_path, every=every, expires=expires)
 
 
 def test_a_lease_released_while_it_is_renewed_is_not_lost(tmp_path, monkeypatch):

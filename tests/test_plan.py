@@ -194,21 +194,23 @@ def test_a_saved_profile_comes_back(tmp_path):
     assert load_hardware(config_folder() / "hardware" / "a100.yaml").name == "a100"
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("- 1", "no fields"),
-        ("color: red", "color"),
-        ("cores: many", "many"),
-        ("cores: -1", "hardware.cores=-1"),
-        (None, "No such"),
-    ],
-)
-def test_a_broken_profile_is_told(tmp_path, text, told):
-    if text is not None:
-        (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(UserError, match=told):
-        load_hardware(tmp_path / "p.yaml")
+BROKEN = [
+    ("- 1", "no fields"),
+    ("color: red", "color"),
+    ("cores: many", "many"),
+    ("cores: -1", "hardware.cores=-1"),
+    (None, "No such"),
+]
+
+
+def test_a_broken_profile_is_told(subtests, tmp_path):
+    for i, (text, told) in enumerate(BROKEN):
+        file = tmp_path / f"{i}.yaml"
+        with subtests.test(told):
+            if text is not None:
+                file.write_text(text)
+            with pytest.raises(UserError, match=told):
+                load_hardware(file)
 
 
 @pytest.fixture

@@ -64,11 +64,12 @@ def test_the_queue_of_hand(slurm):
     assert {"--me", "-h", "-r"} < set(call)
 
 
-@pytest.mark.parametrize("text", ["JOBID STATE\n", "7|2|PENDING\n", "7                   2                   \n"])
-def test_an_answer_that_cannot_be_read_is_no_empty_queue(slurm, text):
-    slurm.answers("squeue", text)
-    with pytest.raises(UserError, match="cannot be read"):
-        Queue().query()
+def test_an_answer_that_cannot_be_read_is_no_empty_queue(subtests, slurm):
+    for text in ["JOBID STATE\n", "7|2|PENDING\n", "7                   2                   \n"]:
+        with subtests.test(repr(text)):
+            slurm.answers("squeue", text)
+            with pytest.raises(UserError, match="cannot be read"):
+                Queue().query()
 
 
 def test_an_empty_queue_is_no_error_and_no_answer_is_one(slurm):
@@ -122,10 +123,10 @@ def test_a_name_is_found_without_accounting_but_not_without_slurm(slurm):
         Queue().find("study")
 
 
-@pytest.mark.parametrize("name", ["", "a,b", "a b", "-x", "a\n", "ä"])
-def test_only_a_job_name_is_looked_for(slurm, name):
-    with pytest.raises(UserError, match="job name"):
-        Queue().find(name)
+def test_only_a_job_name_is_looked_for(subtests, slurm):
+    for name in ["", "a,b", "a b", "-x", "a\n", "ä"]:
+        with subtests.test(repr(name)), pytest.raises(UserError, match="job name"):
+            Queue().find(name)
 
 
 def test_cancelling_takes_ids_in_parts(slurm):
@@ -138,12 +139,13 @@ def test_cancelling_takes_ids_in_parts(slurm):
     assert len(slurm.calls("scancel")) == 2
 
 
-@pytest.mark.parametrize("job", NO_IDS)
-def test_nothing_but_ids_gets_into_a_command(slurm, job):
-    for order in (Queue().cancel, Queue().outcome, lambda ids: Queue().requeue(ids[0])):
-        with pytest.raises(UserError, match="no id of a Slurm job"):
-            order([job])
-    assert list(slurm.folder.iterdir()) == []
+def test_nothing_but_ids_gets_into_a_command(subtests, slurm):
+    for job in NO_IDS:
+        with subtests.test(repr(job)):
+            for order in (Queue().cancel, Queue().outcome, lambda ids: Queue().requeue(ids[0])):
+                with pytest.raises(UserError, match="no id of a Slurm job"):
+                    order([job])
+            assert list(slurm.folder.iterdir()) == []
 
 
 def test_requeueing_waits_for_a_controller_that_restarts(slurm):
@@ -167,15 +169,20 @@ def test_requeueing_gives_up_in_the_end(slurm):
     assert len(slurm.calls("scontrol")) == 2
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["Invalid job id specified", "Access/permission denied", "Requested operation is presently disabled for job 7"],
-)
-def test_a_refusal_is_not_tried_again(slurm, text):
-    slurm.fails("scontrol", text)
-    with pytest.raises(UserError, match=f"Slurm refuses: {text}"):
-        Queue(pause=30).requeue("7")
-    assert len(slurm.calls("scontrol")) == 1
+SLURM_REFUSALS = [
+    "Invalid job id specified",
+    "Access/permission denied",
+    "Requested operation is presently disabled for job 7",
+]
+
+
+def test_a_refusal_is_not_tried_again(subtests, slurm):
+    for i, text in enumerate(SLURM_REFUSALS):
+        with subtests.test(text):
+            slurm.fails("scontrol", text)
+            with pytest.raises(UserError, match=f"Slurm refuses: {text}"):
+                Queue(pause=30).requeue("7")
+            assert len(slurm.calls("scontrol")) == i + 1
 
 
 def test_the_outcome_of_hand(slurm):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -40,29 +41,31 @@ def among(reduce: Callable[[list[Tensor]], None]) -> World:
     return Peers(LaunchEnvironment(), CPU, None, reduce)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def bundles(request):
-    """One classifier, or several of different kinds."""
-    return three_bundles()[: request.param]
+COUNTS = (1, 2, 3)
+"""Numbers of classifiers: one, or several of different kinds."""
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
-def test_losses_do_not_depend_on_the_micro_batch(bundles, generator):
-    def curve(micro_batch: int | None) -> list[dict[str, float]]:
-        step = trainer(bundles, config(micro_batch, generator))
-        return [step(i).scalars for i in range(1, 6)]
+def test_losses_do_not_depend_on_the_micro_batch(subtests):
+    def check(bundles, generator):
+        def curve(micro_batch: int | None) -> list[dict[str, float]]:
+            step = trainer(bundles, config(micro_batch, generator))
+            return [step(i).scalars for i in range(1, 6)]
 
-    whole = curve(None)
-    assert whole[-1]["loss"] != whole[0]["loss"]
-    silent = ("box", "wire/bytes", "wire/seconds", "wire/hidden")  # nothing leaves the box, nor the process
-    largest: dict[str, float] = {}
-    for name, value in [item for scalars in whole for item in scalars.items()]:
-        term = name.removeprefix(name.split("/")[0] + "/") if name.startswith("classifier") else name
-        largest[term] = max(largest.get(term, 0), abs(value))
-    assert min(value for term, value in largest.items() if not term.endswith(silent)) > 1e-9
-    for micro_batch in (1, 4, 5):
-        for got, expected in zip(curve(micro_batch), whole, strict=True):
-            assert got == pytest.approx(expected, rel=1e-9, abs=1e-13)
+        whole = curve(None)
+        assert whole[-1]["loss"] != whole[0]["loss"]
+        silent = ("box", "wire/bytes", "wire/seconds", "wire/hidden")  # nothing leaves the box, nor the process
+        largest: dict[str, float] = {}
+        for name, value in [item for scalars in whole for item in scalars.items()]:
+            term = name.removeprefix(name.split("/")[0] + "/") if name.startswith("classifier") else name
+            largest[term] = max(largest.get(term, 0), abs(value))
+        assert min(value for term, value in largest.items() if not term.endswith(silent)) > 1e-9
+        for micro_batch in (1, 4, 5):
+            for got, expected in zip(curve(micro_batch), whole, strict=True):
+                assert got == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+    for count, generator in product(COUNTS, GENERATORS):
+        with subtests.test(f"{count=} {generator}"):
+            check(three_bundles()[:count], generator)
 
 
 def joint_loss(step: TrainStep, number: int) -> tuple[Tensor, Tensor]:
@@ -107,21 +110,21 @@ def one_loss(step: TrainStep, number_of_classifier: int, number: int) -> tuple[T
     return loss, ea * weighted / sum(mu.values())
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
-@pytest.mark.parametrize("generator", GENERATORS)
-def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(bundles, generator, micro_batch):
-    step = trainer(bundles, config(micro_batch, generator))
-    for number in (1, 2, 3):
-        loss, rho = joint_loss(step, number)
-        expected = torch.autograd.grad(loss, list(step.engine.module.parameters()))
-        result = step(number).scalars
-        assert result["loss"] == pytest.approx(loss.item(), rel=1e-10)
-        assert result["rho"] == pytest.approx(rho.item(), rel=1e-10)
-        norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
-        assert result["gradient/generator"] == pytest.approx(norm, rel=1e-9)
-        for got, gradient in zip(step.engine.gradients, expected, strict=True):
-            assert float(gradient.norm()) > 1e-8
-            assert float((got - gradient).norm()) < 1e-9 * float(gradient.norm())
+def test_gradient_that_reaches_the_generator_is_that_of_the_joint_loss(subtests):
+    for count, generator, micro_batch in product(COUNTS, GENERATORS, [None, 5]):
+        with subtests.test(f"{count=} {generator} {micro_batch=}"):
+            step = trainer(three_bundles()[:count], config(micro_batch, generator))
+            for number in (1, 2, 3):
+                loss, rho = joint_loss(step, number)
+                expected = torch.autograd.grad(loss, list(step.engine.module.parameters()))
+                result = step(number).scalars
+                assert result["loss"] == pytest.approx(loss.item(), rel=1e-10)
+                assert result["rho"] == pytest.approx(rho.item(), rel=1e-10)
+                norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
+                assert result["gradient/generator"] == pytest.approx(norm, rel=1e-9)
+                for got, gradient in zip(step.engine.gradients, expected, strict=True):
+                    assert float(gradient.norm()) > 1e-8
+                    assert float((got - gradient).norm()) < 1e-9 * float(gradient.norm())
 
 
 def test_free_images_outside_the_box_are_drawn_back(bundle):
@@ -140,28 +143,31 @@ def test_terms_without_weight_are_left_out(bundle):
     assert scalars["loss"] == pytest.approx(scalars["stationarity"] * 1.3 + scalars["feasibility"] + scalars["box"])
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
-@pytest.mark.parametrize(("value", "part"), [(math.nan, "image"), (math.nan, "multiplier"), (math.inf, "multiplier")])
-def test_a_number_that_is_not_finite_stops_before_the_update(bundle, value, part, micro_batch):
-    step = trainer([bundle], config(micro_batch, "free"))
-    with torch.no_grad():
-        getattr(step.engine.module, part).view(-1)[1] = value
-    before = copy.deepcopy(step.engine.module.state_dict())
-    with pytest.raises(UserError, match=r"step 1: the term 'stationarity/\S+' is (nan|inf)") as caught:
-        step(1)
-    assert caught.value.hint
-    assert step.engine.steps == 0
-    assert step.alpha == [ALPHA0]
-    after = step.engine.module.state_dict()
-    assert all(torch.equal(v.nan_to_num(7), after[k].nan_to_num(7)) for k, v in before.items())
+def test_a_number_that_is_not_finite_stops_before_the_update(subtests, bundle):
+    for micro_batch, (value, part) in product(
+        [None, 5], [(math.nan, "image"), (math.nan, "multiplier"), (math.inf, "multiplier")]
+    ):
+        with subtests.test(f"{value} {part} {micro_batch=}"):
+            step = trainer([bundle], config(micro_batch, "free"))
+            with torch.no_grad():
+                getattr(step.engine.module, part).view(-1)[1] = value
+            before = copy.deepcopy(step.engine.module.state_dict())
+            with pytest.raises(UserError, match=r"step 1: the term 'stationarity/\S+' is (nan|inf)") as caught:
+                step(1)
+            assert caught.value.hint
+            assert step.engine.steps == 0
+            assert step.alpha == [ALPHA0]
+            after = step.engine.module.state_dict()
+            assert all(torch.equal(v.nan_to_num(7), after[k].nan_to_num(7)) for k, v in before.items())
 
 
-@pytest.mark.parametrize("term", ["feasibility", "slackness"])
-def test_the_term_at_fault_is_named(bundle, term):
-    step = trainer([bundle], config(duality=DualityConfig(**{term: math.inf})))
-    with pytest.raises(UserError, match=f"the term '{term}' is (inf|nan)"):
-        step(1)
-    assert step.engine.steps == 0
+def test_the_term_at_fault_is_named(subtests, bundle):
+    for term in ["feasibility", "slackness"]:
+        with subtests.test(term):
+            step = trainer([bundle], config(duality=DualityConfig(**{term: math.inf})))
+            with pytest.raises(UserError, match=f"the term '{term}' is (inf|nan)"):
+                step(1)
+            assert step.engine.steps == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(bundle):
@@ -207,19 +213,23 @@ def test_a_step_restored_from_its_state_continues_alike(bundle):
     assert second.alpha == first.alpha
 
 
-@pytest.mark.parametrize("micro_batch", [None, 1, 5])
-def test_every_step_sums_the_same_scalars_and_updates_once(bundle, micro_batch):
-    sizes: list[list[int]] = []
-    world = among(lambda tensors: sizes.append([t.numel() for t in tensors]))
-    step = trainer([bundle], config(micro_batch), world)
-    step(1)
-    step(2)
-    gradients = [p.numel() for p in step.engine.module.parameters()]
-    scalars = len(bundle.parameters) + 5 + 4  # L_stat per tensor, five terms, two sums, two norms
-    moments = [2 * math.prod(bundle.input_shape)]  # E x and E x^2
-    assert sizes == [moments, gradients, [scalars]] * 2
-    assert step.engine.steps == 2
-    assert step.engine.backwards == 2 * math.ceil(BATCH / (micro_batch or BATCH))
+def test_every_step_sums_the_same_scalars_and_updates_once(subtests, bundle):
+    def check(micro_batch):
+        sizes: list[list[int]] = []
+        world = among(lambda tensors: sizes.append([t.numel() for t in tensors]))
+        step = trainer([bundle], config(micro_batch), world)
+        step(1)
+        step(2)
+        gradients = [p.numel() for p in step.engine.module.parameters()]
+        scalars = len(bundle.parameters) + 5 + 4  # L_stat per tensor, five terms, two sums, two norms
+        moments = [2 * math.prod(bundle.input_shape)]  # E x and E x^2
+        assert sizes == [moments, gradients, [scalars]] * 2
+        assert step.engine.steps == 2
+        assert step.engine.backwards == 2 * math.ceil(BATCH / (micro_batch or BATCH))
+
+    for micro_batch in [None, 1, 5]:
+        with subtests.test(f"{micro_batch=}"):
+            check(micro_batch)
 
 
 def test_summed_parts_of_two_ranks_are_what_the_loss_is_read_from(bundle):
@@ -241,23 +251,25 @@ def test_rate_follows_the_schedule(bundle):
         assert step.engine.optimizer.param_groups[0]["lr"] == 0.01 * lr_factor(number, 10)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
-def test_measured_margins_and_multipliers_are_those_of_the_batch(bundles, micro_batch):
-    step = trainer(bundles, config(micro_batch))
-    assert step(9).sample_stats == []  # only where they are asked for
-    step = trainer(bundles, config(micro_batch))
-    drawn = [share.sampler.batch(1, 0, share.objective.batch) for share in step.shares]
-    outputs = [[t.detach() for t in step.engine.module(latents)] for latents in drawn]
-    sample_stats = step(1, watch=True).sample_stats
-    assert len(sample_stats) == len(bundles)
-    for bundle, latents, (x, h), band in zip(bundles, drawn, outputs, sample_stats, strict=True):
-        logits = bundle.model(x)
-        classes, labels = logits.shape[1], latents.labels.tolist()
-        for i, y in enumerate(labels):
-            smallest = min(float(logits[i, y] - logits[i, j]) for j in range(classes) if j != y)
-            assert float(band.margins[i]) == pytest.approx(math.exp(ALPHA0) * smallest, rel=1e-5)
-        expected = [F.softplus(h[i, j]).item() for i, y in enumerate(labels) for j in range(classes) if j != y]
-        assert band.multipliers.flatten().tolist() == pytest.approx(expected, rel=1e-5)
-        assert band.labels.tolist() == labels
-        lower, upper = bundle.normalization.box()
-        assert torch.allclose(band.samples, ((x - lower) / (upper - lower)).float(), atol=1e-6)
+def test_measured_margins_and_multipliers_are_those_of_the_batch(subtests):
+    for count, micro_batch in product(COUNTS, [None, 5]):
+        with subtests.test(f"{count=} {micro_batch=}"):
+            bundles = three_bundles()[:count]
+            step = trainer(bundles, config(micro_batch))
+            assert step(9).sample_stats == []  # only where they are asked for
+            step = trainer(bundles, config(micro_batch))
+            drawn = [share.sampler.batch(1, 0, share.objective.batch) for share in step.shares]
+            outputs = [[t.detach() for t in step.engine.module(latents)] for latents in drawn]
+            sample_stats = step(1, watch=True).sample_stats
+            assert len(sample_stats) == len(bundles)
+            for bundle, latents, (x, h), band in zip(bundles, drawn, outputs, sample_stats, strict=True):
+                logits = bundle.model(x)
+                classes, labels = logits.shape[1], latents.labels.tolist()
+                for i, y in enumerate(labels):
+                    smallest = min(float(logits[i, y] - logits[i, j]) for j in range(classes) if j != y)
+                    assert float(band.margins[i]) == pytest.approx(math.exp(ALPHA0) * smallest, rel=1e-5)
+                expected = [F.softplus(h[i, j]).item() for i, y in enumerate(labels) for j in range(classes) if j != y]
+                assert band.multipliers.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+                assert band.labels.tolist() == labels
+                lower, upper = bundle.normalization.box()
+                assert torch.allclose(band.samples, ((x - lower) / (upper - lower)).float(), atol=1e-6)

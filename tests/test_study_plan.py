@@ -40,18 +40,19 @@ def of(tasks, stage: str):
     return [t for t in tasks.values() if t.stage == stage]
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_study_s_own_grid_plans_into_tasks_that_depend_on_each_other(name):
-    config = study(name)
-    tasks = planned(config)
-    assert {t.stage for t in tasks.values()} == set(config.stages)
-    for task in tasks.values():
-        assert [tasks[u].stage for u in task.upstream] == [
-            "train" if task.stage in ("evaluate", "bound") else "classifier"
-        ] * len(task.upstream)
-        assert task.inputs == tuple(tasks[u].folder for u in task.upstream)
-        assert bool(task.upstream) == (task.stage != "classifier")
-    assert len(of(tasks, "train")) == len(expand(grid_of(config, [])))
+def test_every_study_s_own_grid_plans_into_tasks_that_depend_on_each_other(subtests):
+    for name in STUDIES:
+        with subtests.test(name):
+            config = study(name)
+            tasks = planned(config)
+            assert {t.stage for t in tasks.values()} == set(config.stages)
+            for task in tasks.values():
+                assert [tasks[u].stage for u in task.upstream] == [
+                    "train" if task.stage in ("evaluate", "bound") else "classifier"
+                ] * len(task.upstream)
+                assert task.inputs == tuple(tasks[u].folder for u in task.upstream)
+                assert bool(task.upstream) == (task.stage != "classifier")
+            assert len(of(tasks, "train")) == len(expand(grid_of(config, [])))
 
 
 def test_no_study_asks_for_more_samples_than_its_data_have():
@@ -76,19 +77,17 @@ def test_the_studies_that_a_user_relies_on_are_there():
     } <= set(STUDIES)
 
 
-@pytest.mark.parametrize(
-    ("grid", "wanted"),
-    [
+def test_the_grid_is_in_hydra_s_own_syntax(subtests):
+    for grid, wanted in [
         (["a=1,2", "b=x"], [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]),
         (["a=range(3)"], [{"a": "0"}, {"a": "1"}, {"a": "2"}]),
         (["a=choice(1,2)"], [{"a": "1"}, {"a": "2"}]),
         (["a=[1,2],[3]"], [{"a": "[1,2]"}, {"a": "[3]"}]),
         (["a='x,y'"], [{"a": "'x,y'"}]),
         ([], [{}]),
-    ],
-)
-def test_the_grid_is_in_hydra_s_own_syntax(grid, wanted):
-    assert expand(grid) == wanted
+    ]:
+        with subtests.test(str(grid)):
+            assert expand(grid) == wanted
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
@@ -98,9 +97,8 @@ def test_points_are_the_product_of_the_fields_values_the_last_field_fastest(size
     assert [tuple(p.values()) for p in points] == list(itertools.product(*(map(str, range(n)) for n in sizes)))
 
 
-@pytest.mark.parametrize(
-    ("grid", "fragments"),
-    [
+def test_a_bad_grid_is_one_error_with_its_fix(subtests):
+    for grid, fragments in [
         (["seed="], ("the grid of seed is empty", "seed=value1,value2")),
         (["seed=1,1"], ("a value twice",)),
         (["seed=0", "seed=1"], ("seed is in the grid twice",)),
@@ -108,14 +106,13 @@ def test_points_are_the_product_of_the_fields_values_the_last_field_fastest(size
         (["seed=interval(0,1)"], ("is no list of values",)),
         (["seed=[1"], ("cannot be read",)),
         (["seed=range(200)", "steps=range(1,100)"], ("19800 points", "limit=500", "--yes")),
-    ],
-)
-def test_a_bad_grid_is_one_error_with_its_fix(grid, fragments):
-    with pytest.raises(UserError) as caught:
-        expand(grid, 500)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
-    assert caught.value.hint
+    ]:
+        with subtests.test(str(grid)):
+            with pytest.raises(UserError) as caught:
+                expand(grid, 500)
+            for fragment in fragments:
+                assert fragment in str(caught.value)
+            assert caught.value.hint
 
 
 def test_a_classifier_that_several_runs_need_is_fitted_once():
@@ -137,9 +134,8 @@ def test_a_field_goes_to_every_stage_that_has_it_and_a_named_stage_goes_first():
     assert [t.config["seed"] for t in of(tasks, "train")] == [5, 6]
 
 
-@pytest.mark.parametrize(
-    ("grid", "fragments"),
-    [
+def test_an_error_in_the_grid_names_its_field_before_anything_starts(subtests):
+    for grid, fragments in [
         ("sed=1", ("'sed'", "seed")),
         ("optimizer.l=1", ("'optimizer.l'", "optimizer.lr")),
         ("run_dir=x", ("run_dir is set by the study",)),
@@ -150,14 +146,13 @@ def test_a_field_goes_to_every_stage_that_has_it_and_a_named_stage_goes_first():
         ("data=cifar", ("data=cifar", "cifar10")),
         ("nodes=0", ("nodes=0",)),
         ("count=10,20", ("evaluate alone",)),
-    ],
-)
-def test_an_error_in_the_grid_names_its_field_before_anything_starts(grid, fragments):
-    with pytest.raises(UserError) as caught:
-        planned(study("batch_scaling"), grid, "global_batch=20") if grid != "variant=x" else None
-    for fragment in fragments:
-        assert fragment in str(caught.value)
-    assert caught.value.hint
+    ]:
+        with subtests.test(grid):
+            with pytest.raises(UserError) as caught:
+                planned(study("batch_scaling"), grid, "global_batch=20") if grid != "variant=x" else None
+            for fragment in fragments:
+                assert fragment in str(caught.value)
+            assert caught.value.hint
 
 
 def test_one_generator_may_have_several_classifiers():
@@ -193,19 +188,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "overrides"), CASES)
-def test_the_fast_way_to_compose_gives_what_hydra_composes(stage, overrides):
-    schema, groups = SCHEMAS[stage]
-    register(stage, schema, groups)
-    given = {"classifier": ["out=o"], "train": ["classifier=c", "run_dir=r"], "evaluate": ["run_dir=r"]}[stage]
-    whole = typed(composed(stage, [*given, *overrides]), schema)
-    values = resolved(stage, overrides)
-    again = {
-        "classifier": lambda: from_plain(ClassifierConfig, {**values, "out": "o"}, {"fit": groups.get("fit", {})}),
-        "train": lambda: config_from({**values, "classifier": "c", "run_dir": "r"}),
-        "evaluate": lambda: from_plain(schema, {**values, "run_dir": "r"}),
-    }[stage]()
-    assert again == whole
+def test_the_fast_way_to_compose_gives_what_hydra_composes(subtests):
+    def check(stage, overrides):
+        schema, groups = SCHEMAS[stage]
+        register(stage, schema, groups)
+        given = {"classifier": ["out=o"], "train": ["classifier=c", "run_dir=r"], "evaluate": ["run_dir=r"]}[stage]
+        whole = typed(composed(stage, [*given, *overrides]), schema)
+        values = resolved(stage, overrides)
+        again = {
+            "classifier": lambda: from_plain(ClassifierConfig, {**values, "out": "o"}, {"fit": groups.get("fit", {})}),
+            "train": lambda: config_from({**values, "classifier": "c", "run_dir": "r"}),
+            "evaluate": lambda: from_plain(schema, {**values, "run_dir": "r"}),
+        }[stage]()
+        assert again == whole
+
+    for stage, overrides in CASES:
+        with subtests.test(f"{stage} {overrides}"):
+            check(stage, overrides)
 
 
 def test_every_stage_has_work_and_a_version_of_its_results():
@@ -238,13 +237,13 @@ def test_a_stage_s_version_changes_its_tasks_and_those_that_depend_on_them(monke
     assert [t.results_version for t in of(after, "train")] == [RESULTS_VERSION["train"]]
 
 
-@pytest.mark.parametrize("stages", [["train"], ["classifier", "evaluate"], ["classifier", "paint"], []])
-def test_stages_need_those_that_they_depend_on(stages):
-    with pytest.raises(UserError, match=r"study\.stages"):
-        StudyConfig(name="x", stages=stages)
+def test_stages_need_those_that_they_depend_on(subtests):
+    for stages in [["train"], ["classifier", "evaluate"], ["classifier", "paint"], []]:
+        with subtests.test(str(stages)), pytest.raises(UserError, match=r"study\.stages"):
+            StudyConfig(name="x", stages=stages)
 
 
-@pytest.mark.parametrize("name", ["a b", "a;b", "$(x)", "a\nb", "", "-x", "a/b", "x" * 65])
-def test_a_study_s_name_must_be_fit_for_a_job(name):
-    with pytest.raises(UserError, match=r"study\.name="):
-        StudyConfig(name=name)
+def test_a_study_s_name_must_be_fit_for_a_job(subtests):
+    for name in ["a b", "a;b", "$(x)", "a\nb", "", "-x", "a/b", "x" * 65]:
+        with subtests.test(repr(name)), pytest.raises(UserError, match=r"study\.name="):
+            StudyConfig(name=name)

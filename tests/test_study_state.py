@@ -33,10 +33,14 @@ EVALUATE = Task("eval1", "evaluate", "runs/run1", {}, ("run1",), ("runs/run1",))
 TASKS = {t.id: t for t in (FIT, TRAIN, EVALUATE)}
 
 
+def new_study(folder: Path) -> Path:
+    save_study(folder, join_study(folder, StudyFile(StudyConfig(name="x")), False), TASKS)
+    return folder
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    save_study(tmp_path, join_study(tmp_path, StudyFile(StudyConfig(name="x")), False), TASKS)
-    return tmp_path
+    return new_study(tmp_path)
 
 
 def entry(job: str, state: str, restarts: int = 0) -> Entry:
@@ -81,26 +85,31 @@ class FakeQueue:
         return [self.jobs[name]] if name in self.jobs else []
 
 
-@pytest.mark.parametrize("tasks", [(TRAIN,), (TRAIN, dataclasses.replace(TRAIN, id="run2", folder="runs/run2"))])
-def test_a_submission_whose_launcher_was_killed_is_found_by_its_name_or_withdrawn(study, tasks, monkeypatch):
-    monkeypatch.setattr("hpc_c2g.studies.slurm_executor.RECOVERY_SECONDS", 0.0)
-    journal = open_journal(study)
-    found, never = Submission.of("x", tasks, [2] * len(tasks)), Submission.of("x", [FIT], [2])
-    for submission in (found, never):
-        submission.write(study)
-        journal.begin(submission)
-    launcher = launcher_of(study)
-    assert launcher.journal.pending == {found.token: found.name, never.token: never.name}
-    executor = SlurmExecutor(launcher, SlurmProfile(), "x")
-    executor.queue = FakeQueue({found.name: "17"})
-    executor.recover()
-    after = read_journal(study)
-    assert after.pending == {}
-    ids = [task.id for task in tasks]
-    jobs = ["17"] if len(tasks) == 1 else ["17_0", "17_1"]
-    assert after.jobs == dict(zip(ids, jobs, strict=True))
-    assert set(after.submitted) == set(ids)
-    assert len(list(found.folder(study).glob("17*_submitted.pkl"))) == len(tasks)
+SUBMITTED = [(TRAIN,), (TRAIN, dataclasses.replace(TRAIN, id="run2", folder="runs/run2"))]
+
+
+def test_a_submission_whose_launcher_was_killed_is_found_by_its_name_or_withdrawn(subtests, monkeypatch, tmp_path):
+    for i, tasks in enumerate(SUBMITTED):
+        with subtests.test(f"{len(tasks)} tasks"):
+            study = new_study(tmp_path / str(i))
+            monkeypatch.setattr("hpc_c2g.studies.slurm_executor.RECOVERY_SECONDS", 0.0)
+            journal = open_journal(study)
+            found, never = Submission.of("x", tasks, [2] * len(tasks)), Submission.of("x", [FIT], [2])
+            for submission in (found, never):
+                submission.write(study)
+                journal.begin(submission)
+            launcher = launcher_of(study)
+            assert launcher.journal.pending == {found.token: found.name, never.token: never.name}
+            executor = SlurmExecutor(launcher, SlurmProfile(), "x")
+            executor.queue = FakeQueue({found.name: "17"})
+            executor.recover()
+            after = read_journal(study)
+            assert after.pending == {}
+            ids = [task.id for task in tasks]
+            jobs = ["17"] if len(tasks) == 1 else ["17_0", "17_1"]
+            assert after.jobs == dict(zip(ids, jobs, strict=True))
+            assert set(after.submitted) == set(ids)
+            assert len(list(found.folder(study).glob("17*_submitted.pkl"))) == len(tasks)
 
 
 def test_a_lost_journal_is_begun_again_with_the_submissions_whose_jobs_are_in_the_queue(study, monkeypatch):
@@ -139,10 +148,11 @@ def test_a_task_and_its_description_are_the_same(study):
         read_spec(spec_file(study, FIT))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "done"}', '{"id": "other", "state": "done"}', "null"])
-def test_a_damaged_report_or_one_of_other_settings_counts_for_nothing(study, content):
-    report_file(study, TRAIN).write_text(content)
-    assert read_report(study, TRAIN) is None
+def test_a_damaged_report_or_one_of_other_settings_counts_for_nothing(subtests, study):
+    for content in ["", "{", "[]", '{"state": "done"}', '{"id": "other", "state": "done"}', "null"]:
+        with subtests.test(repr(content)):
+            report_file(study, TRAIN).write_text(content)
+            assert read_report(study, TRAIN) is None
 
 
 def test_a_report_of_a_later_version_is_read_for_what_is_known(study):
@@ -197,31 +207,36 @@ def test_a_journal_read_back_is_the_journal_that_was_written(study):
     assert read_journal(study) == journal
 
 
-@pytest.mark.parametrize("end", [1, 5, -1])
-def test_a_journal_s_torn_last_line_never_happened_and_is_removed_by_the_next_launcher(study, end):
-    handed_out(study, FIT)
-    file = study / FILE
-    whole = file.read_bytes()
-    torn = json.dumps({"event": "started", "task": TRAIN.id, "job": "9"}).encode()
-    file.write_bytes(whole + torn[:end])
-    assert read_journal(study).jobs == {FIT.id: "7"}
-    assert file.read_bytes() != whole  # readers write nothing
-    journal = open_journal(study)
-    assert file.read_bytes() == whole
-    journal.start(TRAIN.id, "10")
-    assert read_journal(study).jobs == {FIT.id: "7", TRAIN.id: "10"}
+def test_a_journal_s_torn_last_line_never_happened_and_is_removed_by_the_next_launcher(subtests, tmp_path):
+    for i, end in enumerate([1, 5, -1]):
+        with subtests.test(f"{end=}"):
+            study = new_study(tmp_path / str(i))
+            handed_out(study, FIT)
+            file = study / FILE
+            whole = file.read_bytes()
+            torn = json.dumps({"event": "started", "task": TRAIN.id, "job": "9"}).encode()
+            file.write_bytes(whole + torn[:end])
+            assert read_journal(study).jobs == {FIT.id: "7"}
+            assert file.read_bytes() != whole  # readers write nothing
+            journal = open_journal(study)
+            assert file.read_bytes() == whole
+            journal.start(TRAIN.id, "10")
+            assert read_journal(study).jobs == {FIT.id: "7", TRAIN.id: "10"}
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[]", "{}", '{"event": "moved"}', '{"event": "submitted", "token": "t", "job": "1"}']
-)
-def test_a_damaged_line_within_the_journal_is_named_with_its_fix(study, line):
-    handed_out(study, FIT)
-    file = study / FILE
-    file.write_text(f"{line}\n{file.read_text()}")
-    with pytest.raises(UserError, match=r"line 1 of .*is damaged") as caught:
-        read_statuses(study, None)
-    assert "restore the file" in caught.value.hint
+DAMAGED_LINES = ["{", "[]", "{}", '{"event": "moved"}', '{"event": "submitted", "token": "t", "job": "1"}']
+
+
+def test_a_damaged_line_within_the_journal_is_named_with_its_fix(subtests, tmp_path):
+    for i, line in enumerate(DAMAGED_LINES):
+        with subtests.test(line):
+            study = new_study(tmp_path / str(i))
+            handed_out(study, FIT)
+            file = study / FILE
+            file.write_text(f"{line}\n{file.read_text()}")
+            with pytest.raises(UserError, match=r"line 1 of .*is damaged") as caught:
+                read_statuses(study, None)
+            assert "restore the file" in caught.value.hint
 
 
 def test_a_journal_that_cannot_be_written_is_one_error(study):
@@ -317,14 +332,16 @@ STATES_OF = [
 ]
 
 
-@pytest.mark.parametrize(("reported_state", "queued", "asked", "known", "wanted"), STATES_OF)
-def test_every_state_of_a_task_has_a_name(study, reported_state, queued, asked, known, wanted):
-    if known:
-        handed_out(study, FIT)
-    if reported_state:
-        reported(study, FIT, reported_state)
-    queue = {"7": entry("7", queued)} if queued else {}
-    assert status_of(study, FIT, queue if asked else None).state == wanted
+def test_every_state_of_a_task_has_a_name(subtests, tmp_path):
+    for i, (reported_state, queued, asked, known, wanted) in enumerate(STATES_OF):
+        with subtests.test(f"{reported_state=} {queued=} {asked=} {known=} {wanted=}"):
+            study = new_study(tmp_path / str(i))
+            if known:
+                handed_out(study, FIT)
+            if reported_state:
+                reported(study, FIT, reported_state)
+            queue = {"7": entry("7", queued)} if queued else {}
+            assert status_of(study, FIT, queue if asked else None).state == wanted
 
 
 def test_a_run_whose_holder_lives_is_running_though_no_queue_knows_it(study):
@@ -406,15 +423,15 @@ FINALIZED = [
 ]
 
 
-@pytest.mark.parametrize(("reported_state", "job", "code", "max_failures", "state", "failures", "again"), FINALIZED)
-def test_an_attempt_that_was_killed_is_reported_by_the_epilog(
-    study, reported_state, job, code, max_failures, state, failures, again
-):
-    if reported_state:
-        reported(study, FIT, reported_state, failures=1 if reported_state == "failed" else 0, job=job)
-    assert finalize_attempt(study, FIT, "7", 0, code, max_failures) is again
-    report = read_report(study, FIT)
-    assert (report.state, report.failures) == (state, failures)
+def test_an_attempt_that_was_killed_is_reported_by_the_epilog(subtests, tmp_path):
+    for i, (reported_state, job, code, max_failures, state, failures, again) in enumerate(FINALIZED):
+        with subtests.test(f"{reported_state=} {job=} {code=} {max_failures=}"):
+            study = new_study(tmp_path / str(i))
+            if reported_state:
+                reported(study, FIT, reported_state, failures=1 if reported_state == "failed" else 0, job=job)
+            assert finalize_attempt(study, FIT, "7", 0, code, max_failures) is again
+            report = read_report(study, FIT)
+            assert (report.state, report.failures) == (state, failures)
 
 
 def test_a_job_that_never_gets_to_its_attempt_is_given_up_at_last(study):
