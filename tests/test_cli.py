@@ -418,3 +418,11 @@ def test_nothing_heavy_is_imported_before_the_settings_are_right(tmp_path):
     results = [json.loads(line) for line in child.stdout.splitlines()]
     assert len(results) == len(lines)
     assert [r for r in results if not r[1] or r[2]] == [], child.stderr
+
+
+def test_a_reader_that_ends_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m launch train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    child = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), timeout=60)
+    assert child.stdout.startswith("c2g train ")
+    assert child.stderr == ""
+    assert child.returncode in (0, 141)  # 0 where all was written before the reader ended

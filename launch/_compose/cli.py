@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import shlex
 import signal
@@ -70,7 +71,7 @@ def run_verb(
             checked(verb, words, schema)
             from launch._compose.help import help_text  # depends on this module
 
-            print(help_text(verb, words))
+            print(help_text(verb, words), flush=True)
             return
         config = None if set(flags) - set(INFORMATION) else checked(verb, words, schema)
     if config is not None and not flags:
@@ -93,6 +94,9 @@ def user_errors(verb: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"c2g {verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails again at exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def register(verb: str, schema: type, groups: dict[str, dict[str, type]]) -> None:

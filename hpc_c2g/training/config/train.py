@@ -105,7 +105,7 @@ class TrainConfig:
         solutions: Independent solutions of each classifier's conditions that the generator holds, each with codes, multipliers, an alpha
             and an equal part of the batch of its own; the decoder is shared.
         global_batch: Number of samples B of a step over all classifiers, solutions and processes.
-        micro_batch: Samples whose graph is held at once; None holds the whole batch (one pass), ``auto`` takes the most that fit.
+        micro_batch: Samples whose graph is held at once; null holds the whole batch (one pass), ``auto`` takes the most that fit.
         shares: Shares of the global batch per classifier, in any unit; empty for shares in proportion to the classes.
         seed: Seed of weights, latents and probes.
         dtype: Data type of the generator's weights; KKT sums are float32 at least.
