@@ -260,7 +260,7 @@ def test_help_lists_the_fields_and_choices_that_apply(c2g, monkeypatch):
         assert f"  generator.{here}=" in out
         assert f"  generator.{elsewhere}=" not in out
         assert "  steps=7 " in out
-        fields = out.partition("Fields and their values:")[2].partition("Any field below")[0]
+        fields = out.partition("Fields and their values:")[2].partition("Any field above")[0]
         assert all(len(line) <= 80 for line in fields.splitlines())
     assert c2g("train", "--help", "generator=gan")[0] == 2
 

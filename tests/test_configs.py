@@ -235,6 +235,11 @@ def test_every_setting_that_had_another_name_is_answered_with_the_new_one_on_the
     for name in ("prior.repulsion", "gates.start", "scale.gain", "optimiser.betas"):
         assert exit_code("train", f"{name}=1") == 2
         assert f"error: {name} was removed: " in capsys.readouterr().err
+    for plus in ("+", "++"):
+        assert exit_code("train", f"{plus}optimiser.rate=7") == exit_code("train", f"{plus}gates.start=1") == 2
+        err = capsys.readouterr().err
+        assert "error: optimiser.rate is now called optimizer.lr -- write optimizer.lr=7\n" in err
+        assert "error: gates.start was removed: " in err
     for name, reason in REMOVED.items():
         with pytest.raises(UserError, match=f"^{name} was removed: {reason} -- drop {name}$"):
             refuse_old_name(name)

@@ -24,6 +24,7 @@ from hpc_c2g.planning.plan import make_plan
 from hpc_c2g.planning.predict import balanced, generator_bytes, memory, scaling, step_time, work_seconds
 from hpc_c2g.training.cost.dry_run import DryRun, MicroBatchCost
 from hpc_c2g.training.cost.op_counter import OpCost
+from hpc_c2g.training.run_summary import PLAN, _plan
 from launch.__main__ import main
 from launch._compose.cli import config_folder
 
@@ -226,6 +227,14 @@ def test_a_plan_is_deterministic_and_consistent(bundle_dir, h100):
     assert (plan.zero_stage, plan.share, plan.micro_batch) == (0, 512, 512)
     assert plan.memory.total <= plan.available
     assert plan.strong[0].step == plan.weak[0].step == plan.step
+
+
+def test_the_summary_of_a_run_shows_the_plan_in_its_folder(bundle_dir, h100, tmp_path):
+    plan = make_plan(PlanConfig(classifier=str(bundle_dir), global_batch=4096, hardware=h100, max_nodes=1))
+    (tmp_path / PLAN).write_text(json.dumps(plan.record()))
+    table = _plan(tmp_path / PLAN)
+    assert f"| hardware | {h100.name} |" in table
+    assert f"| seconds per step | {plan.step.total:.4g} |" in table
 
 
 def test_a_tight_memory_lowers_the_micro_batch_then_raises_the_stage_then_fails(bundle_dir, h100):

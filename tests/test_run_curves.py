@@ -84,7 +84,8 @@ def test_a_last_line_that_is_cut_anywhere_is_left_out_without_a_word(tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "damage", [b"\0\0\0", b'{"step": 2, "a": ', b"[1, 2]", b'{"a": 1.0}', b'{"step": "2"}', b"\xff\xfe"]
+    "damage",
+    [b"\0\0\0", b'{"step": 2, "a": ', b"[1, 2]", b'{"a": 1.0}', b'{"step": "2"}', b'{"step": %d}' % 2**63, b"\xff\xfe"],
 )
 def test_a_damaged_line_is_reported_and_costs_itself_alone(tmp_path, damage):
     written(tmp_path, range(1, 5), a=float)

@@ -107,7 +107,9 @@ def test_a_resumed_file_drops_the_lines_after_the_checkpoint(tmp_path, resumed):
     assert lines(path)[0].get("loss") == (1.0 if resumed else None)
 
 
-@pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "loss": 1.0', "{", "\0\0\0"])
+@pytest.mark.parametrize(
+    "half", ['{"step": 6, "lo', '{"step": 6, "loss": 1.0', "{", "\0\0\0", "null", "[6]", '{"loss": 1.0}']
+)
 def test_a_half_written_line_is_dropped_with_a_warning_where_it_is_not_the_last(tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     written(path, [2])

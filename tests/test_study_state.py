@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hpc_c2g.lease import Lease
 from hpc_c2g.reporting.results import groups
 from hpc_c2g.scheduling.profile import SlurmProfile
 from hpc_c2g.scheduling.queue import Entry
+from hpc_c2g.studies import journal as journal_module
 from hpc_c2g.studies.config import StudyConfig
 from hpc_c2g.studies.epilog import REQUEUED, cancel_mark, finalize_attempt
 from hpc_c2g.studies.journal import FILE, Journal, open_journal, read_journal
@@ -246,6 +249,25 @@ def test_a_journal_that_cannot_be_written_is_one_error(study):
         open_journal(study)
     with pytest.raises(UserError, match="cannot write"):
         Journal(study).start(FIT.id, "1")
+
+
+@pytest.mark.parametrize("written", [0, 10, 60])
+def test_a_line_that_a_full_disk_cut_is_removed_before_the_next_one(study, monkeypatch, written):
+    handed_out(study, FIT)
+    journal, whole = open_journal(study), (study / FILE).read_bytes()
+
+    def fill(out, content):
+        out.write(content[:written])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(journal_module, "_write_all", fill)
+        with pytest.raises(UserError, match="cannot write .*No space left"):
+            journal.start(TRAIN.id, "9")
+    assert TRAIN.id not in journal.jobs
+    assert (study / FILE).read_bytes() == whole
+    journal.start(TRAIN.id, "10")
+    assert read_journal(study).jobs == {FIT.id: "7", TRAIN.id: "10"}
 
 
 def test_without_a_journal_the_reports_decide(study):

@@ -63,10 +63,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            if number < len(texts):
-                logger.warning("%s: line %d is damaged and left out", path, number)
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        elif number < len(texts):
+            logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 

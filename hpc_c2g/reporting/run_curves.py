@@ -107,12 +107,13 @@ def read_runs(folders: Mapping[str, Path], wanted: re.Pattern[str], processes: i
 
 
 def _parse(text: bytes) -> Mapping[str, Any] | None:
-    """Return a line's scalars, fractions as text; None if it is no object with a whole number as its step."""
+    """Return a line's scalars, fractions as text; None if it is no object with a number of a step."""
     try:
         line = _DECODER.decode(text.decode())
     except ValueError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if isinstance(step, int) and 0 <= step < 2**63 else None
 
 
 def _tags(lines: Mapping[int, Mapping[str, Any]], wanted: re.Pattern[str]) -> list[str]:

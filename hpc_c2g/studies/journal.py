@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,14 @@ class Journal:
         file = self.study / FILE
         try:
             new = not file.exists()
-            with open(file, "ab") as out:
-                out.write(b"".join(json.dumps(event).encode() + b"\n" for event in events))
-                out.flush()
-                os.fsync(out.fileno())
+            with open(file, "ab", buffering=0) as out:
+                whole = out.tell()
+                try:
+                    _write_all(out, b"".join(json.dumps(event).encode() + b"\n" for event in events))
+                    os.fsync(out.fileno())
+                except OSError:
+                    out.truncate(whole)  # on a full disk: the next line must not continue half of this one
+                    raise
             if new:
                 sync_folder(self.study)
         except OSError as error:
@@ -179,6 +184,12 @@ def open_journal(study: Path) -> Journal:
     for submission in find_submissions(study) if lost else ():
         journal.begin(submission)
     return journal
+
+
+def _write_all(out: FileIO, content: bytes) -> None:
+    """Write all of ``content``; one call may write a part of it."""
+    while content:
+        content = content[out.write(content) :]
 
 
 def _whole_lines(file: Path) -> list[bytes]:

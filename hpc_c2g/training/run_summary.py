@@ -82,7 +82,7 @@ def _plan(file: Path) -> str:
         return f"none: `c2g plan ... out=RUN_DIR/{PLAN}` before the run begins writes one"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{PLAN} cannot be read: {error!r}"
-    return as_table({**rows, "cluster": plan.get("profile", {}).get("name", "")})
+    return as_table({**rows, "hardware": plan.get("hardware", {}).get("name", "")})
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, Any]:

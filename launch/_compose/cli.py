@@ -132,6 +132,8 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     assert isinstance(result, schema)
     extra = set(keys(OmegaConf.to_container(config))) - set(keys(asdict(result)))  # type: ignore[call-overload]
     if extra:  # Hydra's +key=value adds fields that no dataclass has
+        for key in sorted(extra, reverse=True):  # fields before their group
+            refuse_old_name(key, str(OmegaConf.select(config, key)))
         raise UserError(f"there is no setting {min(extra)!r}", "drop it; see --help for what can be set")
     return result
 
