@@ -22,7 +22,7 @@ from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.evaluation.config import EvaluateConfig
 from hpc_c2g.evaluation.evaluate import evaluate
-from hpc_c2g.fitting.config import ClassifierConfig
+from hpc_c2g.fitting.config import ClassifierConfig, MarginFitConfig
 from hpc_c2g.fitting.make import make_classifier
 from hpc_c2g.generators.config import DRAWINGS, FreeImagesConfig
 from hpc_c2g.generators.latents import fresh_latents
@@ -210,7 +210,8 @@ def test_each_classifier_is_judged_against_its_own_data(tmp_path: Path) -> None:
     for classes in ([0, 1, 2], [3, 4]):
         names.append(str(tmp_path / f"digits{len(names)}"))
         data = DataConfig(classes=classes, train_size=20, held_out_size=60)
-        make_classifier(ClassifierConfig(out=names[-1], data=data))
+        small, soon = {"_target_": "mlp", "width": 32}, MarginFitConfig(target_margin=10.0)
+        make_classifier(ClassifierConfig(out=names[-1], data=data, model=small, fit=soon))
     train(config(names, tmp_path / "run", solutions=2))
     settings = EvaluateConfig(str(tmp_path / "run"), count=20, classification_steps=2, free_steps=2)
     results = evaluate(settings)

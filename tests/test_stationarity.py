@@ -165,14 +165,22 @@ def gated(name: str) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     return lambda parameters, inputs: phi(parameters, widths, inputs)
 
 
+@functools.lru_cache
+def micro_batched_sum(name: str, micro_batch: int) -> dict[str, Tensor]:
+    """G without a graph, which depends on no form."""
+    _, theta, _, x, mu = problem(name)
+    G = {k: torch.zeros_like(t) for k, t in theta.items()}
+    for part in zip(x.split(micro_batch), LABELS.split(micro_batch), mu.split(micro_batch), strict=True):
+        for k, g in stationarity.kkt_sum(gated(name), theta, *part)[1].items():
+            G[k] += g
+    return G
+
+
 def sharded_gradients(name: str, micro_batch: int, form: str, weighting: str) -> tuple[Tensor, Tensor]:
     """The same as the toolkit computes them: G without a graph, the residual, cotangents by micro-batch."""
     _, theta, rates, x, mu = problem(name)
+    G = micro_batched_sum(name, micro_batch)
     micro_batches = list(zip(x.split(micro_batch), LABELS.split(micro_batch), mu.split(micro_batch), strict=True))
-    G = {k: torch.zeros_like(t) for k, t in theta.items()}
-    for micro_batch in micro_batches:
-        for k, part in stationarity.kkt_sum(gated(name), theta, *micro_batch)[1].items():
-            G[k] += part
     c = stationarity.left_side(rates, form)
     weights = stationarity.residual_weights(stationarity.squared_norms(theta), rates, c, ALPHA, weighting)
     _, v = stationarity.terms_and_direction(theta, G, weights, rates, c, ALPHA)

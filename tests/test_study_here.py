@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +27,10 @@ from helpers.studies import (
     wait_for,
 )
 
+import launch.sweep
 from hpc_c2g.fitting import progress
 from hpc_c2g.studies.journal import FILE
+from hpc_c2g.studies.launcher import launching
 from hpc_c2g.studies.stages import load_stage
 
 GRID = ("train.seed=0,1",)
@@ -38,6 +42,12 @@ def finished(tmp_path_factory) -> Path:
     study_dir = tmp_path_factory.mktemp("studies") / "finished"
     out = sweep(study_dir, "cluster=debug", *GRID)
     assert "3 done" in out
+    return study_dir
+
+
+def fitted(finished: Path, study_dir: Path) -> Path:
+    """A new study whose classifier has been fitted: processes that only train start sooner."""
+    shutil.copytree(finished / "classifiers", study_dir / "classifiers")
     return study_dir
 
 
@@ -54,9 +64,9 @@ def test_processes_give_what_one_process_gives(finished, tmp_path):
 
 
 def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finished, tmp_path):
-    study_dir, slow = tmp_path / "s", ("steps=120", *GRID)
+    study_dir, slow = fitted(finished, tmp_path / "s"), ("steps=120", *GRID)
     process = start("sweep", *SMALL[:-1], "seed=0", f"study_dir={study_dir}", "cluster=local", *slow)
-    wait_for(lambda: steps(study_dir) > 20)
+    wait_for(lambda: steps(study_dir) > 4)
     process.kill()
     process.communicate()
     out = sweep(study_dir, "cluster=local", *slow)
@@ -64,12 +74,12 @@ def test_a_killed_launcher_loses_nothing_and_what_it_started_is_waited_for(finis
     assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
 
 
-def test_a_signal_saves_and_the_same_command_resumes_bitwise(tmp_path):
-    slow = ("steps=250", *GRID)
-    sweep(tmp_path / "whole", "cluster=debug", *slow)
-    study_dir = tmp_path / "s"
+def test_a_signal_saves_and_the_same_command_resumes_bitwise(finished, tmp_path):
+    slow = ("steps=150", *GRID)
+    sweep(fitted(finished, tmp_path / "whole"), "cluster=debug", *slow)
+    study_dir = fitted(finished, tmp_path / "s")
     process = start("sweep", *SMALL, f"study_dir={study_dir}", "cluster=local", *slow)
-    wait_for(lambda: steps(study_dir) > 20)
+    wait_for(lambda: steps(study_dir) > 4)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=90)
     assert process.returncode == 75
@@ -121,24 +131,36 @@ def test_a_study_without_its_journal_does_nothing_twice(finished, tmp_path):
     assert {report(study_dir, task).attempts for task in tasks(study_dir, "train")} == {1}
 
 
-def test_a_second_launcher_is_refused_and_named(tmp_path):
+LAUNCHER = """
+import sys
+from pathlib import Path
+from hpc_c2g.studies.launcher import launching
+with launching(Path(sys.argv[1])):
+    print("launching", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_launcher_is_refused_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        launch.sweep, "launching", functools.partial(launching, wait=0.1)
+    )  # not as long as a user waits
     study_dir = tmp_path / "s"
-    process = start("sweep", *SMALL, f"study_dir={study_dir}", "cluster=local", "steps=3000")
-    try:
-        wait_for(lambda: (study_dir / FILE).exists())
-        out = sweep(study_dir, "cluster=debug", "steps=3000", code=2)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", LAUNCHER, str(study_dir)]
+    with subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout.readline() == "launching\n"
+        out = sweep(study_dir, "cluster=debug", code=2)
         assert "is in use by" in out
-        assert f"{process.pid}" in out
-        c2g("cancel", study_dir)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=90)
+        assert f"process {first.pid}" in out
+        assert not (study_dir / FILE).exists()
+        first.communicate()
+    assert first.returncode == 0
 
 
-def test_cancelled_runs_stop_saved_and_stay_so_until_the_next_sweep(tmp_path):
-    study_dir = tmp_path / "s"
+def test_cancelled_runs_stop_saved_and_stay_so_until_the_next_sweep(finished, tmp_path):
+    study_dir = fitted(finished, tmp_path / "s")
     process = start("sweep", *SMALL, f"study_dir={study_dir}", "cluster=local", "steps=2000")
-    wait_for(lambda: steps(study_dir) > 20)
+    wait_for(lambda: steps(study_dir) > 4)
     assert "cancelled: 1 tasks" in c2g("cancel", study_dir)
     process.communicate(timeout=90)
     assert states(study_dir)["train"] == ["cancelled"]
