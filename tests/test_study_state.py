@@ -262,7 +262,7 @@ def test_a_line_that_a_full_disk_cut_is_removed_before_the_next_one(study, monke
 
     with monkeypatch.context() as full:
         full.setattr(journal_module, "_write_all", fill)
-        with pytest.raises(UserError, match="cannot write .*No space left"):
+        with pytest.raises(UserError, match=r"cannot write .*No space left"):
             journal.start(TRAIN.id, "9")
     assert TRAIN.id not in journal.jobs
     assert (study / FILE).read_bytes() == whole
