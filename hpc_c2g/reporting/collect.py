@@ -80,7 +80,7 @@ def collect(study: Path, name: str, views: Sequence[TaskStatus]) -> Collected:
         UserError: A file cannot be written.
     """
     found = results(study, views)
-    runs = {v.task.id: v for v in training_runs(views) if v.state != "new"}
+    runs = {v.task.id: v for v in training_runs(views) if v.attempts}
     prediction = None
     try:
         prediction = predicted(study, runs)
