@@ -21,17 +21,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from hpc_c2g.classifiers.bundle import save_bundle
+from hpc_c2g.distributed.reduction import RunningSum
+from hpc_c2g.distributed.world import World
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt.loss_terms import loss_names
-from hpc_c2g.monitoring import sample_metrics
+from hpc_c2g.monitoring import sample_metrics, step_scalars
 from hpc_c2g.monitoring.config import LogConfig
 from hpc_c2g.monitoring.curves import Curve
 from hpc_c2g.monitoring.layout import AVERAGED, LEARNING_CURVES, layout
 from hpc_c2g.monitoring.run_log import MetricsFile, RunLog, due, writer_of
 from hpc_c2g.monitoring.sample_metrics import SampleMetric
+from hpc_c2g.monitoring.step_scalars import StepScalar
 from hpc_c2g.training.config.objective import AlphaConfig, DualityConfig, PriorConfig
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.loop import train
+from hpc_c2g.training.step import step_metrics
+from hpc_c2g.training.step.step_metrics import MetricAccumulator
 
 QUIET = LogConfig(every=4, images_every=6, progress=False)
 
@@ -244,6 +249,21 @@ def test_a_metric_of_samples_is_logged_and_charted_by_one_entry(monkeypatch):
     assert sample_metrics.sample_metrics(*batch)["brightest"] == batch[3].max()
     assert fresh.layout([""], [])["Samples"]["brightest pixel"][1] == [entry.curve.pattern]
     assert "brightest" in fresh.AVERAGED
+
+
+def test_a_scalar_of_a_step_is_logged_and_charted_by_one_entry(monkeypatch):
+    entry = StepScalar("twice", lambda sums, alpha: 2 * sums["sum_mu"], Curve("twice", "Speed", "twice", averaged=True))
+    added = (*step_scalars.STEP_SCALARS, entry)
+    monkeypatch.setattr(step_scalars, "STEP_SCALARS", added)
+    monkeypatch.setattr(step_metrics, "STEP_SCALARS", added)
+    monkeypatch.delitem(sys.modules, "hpc_c2g.monitoring.layout")
+    fresh = importlib.import_module("hpc_c2g.monitoring.layout")
+    assert fresh.layout([""], [])["Speed"]["twice"][1] == [entry.curve.pattern]
+    assert "twice" in fresh.AVERAGED
+    world = World.single_process(torch.device("cpu"))
+    accumulator = MetricAccumulator([["w"]], [["feasibility"]], RunningSum(world), world.device)
+    sums = dict.fromkeys(("feasibility", "sum_mu_m", "sum_mu", "gx", "gmu", "stationarity/w"), 3.0)
+    assert accumulator.summarize([sums], [0.0], 1.0, 1.0)["twice"] == 6.0
 
 
 def test_an_alarm_is_logged_with_its_step_and_written_to_tensorboard(tmp_path, caplog):

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 MEMBER = r"((classifier|solution)\d+/)*"
 """Pattern of the prefix of a classifier's or a solution's curves; empty if there is only one."""
+CONDITIONS, MULTIPLIERS = "Conditions", "Margins and multipliers"
+SIGNATURES, GRADIENTS, SPEED = "Signatures of failure", "Gradients", "Speed"
+"""Categories of the layout."""
+LOSSES = "losses"
+"""Chart of the loss and of its weighted terms."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_c2g.monitoring.curves import Curve
+from hpc_c2g.monitoring.curves import CONDITIONS, GRADIENTS, LOSSES, SIGNATURES, SPEED, Curve
 from hpc_c2g.monitoring.sample_metrics import SAMPLE_METRICS
-
-CONDITIONS, MULTIPLIERS = "Conditions", "Margins and multipliers"
-SIGNATURES, GRADIENTS, SPEED = "Signatures of failure", "Gradients", "Speed"
-LOSSES = "losses"
-"""Chart of the loss and of its weighted terms."""
+from hpc_c2g.monitoring.step_scalars import STEP_SCALARS
 
 CURVES = (
     Curve(
@@ -32,21 +28,11 @@ CURVES = (
     ),
     Curve("stationarity/.+", CONDITIONS, "relative residual per tensor"),
     Curve("loss", CONDITIONS, LOSSES, averaged=True, note="training loss, no data", logarithmic=True),
-    Curve("duality", CONDITIONS, LOSSES, averaged=True, note="no data", logarithmic=True),
-    Curve(
-        "rho",
-        CONDITIONS,
-        "rho: sum mu e^a m / sum mu, 1 at a KKT point",
-        averaged=True,
-        note="no data · 1 where the KKT conditions hold",
-    ),
-    Curve("alpha", CONDITIONS, "alpha", averaged=True),
-    Curve("multiplier_sum", MULTIPLIERS, "sum of multipliers / S, 1 at a KKT point"),
+    *(scalar.curve for scalar in STEP_SCALARS),
     *(metric.curve for metric in SAMPLE_METRICS),
     Curve("signature/.+", SIGNATURES, "level, 1 fires", members=False),
     Curve("alarm/.+", SIGNATURES, "firing, 1 or 0", members=False),
     Curve("gradient/generator", GRADIENTS, "norms", members=False, averaged=True),
-    Curve("gradient/(x|multipliers)", GRADIENTS, "norms"),
     Curve("samples_per_second", SPEED, "samples per second", members=False, averaged=True),
     Curve("time/(?!slowest).+", SPEED, "share of time", members=False),
     Curve("time/slowest.+", SPEED, "slowest rank", members=False),
@@ -54,7 +40,7 @@ CURVES = (
     Curve("wire/bytes", SPEED, "residual all-reduce, bytes", members=False),
     Curve("memory/.+", SPEED, "peak memory, GiB", members=False),
 )
-"""Every curve of a run except its weighted losses; those of samples are registered in ``sample_metrics``."""
+"""Every curve of a run except its weighted losses; those of samples and of a step's sums are registered with them."""
 
 AVERAGED = tuple(curve.scalar for curve in CURVES if curve.averaged)
 """Names of the scalars whose means over seeds a study charts."""

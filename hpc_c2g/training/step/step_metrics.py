@@ -11,6 +11,7 @@ from torch import Tensor
 from hpc_c2g.distributed.reduction import Summation
 from hpc_c2g.errors import UserError
 from hpc_c2g.kkt import duality
+from hpc_c2g.monitoring.step_scalars import STEP_SCALARS
 from hpc_c2g.training.step.objective import Residual
 
 BALANCE = ("sum_mu_m", "sum_mu", "gx", "gmu")
@@ -84,7 +85,7 @@ class MetricAccumulator:
             return {**summary[0], "gradient/generator": norm}
         means = {
             name: sum(one[name] for one in summary) / len(summary)
-            for name in ("loss", "stationarity", "duality", "alpha", "rho", "multiplier_sum")
+            for name in ("loss", "stationarity", *(scalar.name for scalar in STEP_SCALARS if scalar.mean))
         }
         each = {
             f"{own}{name}": value
@@ -115,22 +116,12 @@ def micro_batch_scalars(
     }
 
 
-def rho(figures: Mapping[str, float], alpha: float) -> float:
-    """Return sum mu e^a m / sum mu: 1 at a KKT point."""
-    return math.exp(alpha) * figures["sum_mu_m"] / max(figures["sum_mu"], 1e-300)
-
-
 def _summary(figures: Mapping[str, float], terms: Sequence[str], alpha: float, weight: float) -> dict[str, float]:
     residual = sum(value for name, value in figures.items() if name.startswith("stationarity/"))
     return {
         "loss": weight * residual + sum(figures[name] for name in terms),
         "stationarity": residual,
-        "duality": figures["feasibility"] + figures.get("slackness", 0.0),
-        "alpha": alpha,
-        "rho": rho(figures, alpha),
-        "multiplier_sum": figures["sum_mu"],
-        "gradient/x": math.sqrt(figures["gx"]),
-        "gradient/multipliers": math.sqrt(figures["gmu"]),
+        **{scalar.name: scalar.function(figures, alpha) for scalar in STEP_SCALARS},
         **{name: value for name, value in figures.items() if name not in BALANCE},
     }
 

@@ -21,6 +21,7 @@ from hpc_c2g.kkt.backends import KKTBackend
 from hpc_c2g.kkt.coupled import MicroBatch
 from hpc_c2g.kkt.loss_terms import INPUT_MOMENTS
 from hpc_c2g.kkt.stationarity import cotangents
+from hpc_c2g.monitoring.step_scalars import rho
 from hpc_c2g.training.config.train import TrainConfig
 from hpc_c2g.training.step.bundles import class_counts
 from hpc_c2g.training.step.input_moments import InputMoments
@@ -29,7 +30,7 @@ from hpc_c2g.training.step.phases import Phases
 from hpc_c2g.training.step.sample_stats import SampleStatsCollector
 from hpc_c2g.training.step.schedules import gate_width, lr_factor, own_scale
 from hpc_c2g.training.step.sharding import SampleRange, Sharding, shard
-from hpc_c2g.training.step.step_metrics import MetricAccumulator, micro_batch_scalars, rho
+from hpc_c2g.training.step.step_metrics import MetricAccumulator, micro_batch_scalars
 from hpc_c2g.training.step.step_parts import (
     Engine,
     MemberShard,
