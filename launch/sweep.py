@@ -97,7 +97,10 @@ def sweep(config: SweepConfig, grid: Sequence[str] = ()) -> None:
         return
     with launching(folder):
         save_study(folder, study, tasks)
-        run_study(Launcher(folder, study.retries), study, profile, config.only, config.watch)
+        launcher = Launcher(folder, study.retries)
+        if config.only == "failed":
+            launcher.reset_failures(launcher.statuses(None))
+        run_study(launcher, study, profile, config.only, config.watch)
 
 
 def run_study(
@@ -106,8 +109,6 @@ def run_study(
     """Run the study's tasks on its cluster, and print the outcome."""
     console = Console(stderr=True)
     folder = launcher.study
-    if only == "failed":
-        launcher.reset_failures(launcher.statuses(None))
     if profile is None:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
 

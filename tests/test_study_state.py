@@ -29,6 +29,7 @@ from hpc_c2g.studies.study import StudyFile, check_results_versions, join_study,
 from hpc_c2g.studies.submissions import Submission, read_submission
 from hpc_c2g.studies.task_status import TaskStatus, read_statuses
 from hpc_c2g.studies.tasks import Task, find_specs, read_spec, spec_file, write_spec
+from launch.retry import RetryConfig, retry
 
 FIT = Task("fit1", "classifier", "classifiers/fit1", {"seed": 0}, points=({"seed": "0"},))
 TRAIN = Task("run1", "train", "runs/run1", {"seed": 0}, ("fit1",), ("classifiers/fit1",), ({"seed": "0", "b": "1"},))
@@ -468,6 +469,25 @@ def test_the_cause_is_the_last_line_that_was_printed(study, tmp_path):
         file.write("2026-11-28 10:00:00,123 INFO [rank 0 n1 step 20] hpc_c2g.training.loop: checkpoint written\n")
     finalize_attempt(study, FIT, "7", 0, 1, 2, log)
     assert read_report(study, FIT).cause == "ended with code 1: ModuleNotFoundError: No module named 'torch'"
+
+
+def test_a_retry_of_one_run_leaves_the_others_given_up(tmp_path, monkeypatch):
+    other = dataclasses.replace(TRAIN, id="run2", folder="runs/run2")
+    save_study(tmp_path, join_study(tmp_path, StudyFile(StudyConfig(name="x")), False), {**TASKS, other.id: other})
+    reported(tmp_path, FIT, "done")
+    for task in (TRAIN, other):
+        reported(tmp_path, task, "failed", failures=3)
+    handed = []
+
+    def run_local(launcher, slots, only, log_fn):
+        handed.extend(s.task.id for s in launcher.runnable(launcher.statuses(None), only))
+
+    monkeypatch.setattr("launch.sweep.run_local", run_local)
+    monkeypatch.setattr("launch.sweep._finish", lambda *_: None)
+    retry(RetryConfig(str(tmp_path), [other.id]))
+    assert handed == [other.id]
+    retry(RetryConfig(str(tmp_path)))
+    assert set(handed[1:]) >= {TRAIN.id, other.id}
 
 
 def test_another_study_and_another_grid_are_refused(study):
