@@ -119,6 +119,15 @@ def test_a_trace_that_cannot_be_written_is_a_warning_and_the_run_continues(class
     assert "cannot be written: File exists" in text
 
 
+def test_a_run_that_resumes_beyond_the_steps_logs_that_nothing_is_traced(tmp_path, caplog):
+    with StepProfiler(ProfilerConfig(steps=[2, 4]), tmp_path, 0, 1, CPU) as profiler:
+        for step in (5, 6):
+            profiler.before_step(step)
+    assert [record.getMessage() for record in caplog.records] == [
+        "profiler: nothing is traced: the run resumes after profiler.steps=[2, 4]"
+    ]
+
+
 def test_bad_settings_are_named():
     for steps in ([1], [0, 3], [4, 2], [1, 2, 3]):
         with pytest.raises(UserError, match=re.escape(f"profiler.steps={steps} is not possible")):

@@ -65,6 +65,7 @@ class StepProfiler:
         self.steps = range(config.steps[0], config.steps[1] + 1) if config.steps and rank in config.ranks else range(0)
         self.stem = f"rank_{rank:05d}_steps_{'-'.join(map(str, config.steps))}"
         self._trace: torch.profiler.profile | None = None
+        self._first = True
 
     def __enter__(self) -> StepProfiler:
         return self
@@ -80,6 +81,9 @@ class StepProfiler:
         Args:
             step: Number of the next step, counted from 1.
         """
+        first, self._first = self._first, False
+        if first and self.steps and step >= self.steps.stop:
+            logger.warning("profiler: nothing is traced: the run resumes after profiler.steps=%s", self.config.steps)
         if step not in self.steps:
             self._stop()
         elif self._trace is None:
