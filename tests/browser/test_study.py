@@ -87,7 +87,7 @@ def test_figures_samples_and_pictures_of_real_images_are_displayed(
 def test_every_run_is_a_row_of_the_hparams_table_with_its_metrics(
     browser: WebDriver, server: TensorBoardServer
 ) -> None:
-    metrics = ["stationarity", "coverage (uses real data)", "transfer_accuracy (uses real data)"]
+    metrics = ["stationarity", "coverage (uses real data)", "recovered (uses real data)"]
     assert_hparams(browser, server.url, ["global_batch", "seed", *metrics, "8.0000", "12.000"], rows=4)
 
 
