@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,15 +19,17 @@ from launch._compose.groups import SCHEMAS
 
 def table(result: dict[str, Any]) -> Table:
     """Return a table of the run and its baselines, one line each."""
-    out = Table(title=f"{result['classifier']}: uses real data, computed after training")
-    out.add_column("samples")
+    out = Table(
+        title=f"{result['classifier']}: uses real data, computed after training", box=SIMPLE_HEAD, collapse_padding=True
+    )
+    out.add_column("samples", min_width=15)
     rows = {name: numbers(row) for name, row in {"generator": result, **result["baselines"]}.items()}
     shown = [metric for metric in METRICS if any(metric.name in row for row in rows.values())]
     for metric in shown:
-        out.add_column(metric.title, justify="right")
+        out.add_column(metric.title, justify="right", width=max(map(len, metric.title.split())))
     for name, row in rows.items():
         cells = [f"{row[metric.name]:.3f}" if metric.name in row else "-" for metric in shown]
-        out.add_row(name, *cells, style="bold" if name == "generator" else "")
+        out.add_row(name.replace("_", " "), *cells, style="bold" if name == "generator" else "")
     return out
 
 
