@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import google_crc32c
 
 from hpc_c2g.monitoring import summaries
 from hpc_c2g.monitoring.summaries import Summary
@@ -27,12 +30,11 @@ class EventFile:
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event, now = Event, time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 -- closed by __exit__
+        self._file = open(folder / name, "wb")  # noqa: SIM115 -- closed by __exit__
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def __enter__(self) -> EventFile:
@@ -41,7 +43,7 @@ class EventFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._records.close()
+        self._file.close()
 
     def add(self, summary: Summary, step: int = 0) -> None:
         """Write one event.
@@ -68,4 +70,13 @@ class EventFile:
             self._write(event)
 
     def _write(self, event: Any) -> None:
-        self._records.write(event.SerializeToString())
+        """Write a record: its length, the length's checksum, the event, the event's checksum."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._file.write(b"".join((length, _masked_checksum(length), data, _masked_checksum(data))))
+
+
+def _masked_checksum(data: bytes) -> bytes:
+    """Return the CRC-32C as records of TensorBoard store it: rotated right by 15 bits, plus a constant."""
+    value = google_crc32c.value(data)
+    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)

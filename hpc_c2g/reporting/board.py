@@ -25,7 +25,7 @@ from hpc_c2g.reporting.results import MEASURED, MEASURES, NO_POINT, OF_CLASSIFIE
 FORMAT = 3
 """Version of how parts are written; raised when that changes, so that all of them are written again."""
 MEAN_POINTS = 100
-"""Largest number of steps of a curve of means: TensorBoard's checksums cost more than the means themselves."""
+"""Largest number of steps of a curve of means: more steps than a chart has pixels cost time and space."""
 FOLDER, STUDY, RUNS = "board", "0-study", "runs"
 COLUMNS = (MEASURED[0], *METRIC_COLUMNS, *MEASURED[1:], *OF_CLASSIFIERS)
 """Measures in the order of the HParams page, which shows the first five."""
