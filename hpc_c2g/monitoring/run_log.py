@@ -89,7 +89,7 @@ class RunLog:
 
         self.run_dir, self.config, self.steps, self.global_batch = run_dir, config, steps, global_batch
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", resumed_step)
-        self.newly_firing = resumed_step
+        self.resumed_step = resumed_step
         purge = resumed_step + 1  # also at 0: a start that left no checkpoint may have left events
         self.board = SummaryWriter(str(run_dir / BOARD), purge_step=purge)
         self.session = SummaryWriter(str(run_dir / SESSION), purge_step=0)
@@ -141,7 +141,7 @@ class RunLog:
         """
         with writing(self.run_dir / BOARD):
             for name, text in texts.items():
-                self.board.add_text(name, text, self.newly_firing)
+                self.board.add_text(name, text, self.resumed_step)
             self.board.add_custom_scalars(layout(prefixes, losses))
             self.board.flush()
             # no experiment summary: TensorBoard would take its columns from one run, and hide settings that only others have
